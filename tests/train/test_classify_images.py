@@ -212,7 +212,7 @@ def test_predictions(made: Path, whole: Path, tmp_path: Path, capsys: Any) -> No
     for option in (["--seq-len", 8], ["--truncate"]):
         with pytest.raises(SystemExit):
             predict.main([*map(str, ["--adapter", whole, *option, paths[0]])])
-        assert "is about texts" in capsys.readouterr().err
+        assert "applies to texts" in capsys.readouterr().err
     for broken, i in ((b"", 0), (b"no image", 1), (paths[0].read_bytes()[:150], 2)):
         (tmp_path / f"{i}.png").write_bytes(broken)
     with pytest.raises(SystemExit):

@@ -137,16 +137,16 @@ def test_a_prompt_that_is_too_long_is_left_out(tmp_path, capsys, monkeypatch):
         generate.main(["--model", str(model), "--max-new-tokens", "4"])
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and len(out.split("\n")) >= 3
-    assert "prompt 2 is left out: prompt and --max-new-tokens: the model" in err
+    assert "prompt 2 was skipped: prompt and --max-new-tokens: the model" in err
     assert "1 prompts got no answer" in err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--system", "Be brief."], "has no chat template to put a system prompt into"),
-        (["--seed", "3"], "--seed is about sampling, and --temperature 0"),
-        (["--allow-base-mismatch"], "name one with --adapter"),
+        (["--system", "Be brief."], "--system needs a chat template"),
+        (["--seed", "3"], "--seed has no effect, because --temperature 0"),
+        (["--allow-base-mismatch"], "without an adapter. Pass --adapter"),
         (["--temperature", "1", "--seed", str(2**40)], "a number from 0 to 4294967295"),
     ],
 )

@@ -234,7 +234,7 @@ def test_other_folders_are_no_reward_models(inputs, drawn, tmp_path, capsys):
     with pytest.raises(SystemExit):
         predict.main(["--adapter", str(drawn), "abc"])
     said = capsys.readouterr().err
-    assert "has one class: it is a regression model or a reward model (which --reward" in said
+    assert "has one class, so it is a regression model or a reward model" in said
 
 
 def test_a_base_that_is_gone(drawn, monkeypatch):

@@ -15,7 +15,7 @@ from train import classify, distill, sft
 from train.adapters.source import find_adapter
 from train.export import __main__ as export
 from train.generate import __main__ as generate
-from train.generate.shared_base import tokenizer_name
+from train.generate.shared_base import choose_tokenizer
 from train.live.distillation import teacher_outline
 from train.predict import __main__ as predict
 from train.run.classifiers import read_classifier_info
@@ -106,11 +106,11 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
     tree = lj.lorafy(params, [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(tmp_path / "other", tree, about={"model": folder.model})
     sources = [find_adapter(folder.adapter), find_adapter(str(tmp_path / "other"))]
-    assert tokenizer_name(sources[:1], None) == folder.tokens
-    assert tokenizer_name(sources, "mine") == "mine"
+    assert choose_tokenizer(sources[:1], None) == folder.tokens
+    assert choose_tokenizer(sources, "mine") == "mine"
     with pytest.raises(Exception, match="or name the tokenizer with --tokenizer"):
-        tokenizer_name(sources, None)
-    with pytest.raises(RequestError, match="start it with --tokenizer"):
+        choose_tokenizer(sources, None)
+    with pytest.raises(RequestError, match="Start it with --tokenizer"):
         ServedBase(module, params, folder.model, 4).read(folder.path / "adapter")
     monkeypatch.chdir(folder.path)
     ServedBase(module, params, folder.model, 4, tokenizer="tokens").read(folder.path / "adapter")

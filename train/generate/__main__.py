@@ -24,12 +24,12 @@ from train.generate.prompts import (
 )
 from train.generate.shared_base import (
     LoadedAdapters,
-    base_of,
-    code_for,
+    choose_base,
+    choose_model_code,
+    choose_tokenizer,
     find_adapters,
     outline_as_trained,
     outline_with_template,
-    tokenizer_name,
 )
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
@@ -66,9 +66,9 @@ def run(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -
     prompts = read_prompts(options)
     adapters = find_adapters(options.adapter)
     sources = [adapter.source for adapter in adapters if adapter.source is not None]
-    tokenizer = tokenizer_name(sources, options.tokenizer)
-    base = base_of(sources, options.model)
-    code = code_for(sources, options.model_code)
+    tokenizer = choose_tokenizer(sources, options.tokenizer)
+    base = choose_base(sources, options.model)
+    code = choose_model_code(sources, options.model_code)
     outline = read_model_info(base, tokenizer, model_code=code)
     if any(prompt.chat.images for prompt in prompts or ()):
         outline = outline.with_images()
@@ -111,7 +111,10 @@ def run(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -
     elif prompts:
         answer_all(loaded, prompts, tokens)
     if n_refused:
-        raise UserError(f"{n_refused} prompts got no answer; the reasons are above")
+        raise UserError(
+            f"{n_refused} prompts got no answer. The lines above give the reasons. Correct these "
+            "prompts, and ask them again."
+        )
 
 
 if __name__ == "__main__":

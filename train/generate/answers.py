@@ -28,7 +28,7 @@ from train.generate.options import GenerateOptions
 from train.generate.prompts import PromptTokens
 from train.run.pretrained import ModelInfo, end_tokens
 
-_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
+_PADDING_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 _CALL_TOKENS = 16  # of a batch between two looks at what has ended
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -39,7 +39,7 @@ class GeneratedAnswer:
     Attributes:
       tokens: the tokens, the one that ends the answer included.
       most: the most tokens.
-      said: the text that `fresh` has returned.
+      said: the text that `take_new_text` has returned.
       ended: why no more follow: a token that ends answers, a text of --stop, or the length; None
         while more may follow.
     """
@@ -90,7 +90,7 @@ class GeneratedAnswer:
         """The answer so far, up to a text of --stop."""
         return self._stops.shown(self._stops.decoded(self.tokens)).strip()
 
-    def fresh(self) -> str:
+    def take_new_text(self) -> str:
         """Returns the text to show since the last call.
 
         It ends before what a further token could change: a character whose bytes are not all there,
@@ -181,7 +181,7 @@ class AnswerGenerator:
 
 def padded_length(n: int) -> int:
     """Returns the length that a prompt of n tokens is padded to: from 256 on, a quarter at most."""
-    step = max(_MULTIPLE, 1 << max(0, (n - 1).bit_length() - 3))
+    step = max(_PADDING_MULTIPLE, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
 
@@ -252,7 +252,7 @@ def stream_answer(
     """
     for tokens in generator.tokens([prompt], [number], per_call=1, most=answer.most):
         answer.add(tokens.tolist())
-        text = answer.fresh()
+        text = answer.take_new_text()
         if text:
             say(text)
         if answer.ended or stopped():
@@ -267,12 +267,17 @@ def read_schema(file: str, outline: ModelInfo) -> CompiledGrammar:
     """
     option = f"--schema {file}: "
     if not end_tokens(outline):
-        raise UserError(f"{option}no token of the model ends an answer, as the schema needs")
+        raise UserError(
+            f"{option}The model has no token that ends an answer, and --schema needs one. Use "
+            "another model, or remove --schema."
+        )
     text = read_user_file(file, option)
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{option}it is no JSON: {error}") from None
+        raise UserError(
+            f"{option}The file is not valid JSON ({error}). Correct the file."
+        ) from None
     compiler = GrammarCompiler(outline.tokenizer, _vocab_size(outline), end_tokens(outline))
     try:
         return compiler.schema(schema)

@@ -20,11 +20,11 @@ from train.generate.answers import GeneratedAnswer, generate_answers, stream_ans
 from train.generate.prompts import Prompt, PromptTokens, check_lengths, tokenize
 from train.generate.shared_base import LoadedAdapters
 
-_LEAST_WIDTH = 30  # characters of an answer that stands beside others
+_MIN_COLUMN_WIDTH = 30  # characters of an answer that stands beside others
 _TITLE_WIDTH = 72  # characters of a prompt above its answers
 
 
-class AnswerPlace(NamedTuple):
+class AnswerKey(NamedTuple):
     """The place of an answer: its prompt, its adapter, and which of several samples it is."""
 
     prompt: int
@@ -32,7 +32,7 @@ class AnswerPlace(NamedTuple):
     sample: int
 
 
-AnswersByPlace = Mapping[AnswerPlace, GeneratedAnswer]
+AnswersByKey = Mapping[AnswerKey, GeneratedAnswer]
 
 
 class AnswerPrinter:
@@ -44,7 +44,7 @@ class AnswerPrinter:
         self._samples = range(n_samples)
         self._n_printed = 0  # prompts
 
-    def print_ready(self, answers: AnswersByPlace, *, incomplete: bool = False) -> None:
+    def print_ready(self, answers: AnswersByKey, *, incomplete: bool = False) -> None:
         """Prints the prompts whose turn has come.
 
         Args:
@@ -53,7 +53,7 @@ class AnswerPrinter:
         """
         while self._n_printed < len(self._prompts):
             places = [
-                AnswerPlace(self._n_printed, name, sample)
+                AnswerKey(self._n_printed, name, sample)
                 for name in self._names
                 for sample in self._samples
             ]
@@ -61,10 +61,10 @@ class AnswerPrinter:
                 return
             answers_of_prompt = {place: answers[place] for place in places if place in answers}
             if answers_of_prompt:
-                self._print(self._prompts[self._n_printed], answers_of_prompt)
+                self._print_answers(self._prompts[self._n_printed], answers_of_prompt)
             self._n_printed += 1
 
-    def _print(self, prompt: Prompt, answers: AnswersByPlace) -> None:
+    def _print_answers(self, prompt: Prompt, answers: AnswersByKey) -> None:
         """Prints the answers to a prompt: as a text, a table, or one below the other."""
         on_terminal = sys.stdout.isatty()
         has_one_answer = len(self._names) * len(self._samples) == 1
@@ -73,18 +73,18 @@ class AnswerPrinter:
             return
         console = Console(file=sys.stdout, highlight=False)
         title = f"{prompt.name}: {shorten(prompt.text, _TITLE_WIDTH)}"
-        print(heading(title, 0))
-        if on_terminal and 1 < len(self._names) <= console.width // _LEAST_WIDTH:
-            console.print(self._table(answers))
+        print(format_heading(title, 0))
+        if on_terminal and 1 < len(self._names) <= console.width // _MIN_COLUMN_WIDTH:
+            console.print(self._make_table(answers))
             return
         for place, answer in answers.items():
             if not has_one_answer:
                 sample = f", {place.sample + 1}" if len(self._samples) > 1 else ""
-                print(heading(f"{place.adapter}{sample}", 1))
+                print(format_heading(f"{place.adapter}{sample}", 1))
             print(answer.text)
         print(flush=True)
 
-    def _table(self, answers: AnswersByPlace) -> Table:
+    def _make_table(self, answers: AnswersByKey) -> Table:
         """Returns a table with a column an adapter, and a row a sample."""
         table = Table(expand=True, show_lines=len(self._samples) > 1)
         prompt = next(iter(answers)).prompt
@@ -93,20 +93,20 @@ class AnswerPrinter:
         for sample in self._samples:
             cells: list[Text] = []
             for name in self._names:
-                answer = answers.get(AnswerPlace(prompt, name, sample))
+                answer = answers.get(AnswerKey(prompt, name, sample))
                 cells.append(Text(answer.text if answer else ""))
             table.add_row(*cells)
         return table
 
 
-def heading(text: str, level: int) -> str:
+def format_heading(text: str, level: int) -> str:
     """Returns a line above a prompt's answers (level 0), or above one of them (1)."""
     line = f"{'##' if level == 0 else '--'} {text}"
     return f"\x1b[1m{line}\x1b[0m" if sys.stdout.isatty() else line
 
 
-def json_lines(
-    prompts: Sequence[Prompt], answers: AnswersByPlace, names: Sequence[str]
+def format_json_lines(
+    prompts: Sequence[Prompt], answers: AnswersByKey, names: Sequence[str]
 ) -> list[str]:
     """Returns a line for each answer: by prompt, then by adapter, then by sample."""
     has_samples = any(place.sample for place in answers)
@@ -140,7 +140,7 @@ def answer_all(
     n_samples = options.num_samples
     rows = [prompt for prompt in tokens for _ in range(n_samples)]
     total = len(rows) * len(adapters.names)
-    answers: dict[AnswerPlace, GeneratedAnswer] = {}
+    answers: dict[AnswerKey, GeneratedAnswer] = {}
     printer = None if options.output else AnswerPrinter(prompts, adapters.names, n_samples)
     interruption: BaseException | None = None
     with contextlib.ExitStack() as stack:
@@ -150,8 +150,8 @@ def answer_all(
         try:
             hides_bar = printer is not None and sys.stdout.isatty()
             with progress_of(total, "answering", "made", "answers", hidden=hides_bar) as progress:
-                for name, row, answer in _answers(adapters, rows, progress):
-                    answers[AnswerPlace(row // n_samples, name, row % n_samples)] = answer
+                for name, row, answer in _generate_for_adapters(adapters, rows, progress):
+                    answers[AnswerKey(row // n_samples, name, row % n_samples)] = answer
                     if printer:
                         printer.print_ready(answers)
         except BaseException as error:  # whatever ended the rest, these are kept
@@ -159,17 +159,19 @@ def answer_all(
                 raise
             interruption = error
         if file:
-            file.writelines(f"{line}\n" for line in json_lines(prompts, answers, adapters.names))
+            file.writelines(
+                f"{line}\n" for line in format_json_lines(prompts, answers, adapters.names)
+            )
     if interruption is None:
         return
     if printer:
         printer.print_ready(answers, incomplete=True)
     where = f"in {options.output}" if options.output else "above"
-    say(f"\nstopped: {len(answers):,} of {total:,} answers were ready; they are {where}")
+    say(f"\nStopped after {len(answers):,} of {total:,} answers. The finished answers are {where}.")
     raise interruption
 
 
-def _answers(
+def _generate_for_adapters(
     adapters: LoadedAdapters, rows: Sequence[PromptTokens], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, int, GeneratedAnswer]]:
     """Yields adapter, row and answer, as they are ready."""
@@ -200,12 +202,12 @@ def stream_answers(adapters: LoadedAdapters, prompts: Iterable[Prompt]) -> int:
             (tokens,) = tokenize([prompt], adapters.outline, adapters.options.system)
             check_lengths([prompt], [tokens], adapters.outline, adapters.options)
         except UserError as error:
-            say(f"{prompt.name} is left out: {error}")
+            say(f"{prompt.name} was skipped: {error}")
             n_refused += 1
             continue
         for name in adapters.names:
             if len(adapters.names) > 1:
-                print(heading(name, 1))
+                print(format_heading(name, 1))
             generator = adapters.generator(name)
             stream_answer(generator, generator.answer(), tokens, number, _print_text)
             print(flush=True)

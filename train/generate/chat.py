@@ -51,26 +51,26 @@ class Chat:
 def talk(adapters: LoadedAdapters) -> None:
     """Chats until /quit or the end of standard input."""
     chat = Chat(adapters, adapters.names[0], adapters.options.system)
-    say(f"{_adapters(chat)}. /help lists the commands.")
+    say(f"{_describe_adapters(chat)}. Type /help for a list of the commands.")
     while True:
         try:
             line = input(f"{chat.name}> ").strip()
             if line == "/quit":
                 return
             if line.startswith("/") and not line.startswith("//"):
-                say(command(chat, line))
+                say(execute_command(chat, line))
             elif line:
                 text = line.removeprefix("/") if line.startswith("//") else line
                 with ctrl_c() as is_pressed:
                     ask(chat, text, is_pressed)
         except KeyboardInterrupt:
-            say("\n/quit or Ctrl-D ends the chat")
+            say("\nType /quit or press Ctrl-D to end the chat.")
         except EOFError:
             say("")
             return
 
 
-def command(chat: Chat, line: str) -> str:
+def execute_command(chat: Chat, line: str) -> str:
     """Executes a line that begins with /; returns the reply."""
     word, _, argument = line.partition(" ")
     argument = argument.strip()
@@ -83,12 +83,15 @@ def command(chat: Chat, line: str) -> str:
         chat.system = argument or None
         return "the system prompt is set" if argument else "the system prompt is removed"
     if word != "/adapter":
-        return f"there is no command {word}; /help lists them, and // sends a line that begins so"
+        return (
+            f"There is no command {word}. Type /help for a list. Begin the line with // to "
+            "send text that starts with a /."
+        )
     if argument in chat.adapters.names:
         chat.name = argument
     elif argument:
-        return f"there is no adapter {argument}; {_adapters(chat)}"
-    return _adapters(chat)
+        return f"There is no adapter {argument}: {_describe_adapters(chat)}"
+    return _describe_adapters(chat)
 
 
 def ask(chat: Chat, text: str, is_pressed: Callable[[], bool]) -> None:
@@ -111,8 +114,9 @@ def ask(chat: Chat, text: str, is_pressed: Callable[[], bool]) -> None:
         free_tokens = outline.max_tokens - len(tokens)
         if free_tokens < 1:
             raise UserError(
-                f"the conversation has {len(tokens):,} tokens with this turn, and "
-                f"{outline.name} allows {outline.max_tokens:,}: /reset begins a new one"
+                f"The conversation has {len(tokens):,} tokens with this turn, but {outline.name} "
+                f"allows at most {outline.max_tokens:,}. Type /reset to begin a new "
+                "conversation."
             )
     except UserError as error:
         chat.turns.pop()
@@ -122,15 +126,18 @@ def ask(chat: Chat, text: str, is_pressed: Callable[[], bool]) -> None:
     is_stopped = answer.ended is None
     if not answer.said and is_stopped:
         chat.turns.pop()
-        say("(stopped before the first word: the question is forgotten)")
+        say("(Stopped before the first word. The conversation does not contain the question.)")
         return
     chat.turns.append({"role": "assistant", "content": answer.said})
     if is_stopped:
-        say("(stopped; the conversation keeps what was said)")
+        say("(Stopped. The conversation keeps the beginning of the answer.)")
     elif answer.ended == "length" and free_tokens <= most_tokens:
-        say(f"(the model allows {outline.max_tokens:,} tokens: /reset begins a new one)")
+        say(
+            f"(The model allows at most {outline.max_tokens:,} tokens. Type /reset to begin a new "
+            "conversation.)"
+        )
     elif answer.ended == "length":
-        say(f"(cut off at --max-new-tokens {most_tokens})")
+        say(f"(The answer was cut off at --max-new-tokens {most_tokens}.)")
 
 
 def _print_answer(
@@ -177,7 +184,7 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, earlier_handler)
 
 
-def _adapters(chat: Chat) -> str:
+def _describe_adapters(chat: Chat) -> str:
     """Returns a line that says which adapter answers, and which others there are."""
     others = [name for name in chat.adapters.names if name != chat.name]
     return f"{chat.name} answers" + (f"; there are also {', '.join(others)}" if others else "")

@@ -34,14 +34,16 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     )
 
     adapter: tuple[Place, ...] = ()
-    """Adapters: folders of runs, of this library or of PEFT, or hub names of PEFT adapters; also
-    name=folder. `base` is the base alone (./base a folder of that name). Answers of several stand
-    side by side. Without any, the base answers alone."""
+    """The adapters that answer. Each is the folder of a run, of this library or of PEFT, the hub
+    name of a PEFT adapter, or name=folder. `base` is the base model alone, and ./base is a folder
+    of that name. Answers of several adapters are shown side by side. By default only the base
+    answers."""
     model: Place | None = None
     """The base: a hub name, a folder or a GGUF file. By default the base that the adapters name, or
     else SmolLM2-135M-Instruct."""
     model_code: ModelCode = "auto"
-    """The code that the model runs by; see train.sft. By default that of the adapters."""
+    """The implementation of the model; see train.sft. By default the one that the adapters were
+    trained with."""
     prompt: tuple[Words, ...] = ()
     """Prompts to answer. Without any, they come from --prompts, or from standard input, one per
     line."""
@@ -49,8 +51,8 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     """A file of prompts: rows with `prompt` or `messages` (JSONL, JSON, CSV, TSV, also gzipped, or
     Parquet) or, with any other ending, one prompt per line."""
     image: tuple[str, ...] = ()
-    """Images that every --prompt shows, ahead of its text, for a model that reads images. Rows of
-    --prompts have their own, as for training."""
+    """Images to put before the text of every --prompt, for a model that reads images. Rows of
+    --prompts name their images themselves, as for training."""
     interactive: bool = False
     """Chat in the terminal; /help lists the commands."""
     system: Words | None = None
@@ -64,30 +66,32 @@ class GenerateOptions(TokenizerOption, TemplateOption, GenerationOption):
     top_k: int | None = None
     """Sample from this many of the most likely tokens, before --top-p."""
     seed: int = 0
-    """Seed of the sampler. What it draws depends on the prompt's number alone, not on batches."""
+    """The seed of the sampler. Sampled tokens depend on the prompt's number, and not on batches."""
     num_samples: int = 1
-    """Answers to each prompt."""
+    """The number of answers to each prompt."""
     stop: tuple[Words, ...] = ()
-    """Texts that end an answer; they are no part of it. (In a shell, $'\\n' is a line break.)"""
+    """Texts that end an answer. The answer does not contain them. (In a shell, $'\\n' is a line
+    break.)"""
     schema: str | None = None
-    """A file with a JSON schema: each answer is JSON that it describes, unless --max-new-tokens
-    cuts it short."""
+    """The path of a JSON schema. Each answer is JSON that follows the schema, unless
+    --max-new-tokens cuts the answer off."""
     output: str | None = None
-    """A file of JSON lines to write, one an answer; it appears once all are there, or at Ctrl-C."""
+    """The path of a file of JSON lines to write, one per answer. The file appears after the last
+    answer, or after Ctrl-C."""
     overwrite: bool = False
     """Replace the file of --output."""
     batch_size: int = 8
-    """Answers that are generated at once."""
+    """The number of answers that are generated at the same time."""
     merge: bool = False
-    """Run with merged weights. The default for a single adapter, except in a chat and over a base
-    in codes."""
+    """Merge the adapter into the base's weights. This is the default for a single adapter, except
+    in a chat and over a quantized base."""
     no_merge: bool = False
-    """Run the adapter beside the base. The default for several, and in a chat."""
+    """Run the adapter beside the base. This is the default for several adapters and in a chat."""
     attention: Attention = "auto"
-    """Computation of attention to the prompt. dense: all scores of a layer at once, in memory
-    quadratic in the length. blockwise: a block of queries at a time, in memory linear in the
-    length. auto: dense below 512 tokens, blockwise from there on. splash, flash and cudnn are
-    refused: these kernels read no KV cache."""
+    """Computation of attention to the prompt. dense: all scores of a layer at once, so memory
+    grows with the square of the length. blockwise: a block of queries at a time, so memory grows
+    with the length. auto: dense below 512 tokens, and blockwise from there on. splash, flash and
+    cudnn are refused, because these kernels do not read a KV cache."""
     allow_base_mismatch: bool = False
     """Accept an adapter that was trained on another base."""
     compilation_cache: Words | None = None
@@ -109,20 +113,23 @@ def check(options: GenerateOptions, named_options: frozenset[str] = frozenset())
     """
     for name in ("adapter", "prompt", "image", "stop"):
         if name in named_options and not getattr(options, name):
-            raise UserError(f"{flag(name)} has no value: give one, or leave it out")
+            raise UserError(f"{flag(name)} has no value. Pass a value, or remove {flag(name)}.")
     with as_user_errors(TrainingError):
         check_numbers(vars(options), _NUMBERS)
     if "" in options.stop:
-        raise UserError("--stop '': an empty text would end every answer before it begins")
+        raise UserError(
+            "--stop '' would end every answer before its first token. Pass a text with at least "
+            "one character."
+        )
     if any(not prompt.strip() for prompt in options.prompt):
-        raise UserError("--prompt: one of the prompts is empty: leave it out")
+        raise UserError("--prompt: One of the prompts is empty. Remove it.")
     check_other(options.output, options.prompts, "--output", "--prompts")
     if options.attention in ("splash", "flash", "cudnn"):
         raise UserError(
-            f"--attention {options.attention}: the kernel does not read keys from a cache, and "
-            "generation has one: give blockwise, dense or auto"
+            f"--attention {options.attention} cannot be used here, because its kernel does not "
+            "read the KV cache of generation. Pass blockwise, dense or auto."
         )
-    for case in _without_effect(options, named_options):
+    for case in _cases_without_effect(options, named_options):
         useless_options = [name for name in case.names if name in named_options]
         if case.holds and useless_options:
             raise UserError(f"{flag(useless_options[0])} {case.reason}")
@@ -156,7 +163,7 @@ class _CaseWithoutEffect(NamedTuple):
     reason: str
 
 
-def _without_effect(
+def _cases_without_effect(
     options: GenerateOptions, named_options: frozenset[str]
 ) -> list[_CaseWithoutEffect]:
     """Returns the cases in which options have no effect."""
@@ -164,37 +171,46 @@ def _without_effect(
         (
             options.temperature == 0 and options.generation_config is None,
             ("num_samples", "seed", "top_k", "top_p"),
-            "is about sampling, and --temperature 0 (the default) always takes the most likely "
-            "token: give a temperature above 0, or leave it out",
+            "has no effect, because --temperature 0 (the default) always takes the most likely "
+            "token. Pass a temperature above 0, or remove the option.",
         ),
         (
             options.temperature == 0 and "temperature" in named_options,
             ("generation_config",),
-            "says how to sample, and --temperature 0 always takes the most likely token: leave out "
-            "one of them",
+            "has no effect, because --temperature 0 always takes the most likely token. Remove one "
+            "of these options.",
         ),
         (
             not {*options.adapter} - {BASE},
             ("allow_base_mismatch", "merge", "no_merge"),
-            "is about an adapter: name one with --adapter",
+            "has no effect without an adapter. Pass --adapter.",
         ),
-        (options.no_merge, ("merge",), "contradicts --no-merge: give one of them"),
+        (options.no_merge, ("merge",), "contradicts --no-merge. Pass only one of the two."),
         (
             options.interactive,
             ("prompt", "prompts", "output", "overwrite", "batch_size", "num_samples"),
-            "has no effect on a chat: leave it out, or leave out --interactive",
+            "has no effect in a chat. Remove the option, or remove --interactive.",
         ),
-        (not options.prompt, ("image",), "is what each --prompt shows: give one"),
-        (bool(options.prompt), ("prompts",), "and --prompt both name prompts: give one"),
+        (
+            not options.prompt,
+            ("image",),
+            "adds images to each --prompt, but there is no --prompt. Pass one.",
+        ),
+        (
+            bool(options.prompt),
+            ("prompts",),
+            "and --prompt both name prompts. Pass only one of the two.",
+        ),
         (
             options.output is None,
             ("overwrite",),
-            "replaces the file of --output: name one, or leave it out",
+            "replaces the file of --output, but --output is not set. Pass --output, or remove the "
+            "option.",
         ),
         (
             len(options.prompt) * options.num_samples == 1,
             ("batch_size",),
-            "is about several answers, and one is asked for: leave it out",
+            "has no effect, because only one answer is generated. Remove the option.",
         ),
     ]
     return [_CaseWithoutEffect(*case) for case in cases]

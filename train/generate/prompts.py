@@ -59,7 +59,7 @@ class PromptTokens(list[int]):
     images: RowImages = RowImages(np.empty((0, 0, 0, 0), np.uint8), ())
 
 
-def prompt_of(text: str, name: str, images: Sequence[str] = ()) -> Prompt:
+def prompt_from_text(text: str, name: str, images: Sequence[str] = ()) -> Prompt:
     """Returns a prompt that is a text, and perhaps images ahead of it."""
     fields: dict[str, Any] = {"prompt": text}
     if images:
@@ -79,7 +79,7 @@ def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
     if not options.prompt:
         return None
     return [
-        prompt_of(text, f"prompt {number}", options.image)
+        prompt_from_text(text, f"prompt {number}", options.image)
         for number, text in enumerate(options.prompt, start=1)
     ]
 
@@ -92,7 +92,9 @@ def read_standard_input() -> list[Prompt]:
     """
     prompts = list(typed_prompts())
     if not prompts:
-        raise UserError("standard input has no prompt: give one a line, or name one with --prompt")
+        raise UserError(
+            "Standard input contains no prompt. Write one prompt per line, or pass --prompt."
+        )
     return prompts
 
 
@@ -100,20 +102,24 @@ def typed_prompts() -> Iterator[Prompt]:
     """Yields the prompts of standard input, one per line, as they come."""
     lines = filter(str.strip, read_typed_lines("prompt"))
     for number, line in enumerate(lines, start=1):
-        yield prompt_of(line.strip(), f"prompt {number}")
+        yield prompt_from_text(line.strip(), f"prompt {number}")
 
 
 def _read_file(path: str) -> list[Prompt]:
     """Returns the prompts of a file of rows, or of one with a prompt a line."""
-    make_prompt: Callable[..., Prompt] = prompt_of if kind_of(path) is None else _prompt_of_row
+    make_prompt: Callable[..., Prompt] = (
+        prompt_from_text if kind_of(path) is None else _prompt_from_row
+    )
     entries = read_entries(path, "--prompts")
     prompts = [make_prompt(value, name) for name, value in entries if value != ""]
     if not prompts:
-        raise UserError(f"--prompts {path} has no prompt")
+        raise UserError(
+            f"--prompts {path} contains no prompt. Add at least one prompt to the file."
+        )
     return prompts
 
 
-def _prompt_of_row(row: Row, name: str) -> Prompt:
+def _prompt_from_row(row: Row, name: str) -> Prompt:
     """Returns the prompt that a row holds."""
     chat = question(row, name, images=True)
     repeated = {field: row[field] for field in _REPEATED_FIELDS if row.get(field)}
@@ -128,19 +134,19 @@ def check_template(options: GenerateOptions, outline: ModelInfo, prompts: Iterab
         return
     if options.interactive:
         raise UserError(
-            f"--interactive: {outline.name} has no chat template to put a conversation into: give "
-            "single texts with --prompt, and it continues them"
+            f"--interactive needs a chat template, and {outline.name} has no chat template. Pass "
+            "single texts with --prompt for the model to continue."
         )
     if options.system is not None:
         raise UserError(
-            f"--system: {outline.name} has no chat template to put a system prompt into: leave it "
-            "out, or write it into the prompt"
+            f"--system needs a chat template, and {outline.name} has no chat template. Remove "
+            "--system, or write its text into the prompt."
         )
     with_turns = [prompt for prompt in prompts if not prompt.is_text]
     if with_turns:
         raise UserError(
-            f"{with_turns[0].name} has turns, and {outline.name} has no chat template to render "
-            "them: give its text as `prompt`"
+            f"{with_turns[0].name} is a conversation, and {outline.name} has no chat template to "
+            "render it. Give the text of the conversation as `prompt`."
         )
 
 
@@ -174,7 +180,7 @@ def tokenize(
         texts = [prompt.text for prompt in prompts]
         ids_of_prompts = outline.tokenizer(texts, verbose=False)["input_ids"]
         return [PromptTokens(ids) for ids in ids_of_prompts]
-    texts = [_render(prompt, outline, system) for prompt in prompts]
+    texts = [_render_prompt(prompt, outline, system) for prompt in prompts]
     ids_of_prompts = outline.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if not names_with_images:
         return [PromptTokens(ids) for ids in ids_of_prompts]
@@ -199,15 +205,20 @@ def _add_images(
     return tokens_with_images
 
 
-def _render(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
+def _render_prompt(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
     """Returns the text of a prompt by the chat template, with a system prompt ahead of it."""
     turns = prompt.chat.messages
     if system is not None:
         if any(turn["role"] == "system" for turn in turns):
-            raise UserError(f"{prompt.name} has a system prompt of its own: leave out --system")
+            raise UserError(
+                f"{prompt.name} already contains a system prompt. Remove --system, or remove the "
+                "system turn from the prompt."
+            )
         turns = [{"role": "system", "content": system}, *turns]
     with (
-        as_user_errors(TemplateError, prefix=f"{prompt.name}: the model's chat template says: "),
+        as_user_errors(
+            TemplateError, prefix=f"{prompt.name}: The model's chat template refuses this prompt: "
+        ),
         as_user_errors(TrainingError, prefix=f"{prompt.name}: "),
     ):
         return render_prompt(prompt.chat._replace(messages=turns), outline.tokenizer)
@@ -242,7 +253,7 @@ def drop_long_prompts(
         try:
             check_lengths([prompt], [ids], outline, options)
         except UserError as error:
-            print(f"{prompt.name} is left out: {error}", file=sys.stderr, flush=True)
+            print(f"{prompt.name} was skipped: {error}", file=sys.stderr, flush=True)
         else:
             allowed_prompts.append(prompt)
             allowed_tokens.append(ids)

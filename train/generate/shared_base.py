@@ -42,37 +42,45 @@ def find_adapters(values: Sequence[str]) -> list[NamedAdapter]:
     Raises:
       UserError: there is no such adapter, or a name is there twice.
     """
-    names_and_paths = [_name_and_path(value) for value in values or (BASE,)]
-    labels = Counter(_label(path) if name is None else name for name, path in names_and_paths)
+    names_and_paths = [_split_name_and_path(value) for value in values or (BASE,)]
+    labels = Counter(
+        _folder_label(path) if name is None else name for name, path in names_and_paths
+    )
     by_name: dict[str, NamedAdapter] = {}
     for name, path in names_and_paths:
         if name is None:
-            label = _label(path)
+            label = _folder_label(path)
             is_clear = labels[label] == 1 and label != BASE
             name = label if is_clear or path == BASE else path
         if name in by_name:
-            raise UserError(f"--adapter: {name} is there twice; give names: --adapter name=folder")
+            raise UserError(
+                f"--adapter: Two adapters have the name {name}. Give them different names with "
+                "--adapter name=folder."
+            )
         by_name[name] = NamedAdapter(name, None if name == BASE else find_adapter(path))
     return list(by_name.values())
 
 
-def _name_and_path(value: str) -> tuple[str | None, str]:
+def _split_name_and_path(value: str) -> tuple[str | None, str]:
     """Returns the name and the path in a value of --adapter; the name is None without one."""
     match = _NAME_AND_PATH.fullmatch(value)
     if match is None or Path(value).expanduser().exists():
         return None, value
     if match[1] == BASE:
-        raise UserError(f"--adapter {value}: {BASE} is the base alone; choose another name")
+        raise UserError(
+            f"--adapter {value}: The name {BASE} stands for the base model without an adapter. "
+            "Choose another name."
+        )
     return match[1], match[2]
 
 
-def _label(path: str) -> str:
+def _folder_label(path: str) -> str:
     """Returns the name of an adapter's folder; of the folder `adapter` of a run, the run's."""
     parts = Path(os.path.abspath(Path(path).expanduser())).parts
     return parts[-2] if parts[-1] == ADAPTER and len(parts) > 2 else parts[-1]
 
 
-def base_of(sources: Sequence[AdapterSource], model: str | None) -> str:
+def choose_base(sources: Sequence[AdapterSource], model: str | None) -> str:
     """Returns the name of the base: that of --model, or the one that all adapters state.
 
     Raises:
@@ -85,13 +93,13 @@ def base_of(sources: Sequence[AdapterSource], model: str | None) -> str:
         if other.base() != first.base():
             raise UserError(
                 f"{first.option} was trained on {first.base()}, and {other.option} on "
-                f"{other.base()}: one base is read at a time; ask them one after the other, or "
-                "name the base with --model"
+                f"{other.base()}. One command loads one base. Run a command per adapter, "
+                "or name the base with --model."
             )
     return first.base()
 
 
-def tokenizer_name(sources: Sequence[AdapterSource], tokenizer: str | None) -> str | None:
+def choose_tokenizer(sources: Sequence[AdapterSource], tokenizer: str | None) -> str | None:
     """Returns the name of the tokenizer: that of --tokenizer, or the one that the adapters state.
 
     Raises:
@@ -105,13 +113,13 @@ def tokenizer_name(sources: Sequence[AdapterSource], tokenizer: str | None) -> s
             raise UserError(
                 f"{first.option} was trained with the tokenizer "
                 f"{first.tokenizer or 'of its base'}, and {other.option} with "
-                f"{other.tokenizer or 'that of its base'}: ask them one after the other, or name "
-                "the tokenizer with --tokenizer"
+                f"{other.tokenizer or 'that of its base'}. Run a command per adapter, or name "
+                "the tokenizer with --tokenizer."
             )
     return first.tokenizer
 
 
-def code_for(sources: Sequence[AdapterSource], model_code: str) -> str:
+def choose_model_code(sources: Sequence[AdapterSource], model_code: str) -> str:
     """Returns the code that the base runs by: that of --model-code, or of the first adapter."""
     if model_code != "auto":
         return model_code
@@ -135,15 +143,16 @@ def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> 
             if value != first_value:
                 raise UserError(
                     f"{sources[0].option} was trained with the {setting} {first_value or 'none'}, "
-                    f"and {source.option} with {value or 'none'}: ask them one after the other"
+                    f"and {source.option} with {value or 'none'}. Run a command per adapter."
                 )
     if any(source.images for source in sources):
         outline = outline.with_images()
     text_sources = [source for source in sources if not (source.images or source.is_peft)]
     if outline.head.get(IMAGES) and text_sources:
         raise UserError(
-            f"{text_sources[0].option} was trained on the text of {outline.name} alone, and here "
-            "the model reads images: ask it about texts, by itself"
+            f"{text_sources[0].option} was trained on {outline.name} as a model of text only, but "
+            "this command loads the model with its image encoder. Run a separate command "
+            "for this adapter, without images."
         )
     if not sources:
         return outline
@@ -166,7 +175,8 @@ def outline_with_template(
         if other.tokenizer.chat_template != first.tokenizer.chat_template:
             raise UserError(
                 f"{sources[0].option} and {source.option} were trained with different chat "
-                "templates: ask them one after the other, or name a template with --chat-template"
+                "templates. Run a command per adapter, or name a template with "
+                "--chat-template."
             )
     return first
 
@@ -218,12 +228,12 @@ class LoadedAdapters:
         names = list(self._trees)
         if options.merge:
             for name in names:
-                with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged: "):
+                with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged. "):
                     jax.eval_shape(merge_adapter, self._trees[name])  # merges nothing yet
         relation = "merged into" if options.merge else "beside"
         has_one_adapter = len(names) == len(self.names) == 1
         if has_one_adapter and not options.interactive and not options.no_merge:
-            relation = self._serve_merged(names[0])
+            relation = self._merge_only_adapter(names[0])
         if names:
             say(f"{' and '.join(names)}: {relation} the base")
         if options.interactive and BASE not in self.names:
@@ -254,7 +264,7 @@ class LoadedAdapters:
             self._merged = (name, merge_adapter(self._trees[name]))
         return self._merged[1], None
 
-    def _serve_merged(self, name: str) -> str:
+    def _merge_only_adapter(self, name: str) -> str:
         """Merges the only adapter where it can be, and lets go of the base; returns how it runs."""
         try:
             self._merged = (name, merge_adapter(self._trees[name]))

@@ -26,13 +26,13 @@ FILES = {"slurm": "slurm.sbatch", "jobset": "jobset.yaml", "skypilot": "skypilot
 _RESUME = "resume"  # asked by the files, in the place of a scheduler
 _TRAINERS = ("sft", "dpo", "grpo", "distill", "classify")
 # Options that contradict the file, and the reasons.
-_OF_FILE = dict.fromkeys(
+_REASONS_AGAINST_OPTION = dict.fromkeys(
     ("resume", "distributed", "coordinator", "num_processes", "process_id"),
-    "the file decides that itself",
+    "the scheduler's file sets this option itself",
 ) | {
-    "overwrite": "the file goes on with the run in the output folder",
-    "dry_run": "it starts no run, so give it to the script itself",
-    "many": "the file starts one run, with which it goes on",
+    "overwrite": "the scheduler's file continues the run in the output folder",
+    "dry_run": "it starts no run and belongs to the script itself",
+    "many": "the scheduler's file starts and continues a single run",
 }
 
 
@@ -60,7 +60,10 @@ def resume_option(words: Sequence[str]) -> str:
       UserError: there is not one word.
     """
     if len(words) != 1:
-        raise UserError(f"{program(_SCRIPT, _RESUME)} needs the output folder, and nothing else")
+        raise UserError(
+            f"{program(_SCRIPT, _RESUME)} takes one argument, the output folder. Pass only this "
+            "folder."
+        )
     return "--resume" if (folder_with_files(words[0], (CONFIG,)) / CONFIG).exists() else ""
 
 
@@ -79,34 +82,36 @@ def launch_file(words: Sequence[str]) -> str:
     options = words[2:]
     if scheduler not in FILES or script not in _TRAINERS:
         raise UserError(
-            f"{' '.join(words)}: a scheduler ({', '.join(FILES)}) and a script "
-            f"({', '.join(_TRAINERS)}) are needed, such as: "
+            f"{' '.join(words)}: Name a scheduler ({', '.join(FILES)}) and a script "
+            f"({', '.join(_TRAINERS)}), such as: "
             f"{program(_SCRIPT, 'slurm', 'sft')} --model MODEL --output FOLDER"
         )
     trainer = importlib.import_module(f"train.{script}").SCRIPT
     config, line_options, file_options = read_line(trainer.plain, options, trainer.name)
-    for name, reason in _OF_FILE.items():
+    for name, reason in _REASONS_AGAINST_OPTION.items():
         is_changed_by_file = name in file_options and (
             value_of(config, name) != value_of(trainer.plain, name)
         )
         if name in line_options or is_changed_by_file:
-            raise UserError(f"{flag(name)}: {reason}; leave it out")
+            raise UserError(
+                f"{flag(name)} cannot be used here, because {reason}. Remove {flag(name)}."
+            )
     trainer.parse(options)
     text = (Path(__file__).parent / FILES[scheduler]).read_text()
     if "output" in line_options or "output" in file_options:
-        text = _with_value(text, "OUTPUT", shlex.quote(config.run.output))
-    command = shlex.join([COMMAND, script, *_without_output(options)])
-    return _with_value(text, "COMMAND", f"({command})")
+        text = _set_shell_variable(text, "OUTPUT", shlex.quote(config.run.output))
+    command = shlex.join([COMMAND, script, *_remove_output_option(options)])
+    return _set_shell_variable(text, "COMMAND", f"({command})")
 
 
-def _with_value(text: str, name: str, value: str) -> str:
+def _set_shell_variable(text: str, name: str, value: str) -> str:
     """Returns the text of a file with another value of a variable of its shell."""
     return re.sub(
         rf"^( *{name}=)(?:\(.*\)|\S+)", lambda match: match[1] + value, text, count=1, flags=re.M
     )
 
 
-def _without_output(options: Sequence[str]) -> list[str]:
+def _remove_output_option(options: Sequence[str]) -> list[str]:
     """Returns options without --output and its value."""
     other_words: list[str] = []
     is_output_value = False

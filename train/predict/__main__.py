@@ -30,7 +30,7 @@ from train.predict.classifier import find_classifier
 from train.predict.texts import (
     Texts,
     TokenizedTexts,
-    holds_rows,
+    is_row_file,
     read_arguments,
     read_images,
     read_standard_input,
@@ -41,7 +41,7 @@ from train.processes.cache import keep_compiled
 from train.run.pretrained import ModelInfo
 
 Format = Literal["jsonl", "csv"]
-_DECIMALS = 7  # of a probability: fp32 has no more
+_PROBABILITY_DECIMALS = 7  # of a probability: fp32 has no more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class PredictOptions(TokenizerOption):
     """Texts, or paths of images, to classify. Without any, they come from --input, or from standard
     input, one per line."""
     adapter: Place | None = None
-    """A classifier's adapter: the folder of a run, of this library or of PEFT, or the hub name of a
-    PEFT adapter."""
+    """The adapter of a classifier: the folder of a run, of this library or of PEFT, or the hub name
+    of a PEFT adapter."""
     model: Place | None = None
-    """The base: a hub name or a folder. By default the base that the adapter names. Without
-    --adapter, a model with its own head, such as `train.export --merged` writes."""
+    """The base model: a hub name or a folder. By default the base that the adapter names. Without
+    --adapter, a model that has its own head, such as one that `train.export --merged` writes."""
     input: str | None = None
     """A file of texts: rows with fields (JSONL, JSON, CSV, TSV, also gzipped, or Parquet) or, with
     any other ending, one text per line. For images also a folder of them."""
@@ -70,7 +70,8 @@ class PredictOptions(TokenizerOption):
     field_pair: str | None = None
     """The field of --input that holds a second text, for pairs (a premise and a hypothesis)."""
     out: str | None = None
-    """The file to write; it appears once it is complete. By default standard output."""
+    """The path of the output file, which appears when it is complete. By default standard
+    output."""
     format: Format | None = None
     """The format of the output: JSON lines, or CSV. By default CSV if --out ends in .csv, else JSON
     lines."""
@@ -80,7 +81,7 @@ class PredictOptions(TokenizerOption):
     """Names of the classes, in the order of their indices, if neither the adapter nor the model
     names them."""
     batch_size: int = 32
-    """Texts or images in memory at once."""
+    """The number of texts or images that the model reads at the same time."""
     seq_len: int | None = None
     """The maximum number of tokens of a text. By default the model's."""
     truncate: bool = False
@@ -124,8 +125,8 @@ def run(options: PredictOptions) -> None:
             class_probabilities = probabilities(
                 apply, params, inputs, batch_size=options.batch_size, progress=progress
             )
-        file_format = output_format(options.format, options.out)
-        write(file, file_format, texts, class_probabilities, classifier.labels, kind)
+        file_format = choose_output_format(options.format, options.out)
+        write_predictions(file, file_format, texts, class_probabilities, classifier.labels, kind)
 
 
 def check(options: PredictOptions, named_options: frozenset[str] = frozenset()) -> None:
@@ -136,21 +137,27 @@ def check(options: PredictOptions, named_options: frozenset[str] = frozenset()) 
       named_options: the names of those on the command line.
     """
     if options.texts and options.input is not None:
-        raise UserError("texts come from the command line or from --input: give one of them")
-    field_options = sorted({"field", "field_pair"} & named_options)
-    if field_options and (options.input is None or not holds_rows(options.input)):
         raise UserError(
-            f"{flag(field_options[0])} names a field of --input's rows, and there are none: give "
-            "a file of rows, or leave it out"
+            "The command line names texts, and --input names a file of texts. Use only one of the "
+            "two."
+        )
+    field_options = sorted({"field", "field_pair"} & named_options)
+    if field_options and (options.input is None or not is_row_file(options.input)):
+        raise UserError(
+            f"{flag(field_options[0])} names a field of the rows of --input, but --input is not a "
+            f"file of rows. Pass a file of rows, or remove {flag(field_options[0])}."
         )
     if options.overwrite and options.out is None:
-        raise UserError("--overwrite replaces the file of --out: name one, or leave it out")
+        raise UserError(
+            "--overwrite replaces the file of --out, but --out is not set. Pass --out, or remove "
+            "--overwrite."
+        )
     if options.allow_base_mismatch and options.adapter is None:
-        raise UserError("--allow-base-mismatch is about an adapter: name one with --adapter")
+        raise UserError("--allow-base-mismatch has no effect without an adapter. Pass --adapter.")
     if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least 1 is needed")
+        raise UserError(f"--batch-size {options.batch_size} is too small. Pass at least 1.")
     if options.seq_len is not None and options.seq_len < 3:
-        raise UserError(f"--seq-len {options.seq_len}: at least 3 is needed")
+        raise UserError(f"--seq-len {options.seq_len} is too small. Pass at least 3.")
     check_other(options.out, options.input, "--out", "--input")
 
 
@@ -165,7 +172,10 @@ def read_inputs(
     if isinstance(outline.config, VisionConfig):
         for name in ("field_pair", "seq_len", "truncate"):
             if getattr(options, name):
-                raise UserError(f"{flag(name)} is about texts, and {outline.name} reads images")
+                raise UserError(
+                    f"{flag(name)} applies to texts, but {outline.name} reads images. Remove "
+                    f"{flag(name)}."
+                )
         names, images = read_images(options.texts, options.input, options.field, outline)
         return names, images, "image"
     texts = read_texts(options)
@@ -181,14 +191,14 @@ def read_texts(options: PredictOptions) -> Texts:
     return read_standard_input()
 
 
-def output_format(format: Format | None, out: str | None) -> Format:
+def choose_output_format(format: Format | None, out: str | None) -> Format:
     """Returns the format of --format; else that of the file's ending, or JSON lines."""
     if format is not None:
         return format
     return "csv" if out is not None and out.lower().endswith(".csv") else "jsonl"
 
 
-def write(
+def write_predictions(
     file: TextIO,
     format: Format,
     texts: Texts,
@@ -213,7 +223,7 @@ def write(
         table.writerow([kind, *pair_column, "label", "probability", *label_columns])
     for i, text_probabilities in enumerate(probabilities):
         best = int(text_probabilities.argmax())
-        rounded = [round(float(p), _DECIMALS) for p in text_probabilities]
+        rounded = [round(float(p), _PROBABILITY_DECIMALS) for p in text_probabilities]
         fields: dict[str, object] = {kind: texts.first[i]}
         if texts.second is not None:
             fields["text_pair"] = texts.second[i]

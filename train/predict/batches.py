@@ -11,13 +11,13 @@ from lora_jax.training.data.vision.images import Images
 from lora_jax.training.losses import logits_of
 from train.predict.texts import TokenizedTexts
 
-_LEAST_LENGTH = 16  # tokens
+_MIN_LENGTH = 16  # tokens
 
 
-def lengths_up_to(most: int) -> tuple[int, ...]:
+def padded_lengths_up_to(most: int) -> tuple[int, ...]:
     """Returns the lengths that texts are padded to: doubling, up to the most tokens of a text."""
     lengths: list[int] = []
-    length = _LEAST_LENGTH
+    length = _MIN_LENGTH
     while length < most:
         lengths.append(length)
         length *= 2
@@ -41,7 +41,7 @@ def batches(
       The indices of a batch's texts, its rows, and its length.
     """
     rows = min(batch_size, 1 << max(0, len(lengths) - 1).bit_length())
-    padded_lengths = lengths_up_to(most)
+    padded_lengths = padded_lengths_up_to(most)
     group_of_text = np.searchsorted(padded_lengths, lengths)
     for group in reversed(range(len(padded_lengths))):
         texts = np.flatnonzero(group_of_text == group)
@@ -75,7 +75,7 @@ def probabilities(
     n_done = 0
     out = None
     for indices, batch in input_batches:
-        values = np.asarray(_run(apply, of, params, batch))
+        values = np.asarray(_run_classifier(apply, of, params, batch))
         if out is None:
             out = np.empty((len(inputs), values.shape[-1]), np.float32)
         out[indices] = values[: len(indices)]
@@ -90,7 +90,7 @@ def _text_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yields the indices of a batch's texts, and the batch."""
     for texts, rows, length in batches(tokens.lengths, batch_size, tokens.most):
-        yield texts, _batch(tokens, texts, rows, length)
+        yield texts, _make_batch(tokens, texts, rows, length)
 
 
 def _image_batches(
@@ -104,13 +104,13 @@ def _image_batches(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(
+def _run_classifier(
     apply: Forward, of: Callable[[jax.Array], jax.Array], params: Tree, batch: Batch
 ) -> jax.Array:
     return of(logits_of(apply, params, batch))
 
 
-def _batch(
+def _make_batch(
     tokens: TokenizedTexts, texts: np.ndarray, rows: int, length: int
 ) -> dict[str, np.ndarray]:
     """Returns texts as arrays [rows, length], padded on the right; spare rows repeat the first."""

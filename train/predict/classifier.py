@@ -12,8 +12,8 @@ from train.run.classifiers import read_classifier_info, read_fields
 from train.run.pretrained import ModelInfo, read_model
 
 # The ends of transformers' names of such models.
-_HEADS = ("ForSequenceClassification", "ForImageClassification")
-_OTHER_PROBLEMS = ("multi_label_classification", "regression")
+_CLASSIFIER_SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
+_UNSUPPORTED_PROBLEM_TYPES = ("multi_label_classification", "regression")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,8 @@ def find_classifier(
     """
     if adapter is None and model is None:
         raise UserError(
-            "name a classifier: the folder of a run or of an adapter with --adapter, or a model "
-            "that has its own head with --model"
+            "No classifier is named. Pass the folder of a run or an adapter with --adapter, or a "
+            "model that has its own head with --model."
         )
     source = find_adapter(adapter) if adapter is not None else None
     name = model if model is not None else (source.base() if source else "")
@@ -89,49 +89,50 @@ def find_classifier(
     config: Any = outline.config
     if config.num_labels < 2:
         raise UserError(
-            f"{source.option if source else f'--model {name}'} has one class: it is a regression "
-            "model or a reward model (which --reward of train.grpo takes), and a classifier is "
-            "needed"
+            f"{source.option if source else f'--model {name}'} has one class, so it is a "
+            "regression model or a reward model. Pass a classifier here. Pass a reward "
+            "model to --reward of train.grpo."
         )
     if source:
         source.check(outline, allow_base_mismatch=allow_base_mismatch)
     elif outline.absent:
         raise UserError(
-            f"--model {name}: its files hold no {outline.absent[0]}, so its head is not trained: "
-            "give the adapter of a classifier with --adapter, or another model"
+            f"--model {name}: The files contain no {outline.absent[0]}, so the head is not "
+            "trained. Pass the adapter of a classifier with --adapter, or use another "
+            "model."
         )
     adapter_labels = tuple(source.base_info.get("labels", ())) if source else ()
-    return Classifier(outline, source, _labels(adapter_labels, config, labels))
+    return Classifier(outline, source, _choose_labels(adapter_labels, config, labels))
 
 
 def _check_own_head(name: str, source: AdapterSource | None) -> None:
     """Raises a UserError if a model has no head for classes, and the adapter brings none."""
     architectures = read_fields(name).get("architectures") or ["no architecture"]
-    if any(architecture.endswith(_HEADS) for architecture in architectures):
+    if any(architecture.endswith(_CLASSIFIER_SUFFIXES) for architecture in architectures):
         return
     what = f"--model {name} is not a classifier: its config.json names {', '.join(architectures)}"
     if source is None:
         raise UserError(
-            f"{what}, and one whose name ends in {' or '.join(_HEADS)} is needed. For a "
-            "classifier that a run trained, give --adapter"
+            f"{what}. Use a model whose architecture ends in {' or '.join(_CLASSIFIER_SUFFIXES)}. "
+            "For a classifier that a run trained, pass --adapter."
         )
     raise UserError(
-        f"{source.option} is not the adapter of a classifier: it has no head, and {what}. Give the "
-        "adapter of a classifier (a run of train.classify, or one of PEFT's task type SEQ_CLS)"
+        f"{source.option} is not the adapter of a classifier, because it has no head, and {what}. "
+        "Pass a run of train.classify, or a PEFT adapter of the task type SEQ_CLS."
     )
 
 
 def _check_problem(name: str) -> None:
     """Raises a UserError if a model was trained for something else than one class a text."""
     problem = read_fields(name).get("problem_type")
-    if problem in _OTHER_PROBLEMS:
+    if problem in _UNSUPPORTED_PROBLEM_TYPES:
         raise UserError(
-            f"--model {name}: its config.json has the problem_type {problem}, and only one class a "
-            "text is supported (single_label_classification)"
+            f"--model {name}: config.json has the problem_type {problem}, but only one class per "
+            "text is supported. Use a model of single_label_classification."
         )
 
 
-def _labels(
+def _choose_labels(
     adapter_labels: Sequence[str],
     config: EncoderConfig | VisionConfig,
     option: Sequence[str],
@@ -140,12 +141,13 @@ def _labels(
     known_labels = tuple(adapter_labels) or config.label_names
     if known_labels and option:
         raise UserError(
-            f"--labels: the classes have names, {', '.join(known_labels)}: leave it out"
+            "--labels cannot be used, because the classes already have names "
+            f"({', '.join(known_labels)}). Remove --labels."
         )
     if option and (len(option) != config.num_labels or len(set(option)) < len(option)):
         raise UserError(
-            f"--labels {' '.join(option)}: {config.num_labels} different names are needed, one a "
-            "class"
+            f"--labels {' '.join(option)}: The classifier has {config.num_labels} classes. Pass "
+            f"{config.num_labels} different names, one per class."
         )
     default_labels = tuple(f"LABEL_{i}" for i in range(config.num_labels))
     return known_labels or tuple(option) or default_labels

@@ -18,7 +18,7 @@ from train.data.files import IMAGE_FIELD, list_images, locate_images
 from train.options.paths import kind_of
 from train.run.pretrained import ModelInfo
 
-_BLOCK_TEXTS = 256  # that are tokenised at once
+_TEXTS_PER_TOKENIZER_CALL = 256  # that are tokenised at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TokenizedTexts:
         return np.array([len(ids) for ids in self.ids])
 
 
-def holds_rows(path: str) -> bool:
+def is_row_file(path: str) -> bool:
     """Returns True if a file has rows with fields, by its ending; others have a text a line."""
     return kind_of(path) is not None
 
@@ -76,7 +76,7 @@ def read_arguments(texts: Sequence[str]) -> Texts:
     """
     for number, text in enumerate(texts, start=1):
         if not text.strip():
-            raise UserError(f"text {number} of the command line is empty: leave it out")
+            raise UserError(f"text {number} of the command line is empty. Remove it.")
     return Texts(list(texts), None, [f"text {n}" for n in range(1, len(texts) + 1)])
 
 
@@ -85,9 +85,9 @@ def _texts_of_lines(lines: Sequence[Entry], source: str) -> Texts:
     text_of_name = {name: line for name, line in lines if line}
     n_empty = len(lines) - len(text_of_name)
     if n_empty > 0:
-        print(f"{source}: {n_empty} empty lines are left out", file=sys.stderr)
+        print(f"{source}: {n_empty} empty lines were skipped.", file=sys.stderr)
     if not text_of_name:
-        raise UserError(f"{source} has no text: give one a line")
+        raise UserError(f"{source} has no text. Write one text per line.")
     return Texts([*text_of_name.values()], None, [*text_of_name])
 
 
@@ -98,11 +98,11 @@ def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
       UserError: there is no such file, it cannot be read, or a row has no text.
     """
     entries = read_entries(path, "--input")
-    if not holds_rows(path):
+    if not is_row_file(path):
         return _texts_of_lines(entries, path)
 
     def texts(option: str, field: str) -> list[str]:
-        return [_text(row, name, option, field) for name, row in entries]
+        return [_text_of_row(row, name, option, field) for name, row in entries]
 
     second = None if field_pair is None else texts("--field-pair", field_pair)
     return Texts(texts("--field", field), second, [name for name, _ in entries])
@@ -114,14 +114,19 @@ def read_standard_input() -> Texts:
     return _texts_of_lines(name_lines(read_typed_lines("text"), source), source)
 
 
-def _text(row: Row, name: str, option: str, field: str) -> str:
+def _text_of_row(row: Row, name: str, option: str, field: str) -> str:
     """Returns the text in a field of a row; raises a UserError if there is none."""
     value = row.get(field)
     if isinstance(value, str) and value.strip():
         return value
     if field in row:
-        raise UserError(f"{name}: `{field}` is {shown(value)}; a text is needed")
-    raise UserError(f"{name} has {field_names(row)}, and no `{field}`: name the field by {option}")
+        raise UserError(
+            f"{name}: `{field}` is {shown(value)}. Write a text that is not empty into this field."
+        )
+    raise UserError(
+        f"{name} has {field_names(row)}, and no `{field}`. Name the field of the text with "
+        f"{option}."
+    )
 
 
 def tokenize(
@@ -149,8 +154,8 @@ def tokenize(
     limit: dict[str, Any] = {"truncation": True, "max_length": most} if truncate else {}
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
-    for start in range(0, len(texts), _BLOCK_TEXTS):
-        block = slice(start, start + _BLOCK_TEXTS)
+    for start in range(0, len(texts), _TEXTS_PER_TOKENIZER_CALL):
+        block = slice(start, start + _TEXTS_PER_TOKENIZER_CALL)
         second = texts.second[block] if texts.second else None
         encoded = outline.tokenizer(
             texts.first[block], second, return_token_type_ids=True, verbose=False, **limit
@@ -165,9 +170,9 @@ def tokenize(
         limit_name = "--seq-len" if seq_len is not None else "the model"
         raise UserError(
             f"{len(too_long)} of {len(texts)} texts have more tokens than the {most} that "
-            f"{limit_name} allows; the first is {texts.names[too_long[0]]}, with "
-            f"{tokens.lengths[too_long[0]]}. "
-            "Cut them off at the end with --truncate, or leave them out"
+            f"{limit_name} allows. "
+            f"The first is {texts.names[too_long[0]]}, with {tokens.lengths[too_long[0]]} tokens. "
+            "Cut them off at the end with --truncate, or remove them."
         )
     return tokens
 
@@ -202,13 +207,15 @@ def _image_rows(paths: Sequence[str], source: str | None, field: str) -> list[Ro
     """Returns a row for each image of the command line, of --input, or of standard input."""
     if source is None:
         files = [*paths] or read_standard_input().first
-    elif holds_rows(source) and Path(source).expanduser().is_file():
+    elif is_row_file(source) and Path(source).expanduser().is_file():
         rows: list[Row] = [row for _, row in read_entries(source, "--input")]
         return locate_images(rows, field, source)
     elif Path(source).expanduser().is_dir():
         files = list_images(source)
         if not files:
-            raise UserError(f"--input {source}: there is no image in this folder")
+            raise UserError(
+                f"--input {source}: This folder contains no image. Pass a folder of images."
+            )
     else:
         files = read_text_file(source, "", None).first
     return [{field: path} for path in files]

@@ -63,12 +63,14 @@ def run(options: ServeOptions) -> None:
     outline = read_model_info(options.model, options.tokenizer).quantized(options.quantize)
     outline = outline.with_template(options.chat_template)
     if isinstance(outline.config, models.EncoderConfig):
-        raise UserError(f"--model {options.model} is an encoder, which writes no text")
+        raise UserError(
+            f"--model {options.model} is an encoder, which cannot generate text. Pass a decoder."
+        )
     if outline.is_torch:
         raise UserError(
-            f"--model {options.model} ({outline.config.model_type}) is of no family of this "
-            "library: a server keeps keys and values of prompts, and a torch module's are its own; "
-            "answer by train.generate, or serve a saved model elsewhere"
+            f"--model {options.model} ({outline.config.model_type}) runs as a torch module, and "
+            "the server needs access to its KV cache. Use train.generate, or pass a model "
+            "of a family that this library implements."
         )
     outline, sampling = apply_generation_config(outline, options.generation_config)
     length = length_of(options, outline)
@@ -79,7 +81,7 @@ def run(options: ServeOptions) -> None:
         access.starting = StartProgress(outline.name)
         server = HttpServer(make_starting_app(access), options.host, options.port)
         exits.enter_context(server)
-        say(f"starts at {server.address}, where a page shows how far it is")
+        say(f"starts at {server.address}, where a page shows the progress")
         engine = _engine(options, outline, layout, length, access.starting.see)
         limits = TinkerLimits(
             room=options.tenants,
@@ -136,8 +138,8 @@ def _output(options: ServeOptions, exits: ExitStack) -> Path:
     contents = [path for path in paths if path.name != LOCK]  # a killed server leaves its lock
     if contents and not (folder / _LEDGER).exists():
         raise UserError(
-            f"--output {options.output} holds something else than a server's {_LEDGER}: name "
-            "another folder"
+            f"--output {options.output} contains files, but no {_LEDGER} of a server. Name another "
+            "folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -151,7 +153,7 @@ def _output(options: ServeOptions, exits: ExitStack) -> Path:
             else:
                 path.unlink()
     elif contents:
-        say(f"goes on with what {folder} holds (--fresh deletes it)")
+        say(f"continues with the contents of {folder} (--fresh deletes them)")
     return folder
 
 

@@ -29,7 +29,7 @@ _NUMBERS = {
     "prefix_memory": NOT_NEGATIVE,
     **dict.fromkeys(
         ("session_idle", "missing_timeout"),
-        NumberRange(lambda x: 60 <= x < float("inf"), "a minute or more is needed"),
+        NumberRange(lambda x: 60 <= x < float("inf"), "60 seconds or more are needed"),
     ),
     "port": NumberRange(
         lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"
@@ -47,61 +47,63 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     )
 
     model: Place = DEFAULT_MODEL
-    """The base: a hub name, a folder or a GGUF file. Clients name it as it is given here."""
+    """The base model: a hub name, a folder or a GGUF file. Clients use this name for it."""
     adapters: str | None = None
-    """A folder of adapters: each folder in it, of a run, of this library or of PEFT, is a model of
-    its name, and is read at its first use."""
+    """The path of a folder of adapters. Each folder in it (of a run, of this library or of PEFT) is
+    served as a model with the folder's name, and is loaded when it is first used."""
     output: str = "runs/serve"
-    """The folder of what lasts: tenants, their checkpoints, and the commands that they gave. A
-    server that is started again goes on with it."""
+    """The path of the folder for tenants, their checkpoints and their commands. A server that
+    starts again with this folder continues from them."""
     fresh: bool = False
-    """Delete what lasts in --output, and begin anew."""
+    """Delete the contents of --output, and start again."""
     tenants: int = 64
-    """Adapters that train in memory at once. Others lie on disk until their next command; so do
-    those of a session that was silent for two minutes."""
+    """Number of adapters that train in memory at the same time. The others stay on disk until their
+    next command, as do those of a session that was silent for two minutes."""
     tenants_per_key: int | None = None
-    """Adapters that train in memory at once by one name of --keys, so that no one takes all. By
-    default as many as --tenants."""
+    """Number of adapters that one name of --keys may train in memory at the same time. By default
+    --tenants."""
     session_idle: float | None = None
-    """Seconds without a heartbeat, command or sample after which a session ends: what it trained
-    and did not save is deleted. By default, it lies on disk until its client, or somebody on the
+    """Seconds without a heartbeat, command or sample after which a session ends and its unsaved
+    training is deleted. By default a session stays on disk until its client, or somebody on the
     server's page, ends it."""
     missing_timeout: float = 600.0
-    """Seconds for which commands of an adapter that trains wait for an earlier one that did not
-    come. Then they get an error that names it, and the gradient before it is dropped."""
+    """Seconds for which the commands of an adapter wait for an earlier command that is missing.
+    Then they fail with an error that names the missing command, and the gradient before it is
+    dropped."""
     slots: int = 8
-    """Adapters that completions drawn side by side may have."""
+    """Number of different adapters that the completions of one batch may use."""
     max_rank: int = 32
-    """The largest rank of an adapter. Memory and time of each adapter are those of this rank."""
+    """The largest rank of an adapter. Each adapter takes the memory and time of this rank."""
     sequences: int = 32
-    """Completions that are drawn side by side; others wait."""
+    """Number of completions that are generated at the same time. Others wait."""
     prefix_memory: float = 1.0
-    """Gigabytes on the device, at most, for what was computed of prompts: a chat's earlier turns,
-    and what prompts begin with alike, are found again and not run again. 0 for none. An owner of
-    --keys finds nothing of others', so that times of answers tell nothing of their prompts."""
+    """Maximum size in gigabytes of the cache of prompt prefixes on the device. Earlier turns of a
+    chat, and beginnings that prompts share, are read from the cache and not computed again. 0
+    turns the cache off. Owners of --keys do not share the cache, so that the time of an answer
+    tells nothing about other owners' prompts."""
     fast_prompts: bool = False
-    """Run pieces of several short prompts together, and find what completions drew again as well.
-    Last bits of an answer then depend on what else was asked for."""
+    """Run pieces of several short prompts together, and also put generated tokens into the prefix
+    cache. The last bits of an answer then depend on the other requests."""
     max_length: int | None = None
-    """Tokens of a sequence at most, prompt and completion together. By default 1,024, or the
-    model's positions where they are fewer."""
+    """Maximum number of tokens of a sequence, prompt and completion together. By default 1,024, or
+    the model's number of positions if it is smaller."""
     tokens: int | None = None
-    """Tokens of a batch that is trained on at once, padding included. By default --max-length."""
+    """Number of tokens of a training batch, padding included. By default --max-length."""
     remat: bool = False
-    """Recompute activations in the backward pass, which takes less memory and more time."""
+    """Recompute activations in the backward pass. This takes less memory and more time."""
     mesh: str | None = None
     """The device mesh, such as fsdp=4,tensor=2; see train.sft."""
     quantize: Quantize | None = None
-    """Codes to keep the base's kernels in; see train.sft."""
+    """The format in which the base's kernels are quantized; see train.sft."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the base and its activations. Adapters are always float32."""
     attention: Literal["auto", "dense", "blockwise"] = "auto"
     """Computation of attention; see train.generate."""
     keys: str | None = None
-    """A file of keys, a `name key` a line. A request needs one, and whoever has one sees nothing of
-    the others. Tinker's client takes keys that begin with tml- only."""
+    """The path of a file of keys, one `name key` per line. Each request needs a key, and sees
+    nothing of other names. Tinker's client only takes keys that begin with tml-."""
     host: Words = "127.0.0.1"
-    """The address to listen at. Any but this machine's own needs --keys."""
+    """The address to listen at. An address that other machines reach needs --keys."""
     port: int = 8000
     """The port to listen at."""
     allow_origin: tuple[Words, ...] = ()
@@ -109,8 +111,9 @@ class ServeOptions(TokenizerOption, TemplateOption, GenerationOption):
     Without --keys, a request is refused if another page than the server's own sent it, or if its
     Host is none of localhost, 127.0.0.1, [::1] and the hosts of these origins."""
     trust_request_chat_template: bool = False
-    """Let requests bring a `chat_template`, as vLLM's option of this name does. It runs as a
-    program, which may take time and memory without end: for clients that you trust."""
+    """Let requests bring a `chat_template`, as vLLM's option of this name does. A template runs as
+    a program that may take unlimited time and memory. Use this option only if you trust all
+    clients."""
     compilation_cache: Words | None = None
     """The folder where JAX keeps compiled programs for later runs, or off. By default
     lora_jax/jax in the user's cache folder, or JAX_COMPILATION_CACHE_DIR."""
@@ -134,21 +137,24 @@ def check(options: ServeOptions) -> dict[str, str] | None:
         read_origin(origin)
     if options.keys is None and not is_loopback(options.host):
         raise UserError(
-            f"--host {options.host}: others reach this address, and could do all that you can: "
-            "give --keys with a file of `name key` lines, or leave --host out"
+            f"--host {options.host} can be reached by others, who could use the server as you can. "
+            "Pass --keys with a file of `name key` lines, or remove --host."
         )
     tenants_per_key = options.tenants_per_key
     shares_nothing = options.keys is None or (tenants_per_key or 0) > options.tenants
     if tenants_per_key is not None and shares_nothing:
         raise UserError(
-            f"--tenants-per-key {tenants_per_key} changes nothing: it shares out the "
-            f"{options.tenants} of --tenants among the names of --keys: give fewer, and --keys"
+            f"--tenants-per-key {tenants_per_key} has no effect, because it limits each name of "
+            f"--keys to fewer than the {options.tenants} of --tenants. Pass --keys and a "
+            "smaller number."
         )
     if options.adapters is not None and not Path(options.adapters).expanduser().is_dir():
-        raise UserError(f"--adapters {options.adapters}: there is no such folder")
+        raise UserError(
+            f"--adapters {options.adapters}: This folder does not exist. Check the path."
+        )
     output = Path(options.output).expanduser()
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {options.output} is a file: a folder is needed")
+        raise UserError(f"--output {options.output} is a file. Pass a folder.")
     return None if options.keys is None else read_keys(Path(options.keys))
 
 

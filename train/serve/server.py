@@ -211,7 +211,7 @@ class HttpServer:
             while not signals and self._thread.is_alive():
                 time.sleep(_POLL_SECONDS)
             access.draining = True
-            say("ends: what runs is finished; a second Ctrl-C ends it at once")
+            say("ends after the running requests; press Ctrl-C again to end at once")
             n_signals = len(signals)
             seconds_left = _DRAIN_SECONDS
             while access.running.total() and len(signals) == n_signals and seconds_left > 0:
@@ -248,8 +248,8 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((name, port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port}: the server cannot listen there ({error.strerror}): "
-            "another one may run: stop it, or give another --port"
+            f"The server cannot listen at --host {host} --port {port} ({error.strerror}). Another "
+            "server may use this port. Stop it, or pass another --port."
         ) from error
 
 

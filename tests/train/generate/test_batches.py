@@ -19,7 +19,7 @@ from tests.train.tiny import CHATML, SPECIAL, write_jsonl, write_model
 from train.generate import __main__ as generate
 from train.generate import answers, batch
 from train.generate.options import parse
-from train.generate.shared_base import LoadedAdapters, base_of, find_adapters
+from train.generate.shared_base import LoadedAdapters, choose_base, find_adapters
 from train.run import pretrained
 from train.run.pretrained import read_model_info
 
@@ -152,7 +152,7 @@ def test_who_types_a_line_waits_for_its_answer(made, expected, monkeypatch, caps
         ask("--model", folder / "base-model")
     said.append(capsys.readouterr())
     assert said[1].out.strip() == expected("base", PROMPTS[0])
-    assert "prompt 2 is left out: prompt and --max-new-tokens" in said[2].err
+    assert "prompt 2 was skipped: prompt and --max-new-tokens" in said[2].err
     assert said[3].out.strip() == expected("base", PROMPTS[2])
     assert "1 prompts got no answer" in said[3].err
 
@@ -164,7 +164,7 @@ def test_one_base_is_in_memory_and_adapters_of_one_structure_share_what_is_compi
     options = parse([*["--adapter", *options.adapter, str(folder / "peft"), "base"]])
     adapters = find_adapters(options.adapter)
     sources = [adapter.source for adapter in adapters if adapter.source is not None]
-    outline = read_model_info(base_of(sources, options.model))
+    outline = read_model_info(choose_base(sources, options.model))
     loaded = LoadedAdapters(model, trees["base"], adapters, outline, options)
     used = {name: loaded.use(name) for name in loaded.names}
     assert list(used) == ["a", "sql", "peft", "base"]
@@ -225,7 +225,7 @@ def test_what_is_ready_when_the_rest_is_interrupted_is_kept(made, tmp_path, caps
         said = capsys.readouterr().err
         assert caught.value.code == 130
         if allowed:
-            assert f"4 of 5 answers were ready; they are in {out}" in said
+            assert f"4 of 5 answers. The finished answers are in {out}" in said
             texts = [line["prompt"] for line in lines_of(out)]
             assert texts == [one for one in PROMPTS if one != "7?"]  # the shortest comes last
             out.unlink()
@@ -285,26 +285,26 @@ def test_few_lengths_are_compiled():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("--prompt a b --top-k 3", "--top-k is about sampling, and --temperature 0"),
-        ("--prompt a --num-samples 2", "--num-samples is about sampling"),
+        ("--prompt a b --top-k 3", "--top-k has no effect, because --temperature 0"),
+        ("--prompt a --num-samples 2", "--num-samples has no effect"),
         ("--prompt a --temperature 1 --top-k 0", "--top-k 0: at least 1 is needed"),
-        ("--prompt a --batch-size 3", "--batch-size is about several answers"),
+        ("--prompt a --batch-size 3", "--batch-size has no effect"),
         ("--prompt a --prompts FILE", "--prompts and --prompt both name prompts"),
-        ("--prompt --top-k 3", "--prompt has no value: give one"),
+        ("--prompt --top-k 3", "--prompt has no value. Pass a value"),
         ("--prompts LONG --output LONG --overwrite", "is also the file of --prompts. Pass another"),
         ("--prompt a --overwrite", "--overwrite replaces the file of --output"),
-        ("--prompt a --no-merge", "--no-merge is about an adapter: name one"),
+        ("--prompt a --no-merge", "--no-merge has no effect without an adapter"),
         ("--prompt a --merge --no-merge --adapter SQL", "--merge contradicts --no-merge"),
-        ("--interactive --output FILE", "--output has no effect on a chat"),
-        ("--prompt a --adapter nowhere", "--adapter nowhere: there is no such folder"),
-        ("--prompt a --adapter SQL SQL", "is there twice; give names: --adapter name=folder"),
-        ("--prompt a --adapter base=SQL", "base is the base alone; choose another name"),
-        ("--prompt a --adapter SQL x=OTHER", "BASE, and --adapter OTHER on OTHERBASE: one base"),
+        ("--interactive --output FILE", "--output has no effect in a chat"),
+        ("--prompt a --adapter nowhere", "--adapter nowhere: There is no such folder"),
+        ("--prompt a --adapter SQL SQL", "different names with --adapter name=folder"),
+        ("--prompt a --adapter base=SQL", "The name base stands for the base model"),
+        ("--prompt a --adapter SQL x=OTHER", "BASE, and --adapter OTHER on OTHERBASE. One command"),
         ("--prompts BROKEN", "BROKEN, line 2 is not JSON"),
         ("--prompts nowhere.txt", "--prompts nowhere.txt does not exist"),
         ("--prompts WRONG", "WRONG, line 2 has `question`, but a row needs `prompt`"),
         ("--prompts ANSWERED", "ANSWERED, line 1 ends with an assistant's turn"),
-        ("--prompts SYSTEM --system b", "SYSTEM, line 1 has a system prompt of its own"),
+        ("--prompts SYSTEM --system b", "SYSTEM, line 1 already contains a system prompt"),
         ("--prompts LONG", "LONG, line 2: prompt and --max-new-tokens (and of 1 more prompts): "),
     ],
 )

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_length(monkeypatch):
     """All prompts are padded to one length: few programs are compiled."""
-    monkeypatch.setattr(answers, "_MULTIPLE", 256)
+    monkeypatch.setattr(answers, "_PADDING_MULTIPLE", 256)
 
 
 @pytest.fixture
@@ -111,12 +111,12 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(made, talk, monkeypatch):
     monkeypatch.setattr(answers, "stream", pressed)
     lines = [KeyboardInterrupt, "3?", "4?", "\n", "5?"]
     said, turns = talk("--model", made[0], "--stop", "nothing", lines=lines)
-    assert "/quit or Ctrl-D ends the chat" in said
+    assert "Type /quit or press Ctrl-D to end the chat." in said
     cut = said[said.index("base> 3?") + 1]
-    assert said[said.index("base> 3?") + 2] == "(stopped; the conversation keeps what was said)"
+    assert said[said.index("base> 3?") + 2].startswith("(Stopped. The conversation keeps")
     assert turns[1][1][1] == {"role": "assistant", "content": cut}
-    assert "(cut off at --max-new-tokens 5)" in said
-    assert "(stopped before the first word: the question is forgotten)" in said
+    assert "(The answer was cut off at --max-new-tokens 5.)" in said
+    assert any("(Stopped before the first word." in line for line in said)
     assert turns[1][1][2:] == [{"role": "user", "content": "4?"}] and len(turns) == 3
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -125,9 +125,9 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(made, talk, monkeypatch):
 def test_a_conversation_that_fills_the_models_positions(made, talk):
     lines = ["a" * 150, "b" * 40, "c", "/reset", "c"]
     said, turns = talk("--model", made[0], lines=lines)
-    full = [line for line in said if "/reset begins a new one" in line]
+    full = [line for line in said if "Type /reset to begin a new conversation" in line]
     assert len(turns) < 5 and len(full) > 0
-    assert "the conversation has" in full[0] and "allows 256" in full[0]
+    assert "The conversation has" in full[0] and "allows at most 256" in full[0]
     assert turns[-1][1] == [{"role": "user", "content": "c"}], "it begins anew"
 
 
@@ -135,7 +135,7 @@ def test_a_model_without_a_template_does_not_chat(tmp_path, capsys):
     model = write_model(tmp_path / "model", template=None)
     with pytest.raises(SystemExit):
         generate.main(["--interactive", "--model", str(model)])
-    assert "has no chat template to put a conversation into: give single" in capsys.readouterr().err
+    assert "has no chat template. Pass single texts" in capsys.readouterr().err
 
 
 class Terminal:
@@ -185,10 +185,10 @@ def test_in_a_terminal(tmp_path):
         terminal.until("\x1b[K")  # the first text takes the place of the sign for waiting
         began = time.monotonic()
         terminal.send("\x03")
-        terminal.until("^C", "(stopped; the conversation keeps", "base> ")
+        terminal.until("^C", "(Stopped. The conversation keeps", "base> ")
         assert time.monotonic() - began < 20
         # A signal before readline waits for a key waits for one, too: then another one is sent.
-        terminal.until("/quit or Ctrl-D ends the chat", "base> ", again="\x03")
+        terminal.until("/quit or press Ctrl-D to end the chat", "base> ", again="\x03")
         terminal.send("/adapter\n")
         terminal.until("base answers", "base> ")
         terminal.send("\x04")

@@ -163,7 +163,7 @@ def test_it_is_refused_where_other_options_leave_it_nothing_to_say(base, tmp_pat
     made = copied(base[0], tmp_path / "made", {"temperature": 0.7, "top_p": 0.9})
     line = ["--model", made, "--prompt", PROMPT, "--generation-config", "auto", "--temperature"]
     said = fails(capsys, generate.main, *line, 0)
-    assert "--generation-config says how to sample, and --temperature 0 always takes" in said
+    assert "--generation-config has no effect, because --temperature 0 always takes" in said
     said = fails(capsys, generate.main, *line, 0.5, "--top-p", 0.5)
     assert "--generation-config auto has no effect, because --temperature, --top-p" in said
 

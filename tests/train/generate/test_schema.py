@@ -48,7 +48,7 @@ def test_answers_are_what_the_schema_describes(base, tmp_path):
 def test_a_schema_that_cannot_be_is_named(base, tmp_path, capsys):
     for text, problem in (
         ('{"properties": {"a": {"not": {}}}}', "properties.a: Unimplemented keys"),
-        ("{", "it is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "a JSON schema, an object, is needed"),
     ):
         (tmp_path / "schema.json").write_text(text)

@@ -24,7 +24,7 @@ def shown(made, tokens, size=1):
     pieces = []
     for at in range(0, len(tokens), size):
         made.add(tokens[at : at + size])
-        pieces.append(made.fresh())
+        pieces.append(made.take_new_text())
     return pieces
 
 
@@ -87,6 +87,6 @@ def test_the_pieces_are_the_text(tokens, size, stops):
     made, at_once = answer(stops), answer(stops)
     pieces = shown(made, tokens, size)
     made.ended = made.ended or "length"
-    assert "".join([*pieces, made.fresh()]) == made.text
+    assert "".join([*pieces, made.take_new_text()]) == made.text
     at_once.add(tokens)
     assert at_once.tokens == made.tokens and at_once.text == made.text

@@ -40,7 +40,7 @@ def test_a_file_of_options_names_the_output_as_well(tmp_path):
     text = launch_file(["slurm", "sft", "--config", str(config)])
     assert "OUTPUT=/shared/of-file  #" in text and f"(lora-jax sft --config {config})" in text
     config.write_text("resume: true\n")
-    with pytest.raises(UserError, match="--resume: the file decides"):
+    with pytest.raises(UserError, match="--resume cannot be used here"):
         launch_file(["slurm", "sft", "--config", str(config)])
 
 
@@ -50,9 +50,9 @@ def test_a_file_of_options_names_the_output_as_well(tmp_path):
         (["slurm"], r"a scheduler .* and a script"),
         (["pbs", *LINE], r"a scheduler \(slurm, jobset, skypilot\)"),
         (["slurm", "serve"], r"a script \(sft, dpo"),
-        (["slurm", *LINE, "--resume"], "--resume: the file decides"),
-        (["jobset", *LINE, "--coordinator", "a:1"], "--coordinator: the file decides"),
-        (["slurm", *LINE, "--many", "runs.csv"], "--many: the file starts one run"),
+        (["slurm", *LINE, "--resume"], "--resume cannot be used here"),
+        (["jobset", *LINE, "--coordinator", "a:1"], "--coordinator cannot be used here"),
+        (["slurm", *LINE, "--many", "runs.csv"], "--many cannot be used here"),
         (["jobset", *LINE, "--num-train-epochs", "1"], "--epochs"),
     ],
 )
@@ -66,7 +66,7 @@ def test_the_files_ask_whether_there_is_a_run(tmp_path, capsys):
         main(["resume", str(tmp_path)])
         assert capsys.readouterr().out.strip() == said
         (tmp_path / "config.yaml").touch()
-    with pytest.raises(UserError, match="needs the output folder"):
+    with pytest.raises(UserError, match="takes one argument, the output folder"):
         resume_option([])
 
 

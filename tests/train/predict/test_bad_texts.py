@@ -11,7 +11,7 @@ from tests.train.tiny import CHATML, tokenizer, write_jsonl
 from train.console.errors import UserError
 from train.generate import prompts
 from train.predict.texts import (
-    holds_rows,
+    is_row_file,
     read_arguments,
     read_standard_input,
     read_text_file,
@@ -40,11 +40,11 @@ def test_half_a_character_names_the_text(monkeypatch):
 def test_rows_of_a_file_are_named_by_their_line(tmp_path):
     path = tmp_path / "ROWS.JSONL"
     path.write_text('{"text": "a"}\n{"text": "b\\ud83d"}\n')
-    assert holds_rows(str(path))
+    assert is_row_file(str(path))
     with pytest.raises(UserError, match=rf"ROWS.JSONL, line 2 has \\ud83d .*{HALF}"):
         read_text_file(str(path), "text", None)
     write_jsonl(path, [{"text": "a"}, {"text": [7] * 5000}])
-    message = r"line 2: `text` is \[7, .*\.\.\.; a text is needed"
+    message = r"line 2: `text` is \[7, .*\.\.\.\. Write a text"
     with pytest.raises(UserError, match=message) as caught:
         read_text_file(str(path), "text", None)
     assert len(str(caught.value)) < 300
@@ -71,14 +71,14 @@ def test_labelled_texts_are_named_by_their_row():
     ],
 )
 def test_a_prompt_of_which_something_would_be_lost_is_refused(row, message):
-    prompt = prompts._prompt_of_row(row, "row 1")
+    prompt = prompts._prompt_from_row(row, "row 1")
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(UserError, match=message):
         prompts.tokenize([prompt], outline(template), None)
 
 
 def test_a_system_prompt_that_would_be_lost_is_refused():
-    prompt = prompts.prompt_of("a", "prompt 1")
+    prompt = prompts.prompt_from_text("a", "prompt 1")
     template = CHATML.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(
         UserError, match="prompt 1: .* does not show this turn of the role 'system'"

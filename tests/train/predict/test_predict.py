@@ -112,7 +112,7 @@ def test_texts_from_everywhere(tmp_path, monkeypatch, capsys):
         PredictOptions(),
     ):
         assert read_texts(options).first == TEXTS
-    assert "texts.txt: 1 empty lines are left out" in capsys.readouterr().err
+    assert "texts.txt: 1 empty lines were skipped" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_more_texts_compile_nothing_more(monkeypatch):
         return len(traced)
 
     assert run(9) == run(90) == 2 and set(traced) == {(4, 16), (4, 29)}
-    monkeypatch.setattr(batches, "lengths_up_to", lambda most: (6, 12, 18, 24, most))
+    monkeypatch.setattr(batches, "padded_lengths_up_to", lambda most: (6, 12, 18, 24, most))
     assert run(90) == 5
 
 
@@ -216,19 +216,19 @@ def test_a_file_is_whole_or_not_there(made, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["ab", "--input", "x.csv"], "from the command line or from --input: give one"),
-        (["ab", "--field", "body"], "--field names a field of --input's rows"),
-        (["--input", "x.txt", "--field", "body"], "--field names a field of --input's rows"),
+        (["ab", "--input", "x.csv"], "The command line names texts, and --input"),
+        (["ab", "--field", "body"], "--field names a field of the rows of --input"),
+        (["--input", "x.txt", "--field", "body"], "--field names a field of the rows of --input"),
         (["--input", "nowhere.txt"], "--input nowhere.txt does not exist"),
         (["--input", "nowhere.csv"], "--input nowhere.csv does not exist"),
         (["ab", "--overwrite"], "--overwrite replaces the file of --out"),
         (["ab", " "], "text 2 of the command line is empty"),
-        (["ab", "--batch-size", "0"], "--batch-size 0: at least 1"),
+        (["ab", "--batch-size", "0"], "--batch-size 0 is too small"),
         (["ab", "--seq-len", "99"], "--seq-len 99: the model"),
         (["a" * 30], "1 of 1 texts have more tokens than the 29 that the model allows"),
-        (["ab", "a" * 9, "--seq-len", "8"], "the 8 that --seq-len allows; the first is text 2"),
+        (["ab", "a" * 9, "--seq-len", "8"], "the 8 that --seq-len allows. The first is text 2"),
         (["ab", "--out", "."], "--out . is a folder"),
-        (["ab", "--labels", "a", "b", "c"], "the classes have names, low, middle, top: leave"),
+        (["ab", "--labels", "a", "b", "c"], "already have names (low, middle, top)"),
     ],
 )
 def test_bad_options(made, tmp_path, capsys, monkeypatch, args, words):
@@ -242,8 +242,8 @@ def test_rows_without_a_text_are_named(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrained, "from_pretrained", None)
     args = ["--adapter", made[0] / "run", "--input", tmp_path / "rows.jsonl"]
     for row, said in (
-        ({"text": None}, "line 2: `text` is None; a text is needed"),
-        ({"body": "ab"}, "line 2 has `body`, and no `text`: name the field by --field"),
+        ({"text": None}, "line 2: `text` is None. Write a text"),
+        ({"body": "ab"}, "line 2 has `body`, and no `text`. Name the field"),
     ):
         write_jsonl(tmp_path / "rows.jsonl", [{"text": "ab"}, row])
         assert said in fails(capsys, *args)
@@ -259,9 +259,9 @@ def test_rows_without_a_text_are_named(made, tmp_path, capsys, monkeypatch):
 def test_models_that_do_not_classify(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrained, "from_pretrained", None)
     folder = made[0]
-    assert fails(capsys, "ab").startswith("name a classifier: the folder of a run")
+    assert fails(capsys, "ab").startswith("No classifier is named")
     said = fails(capsys, "ab", "--model", folder / "base")
-    assert "its config.json names BertModel, and one whose name ends in" in said
+    assert "its config.json names BertModel. Use a model whose architecture ends in" in said
 
     llama = write_model(tmp_path / "llama")
     (llama / "config.json").write_text(
@@ -278,16 +278,16 @@ def test_models_that_do_not_classify(made, tmp_path, capsys, monkeypatch):
         (other / "config.json").write_text(json.dumps(fields | changes))
         return fails(capsys, "ab", "--model", other)
 
-    assert "its files hold no classifier/kernel, so its head is not trained" in of()
-    assert "problem_type multi_label_classification, and only one class a text" in of(
+    assert "The files contain no classifier/kernel, so the head is not trained" in of()
+    assert "problem_type multi_label_classification, but only one class per text" in of(
         problem_type="multi_label_classification"
     )
-    assert "has one class: it is a regression model" in of(num_labels=1)
+    assert "has one class, so it is a regression model" in of(num_labels=1)
     model, params = models.from_pretrained(folder / "base", **HEAD)
     tree = lj.lorafy(params, [lj.LoraRule(targets=["query"], rank=2)])
     lp.save(tmp_path / "plain", model, tree, base_model=str(folder / "base"))
     said = fails(capsys, "ab", "--adapter", tmp_path / "plain")
-    assert "is not the adapter of a classifier: it has no head" in said
+    assert "is not the adapter of a classifier, because it has no head" in said
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "ab", "label": i % 3} for i in range(30)])
     args = ["--init-adapter", tmp_path / "plain", "--dataset", rows, "--output", tmp_path / "run"]
     said = fails(capsys, *args, "--seq-len", 16, script=classify.main)

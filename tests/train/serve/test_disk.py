@@ -103,7 +103,7 @@ def test_who_waits_for_other_requests_of_the_server_is_told_so(monkeypatch, tmp_
     client = Client(FakeEngine(), tmp_path)
     with client.server.ledger.transaction():
         refused = client.post("create_session", 503)["detail"]
-    assert refused == "many requests write to the server's ledger: ask again"
+    assert refused == "many requests write to the server's ledger. Send the request again."
 
 
 def test_nobody_waits_while_files_are_copied(monkeypatch, tmp_path):

@@ -185,7 +185,7 @@ def test_duplicates_are_executed_once(tmp_path):
     assert client.engine.step(99) == 0 and kinds(client.engine) == ["Create"] + 2 * ["Gradient"]
     assert client.result(first) == client.result(first)  # it can be fetched again
     said = client.step(model, 2, status=400)["detail"]
-    assert "seq_id 2 is the number of a forward_backward" in said
+    assert "seq_id 2 already belongs to a forward_backward" in said
 
 
 def test_a_refused_command_uses_its_number_up(tmp_path):

@@ -240,7 +240,7 @@ def test_tokens_are_told_as_ids(client, engine):
     assert answer.choices[0].token_ids == want
     assert len(answer.choices[0].logprobs.content) == len(want)
     assert not hasattr(complete(client, [5]).choices[0], "token_ids")
-    with pytest.raises(openai.BadRequestError, match="they come whole: leave out `stream`"):
+    with pytest.raises(openai.BadRequestError, match="They come whole. Remove `stream`"):
         complete(client, [5], stream=True, **extra)
 
 

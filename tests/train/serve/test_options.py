@@ -42,7 +42,7 @@ def test_options_that_make_sense(tmp_path):
         ("--max-length 1", "--max-length 1"),
         ("--port 70000", "--port 70000"),
         ("--tenants-per-key 0", "--tenants-per-key 0"),
-        ("--tenants-per-key 2", "--tenants-per-key 2 changes nothing"),
+        ("--tenants-per-key 2", "--tenants-per-key 2 has no effect"),
         ("--session-idle 5", "--session-idle 5"),
         ("--missing-timeout 5", "--missing-timeout 5"),
         ("--mesh tensor=two", "--mesh"),

@@ -64,7 +64,7 @@ def test_the_page_shows_why_a_session_goes_on():
     page = page_client().get("/").text
     script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
     refusals = [
-        (503, {"error": {"message": "the server ends; ask again"}}),
+        (503, {"error": {"message": "the server is shutting down"}}),
         (404, {"detail": "there is no session one"}),
         (502, {}),
         None,
@@ -72,7 +72,7 @@ def test_the_page_shows_why_a_session_goes_on():
     ]
     program = _PROGRAM.replace("SCRIPT", script).replace("ANSWERS", json.dumps(refusals))
     ran = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
-    texts = ("the server ends; ask again", "there is no session one", "status 502")
+    texts = ("the server is shutting down", "there is no session one", "status 502")
     assert json.loads(ran.stdout) == [
         *(f"the session of mine goes on: {text}" for text in (*texts, "Failed to fetch")),
         "",

@@ -310,7 +310,7 @@ def test_a_full_disk_keeps_tenants_in_memory_and_says_so(tmp_path, monkeypatch, 
         other = client.create(client.session())
         said = client.result(f"{other}:0")["error"]
         assert "room for no more" in said and "No space left on device" in said
-        assert f"{model} cannot be parked, and stays in memory" in caplog.text
+        assert f"{model} cannot be moved to the disk and stays in memory" in caplog.text
         run(client, model, PROGRAM[4:5], 4)
         assert client.engine.tenants[model].steps == 1
     monkeypatch.setattr(seats, "_RETRY_SECONDS", -1.0)

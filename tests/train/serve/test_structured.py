@@ -131,12 +131,12 @@ def test_calls_that_are_asked_for(post):
             "response_format.json_schema.schema.items.enum",
             "1176432598712345678 cannot be represented exactly",
         ),
-        ({"guided_json": "{"}, "guided_json", "a JSON schema is needed"),
+        ({"guided_json": "{"}, "guided_json", "Pass a JSON schema"),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_choice": []}, "guided_choice", "a list of texts"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "exactly one"),
-        ({"structured_outputs": {"jsn": {}}}, "jsn", "did you mean `json`"),
-        ({"guided_regex": "a", "guided_json": {}}, None, "both say what an answer is"),
+        ({"structured_outputs": {"jsn": {}}}, "jsn", "Did you mean `json`"),
+        ({"guided_regex": "a", "guided_json": {}}, None, "both define the form of the answer"),
         (
             {
                 "tools": [{**TOOLS[0], "function": {"name": "f", "parameters": {"not": {}}}}],
@@ -151,7 +151,7 @@ def test_calls_that_are_asked_for(post):
                 "tool_choice": "required",
             },
             "tools[0].function.parameters",
-            "a JSON schema, an object, is needed",
+            "Pass a JSON schema as an object",
         ),
     ],
 )

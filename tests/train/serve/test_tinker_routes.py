@@ -42,7 +42,7 @@ def test_a_models_adapter(client):
 @pytest.mark.parametrize(
     ("lora", "rest", "said"),
     [
-        ({"rank": 33}, {}, "rank of lora_config is to be 1 to 32"),
+        ({"rank": 33}, {}, "rank of lora_config is out of range. Pass a number from 1 to 32"),
         ({"rank": 0}, {}, "1 to 32"),
         ({"rank": "8"}, {}, "an integer"),
         ({}, {}, "lacks rank"),
@@ -51,10 +51,10 @@ def test_a_models_adapter(client):
         (
             {"rank": 2, "train_mlp": False, "train_attn": False, "train_unembed": False},
             {},
-            "trains nothing",
+            "selects no weights",
         ),
-        ({"rank": 2}, {"base_model": "big/model"}, "there is tiny/base, other/name"),
-        ({"rank": 2}, {"optimizer_config": {"type": "dimuon"}}, "there is adamw"),
+        ({"rank": 2}, {"base_model": "big/model"}, "Use tiny/base, other/name"),
+        ({"rank": 2}, {"optimizer_config": {"type": "dimuon"}}, "Use adamw"),
         ({"rank": 2}, {"model_seq_id": -1}, "model_seq_id"),
         ({"rank": 2}, {"user_metadata": "text"}, "an object"),
     ],
@@ -209,7 +209,7 @@ def test_training_goes_on_from_a_checkpoint(client):
     snapshot = client.result(client.save(model, 4, "s", "save_weights_for_sampler"))["path"]
     legacy = {"model_id": third, "seq_id": 2, "path": snapshot}
     said = client.post("load_weights", 400, optimizer=True, **legacy)["detail"]
-    assert "no optimiser's state" in said
+    assert "no state of an optimizer" in said
     missing = {"model_id": third, "seq_id": 3, "path": "tinker://x/weights/y"}
     client.post("load_weights", 400, optimizer=True, **missing)
     client.result(client.step(third, 4))  # the numbers of the refused ones are used up

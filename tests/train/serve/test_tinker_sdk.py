@@ -215,7 +215,7 @@ def test_errors_reach_the_user(service):
         client.forward_backward([one], "ppo").result()
     with pytest.raises(tinker.RequestFailedError, match="on fire"):
         client.optim_step(types.AdamParams(learning_rate=666.0)).result()
-    with pytest.raises(tinker.BadRequestError, match="there is tiny/base"):
+    with pytest.raises(tinker.BadRequestError, match="Use tiny/base"):
         made(service.create_lora_training_client(base_model="big/model", rank=4))
     client.save_state("a").result()
     with pytest.raises(tinker.BadRequestError, match="exists already"):

@@ -98,30 +98,33 @@ GOOD = {"target_tokens": dense([5, 6], I64), "weights": dense([1.0, 2.0], F32)}
     ("body", "said"),
     [
         (request(), "data is empty"),
-        (request(datum([[1, 2]], **GOOD), loss="stable_reinforce"), "there are cross_entropy, imp"),
-        (request(field(1, field(2, field(1, b"png"))) + datum([], **GOOD)), "encoded_text alone"),
-        (request(field(1, field(3, field(1, b"x"))) + datum([], **GOOD)), "encoded_text alone"),
+        (request(datum([[1, 2]], **GOOD), loss="stable_reinforce"), "cross_entropy, imp"),
+        (
+            request(field(1, field(2, field(1, b"png"))) + datum([], **GOOD)),
+            "chunks of encoded_text",
+        ),
+        (request(field(1, field(3, field(1, b"x"))) + datum([], **GOOD)), "chunks of encoded_text"),
         (request(datum([], **GOOD)), "0 tokens"),
         (request(datum([range(65)], **GOOD)), "65 tokens"),
-        (request(datum([[1, 97]], **GOOD)), "97 is no token; ids are 0 to 96"),
-        (request(datum([[-1, 9]], **GOOD)), "-1 is no token"),
+        (request(datum([[1, 97]], **GOOD)), "97 is not a token .* 0 to 96"),
+        (request(datum([[-1, 9]], **GOOD)), "-1 is not a token"),
         (request(datum([[1, 2]])), "lacks target_tokens"),
         (request(datum([[1, 2]], **GOOD), loss="ppo"), "ppo takes target_tokens, logprobs, adv"),
-        (request(datum([[1, 2, 3]], **GOOD)), r"shape \(2,\); its 3 tokens"),
-        (request(datum([[1, 2]], target_tokens=dense([5, 97], I64))), "97 is no token"),
-        (request(datum([[1, 2]], target_tokens=dense([5, 9], F32))), "no integers"),
-        (request(datum([[1, 2]], **GOOD | {"weights": dense([1, 2, 3], F32)})), "are to agree"),
+        (request(datum([[1, 2, 3]], **GOOD)), r"shape \(2,\), .*has 3 tokens"),
+        (request(datum([[1, 2]], target_tokens=dense([5, 97], I64))), "97 is not a token"),
+        (request(datum([[1, 2]], target_tokens=dense([5, 9], F32))), "not integers"),
+        (request(datum([[1, 2]], **GOOD | {"weights": dense([1, 2, 3], F32)})), "the same shape"),
         (request(datum([[1, 2]], **GOOD | {"weights": dense([1, np.nan], F32)})), "not finite"),
         (request(datum([[1, 2]], **GOOD | {"weights": dense([1, np.inf], F32)})), "not finite"),
         (request(datum([[1, 2]], **GOOD | {"weights": dense([1], F32, [2])})), "1 elements"),
         (request(datum([[1, 2]], **GOOD | {"weights": dense([1], F32, [-1])})), "has the shape"),
         (request(datum([[1, 2]], **GOOD | {"weights": field(1, b"abc") + field(3, F32)})), "3 byt"),
         (request(datum([[1, 2]], **GOOD | {"weights": field(3, 9)})), "unknown type 9"),
-        (request(datum([[1, 2]], **GOOD), config=[("beta", 0.5)]), "beta.*it has none"),
+        (request(datum([[1, 2]], **GOOD), config=[("beta", 0.5)]), "beta.*has no settings"),
         (request(datum([[1, 2]], **GOOD), loss="dro"), "lacks logprobs"),
         (
             request(datum([[1, 2]], **GOOD, clip_low_threshold=dense([1, 1], F32))),
-            "number of loss_fn_config",
+            "number in loss_fn_config",
         ),
     ],
 )
@@ -136,13 +139,13 @@ def test_broken_rows_of_a_sparse_tensor(rows):
     weights = field(2, csr) + field(3, F32) + field(4, 3) + field(4, 2)
     targets = dense([[1, 2]] * 3, I64)
     said = refusal(request(datum([[1, 2, 3]], target_tokens=targets, weights=weights)))
-    assert "no CSR tensor" in said
+    assert "not a valid CSR tensor" in said
 
 
 def test_a_small_sparse_tensor_cannot_stand_for_a_large_one():
     csr = field(2, np.zeros(3, "<i8").tobytes())
     huge = field(2, csr) + field(3, I64) + field(4, 2) + field(4, 2**25)
-    assert "larger than" in refusal(request(datum([[1, 2]], target_tokens=huge)))
+    assert "have more than" in refusal(request(datum([[1, 2]], target_tokens=huge)))
 
 
 def test_bodies_in_zstd():

@@ -26,7 +26,7 @@ class Adapter:
     scales: dict[str, jax.Array]
     invocation: tuple[int, ...] | None = None
 
-    def active_from(self, prompt: Sequence[int]) -> int | None:
+    def find_active_start(self, prompt: Sequence[int]) -> int | None:
         """Returns the index of the first token that it acts on; None where it is not invoked."""
         if self.invocation is None:  # it acts on all tokens
             return 0

@@ -55,8 +55,8 @@ class RowAdjuster:
         for row, completion in masked_completions.items():
             if not np.any(adjustments.allowed[row]):
                 completion.problem = (
-                    f"after {len(completion.ids)} tokens no other may follow: what is asked for "
-                    "leaves none"
+                    f"after {len(completion.ids)} tokens no token may follow, because the "
+                    "grammar and the limits of the request allow none. Relax them."
                 )
         return adjustments
 

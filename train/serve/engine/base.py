@@ -48,7 +48,7 @@ _KINDS_OF_TARGET = {"attention": {"attention"}, "mlp": {"mlp", "experts"}, "unem
 
 
 class ServedBase:
-    """A model with its weights, and what makes, reads and writes adapters over it."""
+    """A model with its weights. It makes, reads and writes the adapters of the model."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ServedBase:
             self._paths_of_target[target] = [
                 path
                 for path, kind in kind_of_path.items()
-                if kind in kinds and _is_matrix(path) and peft.can_hold(model, path)
+                if kind in kinds and _is_matrix_path(path) and peft.can_hold(model, path)
             ]
         self._token_paths = {path for path, kind in kind_of_path.items() if meets_every_token(kind)}
         self._has_tied_head = not self._paths_of_target["unembed"]
@@ -90,16 +90,16 @@ class ServedBase:
             self._paths_of_target["unembed"] = [
                 path for path, kind in kind_of_path.items() if kind == "embedding"
             ]
-        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        self._param_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         # Sums over all slots' ranks have the same bits, whichever slot an adapter lies in, where
         # each has a multiple of 8.
         shared_spec = AdapterSpec(rank=-(-max_rank // 8) * 8)
-        self.rules = self._rules(shared_spec)
+        self.rules = self._make_rules(shared_spec)
         _, self.shell = lj.split(lj.lorafy(params, self.rules))
         self.slots = slots_of(add_slots(params, self.rules, 2))
         self.leaves = {path: slots.base for path, slots in self.slots.items()}
         self.size = tree_bytes(params)
-        self.zero_adapter = self._adapter(shared_spec, {})
+        self.zero_adapter = self._make_shared_adapter(shared_spec, {})
         self._new_factors = jax.jit(self._make_factors)
 
     def rules_of(self, spec: AdapterSpec) -> list[lj.LoraRule]:
@@ -110,14 +110,15 @@ class ServedBase:
         """
         if not 1 <= spec.rank <= self.max_rank:
             raise RequestError(
-                f"rank {spec.rank}: this server has room for ranks from 1 to {self.max_rank}"
+                f"rank {spec.rank} is not possible here. Use ranks from 1 to {self.max_rank}, or "
+                "start the server with a larger --max-rank."
             )
-        rules = self._rules(spec)
+        rules = self._make_rules(spec)
         if not rules:
-            raise RequestError("an adapter of nothing: train attention, mlp or unembed")
+            raise RequestError("the adapter adapts no weights. Train attention, mlp or unembed.")
         return rules
 
-    def _rules(self, spec: AdapterSpec) -> list[lj.LoraRule]:
+    def _make_rules(self, spec: AdapterSpec) -> list[lj.LoraRule]:
         """Returns a rule for each target that a spec asks for."""
         rules: list[lj.LoraRule] = []
         for target, paths in self._paths_of_target.items():
@@ -142,10 +143,12 @@ class ServedBase:
         rules = self.rules_of(spec)
         is_adapted = {path: any(path in rule.targets for rule in rules) for path in self.slots}
         factors = self._new_factors(jax.random.key(seed), spec.rank, is_adapted)
-        return dataclasses.replace(self._adapter(spec, {}), factors=self._device_put(factors))
+        return dataclasses.replace(
+            self._make_shared_adapter(spec, {}), factors=self._device_put(factors)
+        )
 
-    def shell_of(self, adapter: Adapter) -> Tree:
-        """Returns the base without an adapter's arrays, which knows its invocation."""
+    def make_shell_for(self, adapter: Adapter) -> Tree:
+        """Returns the tree of the base for an adapter's factors, with the adapter's invocation."""
         if adapter.invocation is None:
             return self.shell
 
@@ -161,17 +164,18 @@ class ServedBase:
         joined = lj.join(factors, shell)
         return map_nodes(lambda path, node: node.replace(scale=scales[path]), joined)
 
-    def read(self, folder: Path, optimizer: bool = False) -> TrainingState:
+    def read_state(self, folder: Path, optimizer: bool = False) -> TrainingState:
         """Reads an adapter that `write`, PEFT or a run of this library wrote.
 
         Args:
           folder: the folder.
-          optimizer: whether to go on with the optimiser's state; else it begins anew.
+          optimizer: whether to load the optimizer's state, which otherwise starts at zero.
 
         Raises:
           RequestError: it cannot be read, or does not fit.
         """
         nodes = self._load_nodes(folder)
+        # The description: saved by a server, or derived from the weights of other adapters.
         spec_file = folder / SPEC
         saved_fields: dict[str, Any] = {}
         if spec_file.exists():  # the adapter was trained by a server
@@ -179,22 +183,28 @@ class ServedBase:
             spec = AdapterSpec(**saved_fields["spec"])
             nodes = self._split_experts(nodes, spec.rank)
         else:
-            spec = self._spec_of(nodes)
-        invocation, nodes = self._invocation_of(folder.name, nodes)
-        adapter = dataclasses.replace(self._adapter(spec, nodes), invocation=invocation)
+            spec = self._derive_spec(nodes)
+        # The adapter in the shared form, where an invocation is kept beside the weights.
+        invocation, nodes = self._extract_invocation(folder.name, nodes)
+        adapter = dataclasses.replace(self._make_shared_adapter(spec, nodes), invocation=invocation)
         arrays = jax.tree.leaves((adapter.factors, adapter.scales))
         if not all(np.isfinite(array).all() for array in arrays):
-            raise RequestError(f"{folder.name} holds values that are not finite")
+            raise RequestError(
+                f"{folder.name} holds values that are not finite. Load an earlier checkpoint."
+            )
         state = TrainingState.begin(adapter)
         if not optimizer:
             return state
+        # The optimizer's state, padded from the adapter's own rank.
         if not (folder / MOMENTS).exists():
-            raise RequestError(f"{folder.name} holds no state of an optimiser: load it without")
+            raise RequestError(
+                f"{folder.name} holds no state of an optimiser. Load it without the optimizer."
+            )
         moments = load_file(folder / MOMENTS)
         return dataclasses.replace(
             state,
-            first=self._fill_rank(moments, "first"),
-            second=self._fill_rank(moments, "second"),
+            first=self._pad_to_shared_rank(moments, "first"),
+            second=self._pad_to_shared_rank(moments, "second"),
             steps=saved_fields["steps"],
         )
 
@@ -203,14 +213,21 @@ class ServedBase:
         try:
             source = find_adapter(str(folder.absolute()), "the adapter")
             if source.images:
-                raise RequestError(f"{folder.name} was trained with images, which are not served")
+                raise RequestError(
+                    f"{folder.name} was trained with images, which the server does not support. "
+                    "Use train.generate."
+                )
             if source.is_subspace or source.rope_scaling:
                 option = "--intrinsic" if source.is_subspace else "--rope-scaling"
-                raise RequestError(f"{folder.name} was trained by {option}, which is not served")
+                raise RequestError(
+                    f"{folder.name} was trained with {option}, which the server does not support. "
+                    "Use train.generate."
+                )
             if source.tokenizer and source.tokenizer != self.tokenizer:
                 raise RequestError(
                     f"{folder.name} was trained with the tokenizer {source.tokenizer}, and this "
-                    f"server has {self.tokenizer or 'that of the model'}: start it with --tokenizer"
+                    f"server has {self.tokenizer or 'that of the model'}. Start it with "
+                    "--tokenizer."
                 )
             return nodes_of(source.load(self.model, self.params, self.name))
         except (UserError, ValueError, OSError) as error:
@@ -225,14 +242,16 @@ class ServedBase:
         """
         folder = command.path
         spec = state.adapter.spec
-        shapes = lj.lorafy(self._shapes, self.rules_of(spec))
+        shapes = lj.lorafy(self._param_shapes, self.rules_of(spec))
 
         def fill(path: str, node: LoraWeight) -> LoraWeight:
-            factors = self._cut_rank(state.adapter.factors[path], path, spec.rank)
+            """Returns a weight with the factors of the adapter, at its own rank."""
+            factors = self._cut_to_rank(state.adapter.factors[path], path, spec.rank)
             return node.replace(**factors, scale=np.asarray(state.adapter.scales[path]))
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as partial:
+            # PEFT's files are written into a folder within, and moved up.
             peft_folder = partial / "adapter"
             tree = map_nodes(fill, shapes)
             peft.save(peft_folder, self.model, tree, base_model=self.name, embedding_layers=False)
@@ -245,6 +264,7 @@ class ServedBase:
                 save_file(self._moment_arrays(state, [*nodes_of(shapes)]), partial / MOMENTS)
             if command.recipients:
                 encrypt(partial, command.recipients)
+            # The files are on the disk before the folder gets its name.
             for path in partial.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -255,7 +275,7 @@ class ServedBase:
         arrays: dict[str, np.ndarray] = {}
         for moment, factors in (("first", state.first), ("second", state.second)):
             for path in paths:
-                cut_factors = self._cut_rank(factors[path], path, state.adapter.spec.rank)
+                cut_factors = self._cut_to_rank(factors[path], path, state.adapter.spec.rank)
                 for name, array in cut_factors.items():
                     arrays[f"{moment}|{path}|{name}"] = np.ascontiguousarray(array)
         return arrays
@@ -275,18 +295,19 @@ class ServedBase:
             path_key = fold_in_path(key, path)
             random_factor = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
             rank_indices = jax.lax.broadcasted_iota(jnp.int32, shape, rank_axis)
+            # Weights and ranks beyond the adapter's own stay zero.
             is_used = is_adapted[path] & (rank_indices < rank)
             weight_factors[name] = jnp.where(is_used, random_factor, 0.0)
         return factors
 
-    def _cut_rank(
+    def _cut_to_rank(
         self, factors: Mapping[str, jax.Array], path: str, rank: int
     ) -> dict[str, np.ndarray]:
         """Returns A and B of a weight at the adapter's own rank."""
         cut = _rank_slice(self.slots[path].slot_axis, slice(rank))
         return {name: np.asarray(factor)[cut] for name, factor in factors.items()}
 
-    def _fill_rank(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
+    def _pad_to_shared_rank(self, arrays: Mapping[str, np.ndarray], moment: str) -> Factors:
         """Returns factors in the shared form, from those at their own rank."""
         factors = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.zero_adapter.factors)
         for path, weight_factors in factors.items():
@@ -296,8 +317,8 @@ class ServedBase:
                     factor[tuple(map(slice, saved_factor.shape))] = saved_factor
         return self._device_put(factors)
 
-    def _invocation_of(self, name: str, nodes: Nodes) -> tuple[tuple[int, ...] | None, Nodes]:
-        """Returns the invocation of an adapter, and its nodes as those of one that always acts.
+    def _extract_invocation(self, name: str, nodes: Nodes) -> tuple[tuple[int, ...] | None, Nodes]:
+        """Returns the invocation of an adapter, and its nodes without the invocation.
 
         Raises:
           RequestError: a weight trains without the invocation, or does not multiply every token.
@@ -308,13 +329,13 @@ class ServedBase:
         for path, invocation in invocations.items():
             if invocation is None or path not in self._token_paths:
                 raise RequestError(
-                    f"{name} is an activated LoRA, and the tokens before its invocation would not "
-                    f"be the base's at {path}"
+                    f"{name} is an activated LoRA, but it also changes {path} for the tokens "
+                    "before its invocation. Adapt only weights that multiply every token."
                 )
         return invocation, {path: node.replace(invocation=None) for path, node in nodes.items()}
 
     def _split_experts(self, nodes: Nodes, rank: int) -> Nodes:
-        """Returns an adapter of this server at its rank.
+        """Returns the nodes of this server's adapter with gate and up of experts separated.
 
         PEFT's files hold gate and up of experts as one weight, their factors side by side: each
         would get those of the other, too, and other places than the optimiser's moments have.
@@ -336,7 +357,7 @@ class ServedBase:
             )
         return split_nodes
 
-    def _spec_of(self, nodes: Nodes) -> AdapterSpec:
+    def _derive_spec(self, nodes: Nodes) -> AdapterSpec:
         """Returns the description of an adapter from elsewhere."""
         weights = {path: node for path, node in nodes.items() if isinstance(node, LoraWeight)}
         rank = max((weight.rank for weight in weights.values()), default=0)
@@ -346,23 +367,24 @@ class ServedBase:
             flags[target] = any(path in weights for path in paths)
         return AdapterSpec(rank=rank, alpha=scale * rank, **flags)
 
-    def _adapter(self, spec: AdapterSpec, nodes: Nodes) -> Adapter:
+    def _make_shared_adapter(self, spec: AdapterSpec, nodes: Nodes) -> Adapter:
         """Returns an adapter in the shared form.
 
         Args:
           spec: its description.
-          nodes: its weights by path. Where s is not alpha / rank but for rounding, they say it.
+          nodes: its weights by path. A scale that is not alpha / rank comes from its weight.
 
         Raises:
-          RequestError: there is no room for it.
+          RequestError: a weight does not fit into the shared form.
         """
         try:
             node_values = (
-                adapter_values("the adapter", _tree_of(nodes), self.slots) if nodes else {}
+                adapter_values("the adapter", _nest_nodes(nodes), self.slots) if nodes else {}
             )
         except BankError as error:
             raise RequestError(str(error)) from None
         values = values_of(node_values, self.slots, self.leaves)
+        # A scale that differs from alpha / rank only by rounding becomes alpha / rank.
         spec_scale = np.float32(spec.alpha / spec.rank)
         scales: dict[str, np.ndarray] = {}
         factors: dict[str, dict[str, Any]] = {}
@@ -380,11 +402,11 @@ def _rank_slice(rank_axis: int, ranks: slice) -> tuple[slice, ...]:
     return (*[slice(None)] * rank_axis, ranks)
 
 
-def _is_matrix(path: str) -> bool:
+def _is_matrix_path(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in ("kernel", "embedding")
 
 
-def _tree_of(nodes: Nodes) -> Tree:
+def _nest_nodes(nodes: Nodes) -> Tree:
     """Returns nodes as a tree of their own."""
     tree: dict[str, Tree] = {}
     for path, node in nodes.items():

@@ -72,7 +72,7 @@ class AdapterCache:
         """Returns an adapter; raises a RequestError if there is none of this name."""
         if name not in self._folders:
             names = ", ".join(self) or "none"
-            raise requests.RequestError(f"there is no adapter {name!r}; there are {names}")
+            raise requests.RequestError(f"there is no adapter {name!r}. Use one of these: {names}.")
         folder = self._folders[name]
         adapter = self._in_memory.get(name)
         if adapter is None:
@@ -106,7 +106,7 @@ class EngineTenant:
         self.weight_sum = 0.0
         self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
-    def become(self, state: TrainingState | None) -> None:
+    def set_state(self, state: TrainingState | None) -> None:
         """Takes a state and clears the gradient; None where the tenant leaves the engine."""
         self.state = state
         self.grads = None
@@ -159,7 +159,7 @@ class CommandRunner:
         self._base = base
         self._trainer = trainer
         self._check_room = check_room
-        self.adapters = AdapterCache(max_adapters, lambda folder: self.read(folder).adapter)
+        self.adapters = AdapterCache(max_adapters, lambda folder: self.read_state(folder).adapter)
         self.trained_tokens = 0
         self._files = ThreadPoolExecutor(1, "files")
         self._writes: dict[Path, Future[None]] = {}  # by folder; the engine's thread alone has it
@@ -177,31 +177,31 @@ class CommandRunner:
             self._check_room()
         if isinstance(command, requests.Create):
             spec = command.spec
-            tenant.become(TrainingState.begin(self._base.begin(spec, spec.seed or 0)))
+            tenant.set_state(TrainingState.begin(self._base.begin(spec, spec.seed or 0)))
             return spec
         if isinstance(command, requests.Load):
-            loaded_state = self.read(command.path, command.optimizer)
+            loaded_state = self.read_state(command.path, command.optimizer)
             if loaded_state.adapter.invocation is not None:
                 raise requests.RequestError(
                     f"{command.path.name} is an activated LoRA, which a server samples from and "
-                    "does not train: train.sft --alora does"
+                    "does not train. Use train.sft --alora to train it."
                 )
-            tenant.become(loaded_state)
+            tenant.set_state(loaded_state)
             return loaded_state.adapter.spec
         if isinstance(command, requests.Leave):
-            tenant.become(None)
+            tenant.set_state(None)
             return None
         state = tenant.state
         if state is None:
             raise requests.RequestError(
-                f"there is no adapter {tenant.name}: create or load it first"
+                f"there is no adapter {tenant.name}. Create or load it first."
             )
         if isinstance(command, requests.Gradient):
             return (yield from self._add_gradient(tenant, state, command))
         if isinstance(command, requests.Update):
-            return self._step(tenant, state, command)
+            return self._take_step(tenant, state, command)
         if isinstance(command, requests.Discard):
-            tenant.become(state)
+            tenant.set_state(state)
             return None
         self._save(tenant, state, command)
         return None
@@ -231,7 +231,8 @@ class CommandRunner:
         is_finite = np.isfinite(loss) and (grads is None or self._trainer.is_finite(grads))
         if not request.forward_only and not is_finite:
             raise requests.RequestError(
-                f"the loss is {loss:g}, or its gradient is not finite: nothing was added"
+                f"the loss is {loss:g}, or its gradient is not finite. No gradient was added. "
+                "Check the data of this request."
             )
         if grads is not None:
             tenant.grads = self._trainer.add(tenant.grads, grads)
@@ -242,7 +243,7 @@ class CommandRunner:
             self.trained_tokens += sum(len(datum.tokens) for datum in request.data)
         return requests.GradientResult(logprobs, {"loss:sum": loss})
 
-    def _step(
+    def _take_step(
         self, tenant: EngineTenant, state: TrainingState, settings: requests.Update
     ) -> requests.UpdateResult:
         """Takes a step by a tenant's gradient, and notes the loss since the last one."""
@@ -250,7 +251,7 @@ class CommandRunner:
         next_state, norm = self._trainer.update(state, tenant.grads, settings)
         if tenant.loss is not None:
             tenant.losses.append((next_state.steps, tenant.loss))
-        tenant.become(next_state)
+        tenant.set_state(next_state)
         return requests.UpdateResult({"grad_norm:max": norm, "step:max": float(next_state.steps)})
 
     def _save(self, tenant: EngineTenant, state: TrainingState, command: requests.Save) -> None:
@@ -267,17 +268,17 @@ class CommandRunner:
         for folder, future in [*self._writes.items()]:
             if future.done():
                 del self._writes[folder]
-        self._writes[command.path.absolute()] = self._files.submit(call_back, write, done)
+        self._writes[command.path.absolute()] = self._files.submit(deliver_result, write, done)
 
-    def read(self, folder: Path, optimizer: bool = False) -> TrainingState:
+    def read_state(self, folder: Path, optimizer: bool = False) -> TrainingState:
         """Returns an adapter and its training's state; waits while this very folder is written."""
         write = self._writes.get(folder.absolute())
         if write is not None:
             write.result()
-        return self._base.read(folder, optimizer)
+        return self._base.read_state(folder, optimizer)
 
 
-def call_back(function: Callable[[], requests.CommandResult], done: requests.Done) -> None:
+def deliver_result(function: Callable[[], requests.CommandResult], done: requests.Done) -> None:
     """Hands over a function's result, or what went wrong."""
     try:
         result = function()

@@ -13,7 +13,7 @@ from typing import TypeVar
 from lora_jax.training.layout import Layout
 from train.serve.engine.adapter import TrainingState
 from train.serve.engine.base import ServedBase
-from train.serve.engine.commands import CommandRunner, EngineTenant, call_back
+from train.serve.engine.commands import CommandRunner, EngineTenant, deliver_result
 from train.serve.engine.jobs import SampleJob
 from train.serve.engine.pool import AdapterPool
 from train.serve.engine.programs import SamplingPrograms
@@ -132,8 +132,8 @@ class Engine:
         def queue_command() -> None:
             engine_tenant = self._tenants.setdefault(tenant, EngineTenant(tenant, client))
             if not engine_tenant.is_waiting:
-                self._line_up(engine_tenant.path)
-            engine_tenant.queue.append((command, _guard(done)))
+                self._enqueue_tenant(engine_tenant.path)
+            engine_tenant.queue.append((command, _log_errors_of(done)))
 
         self._call(queue_command)
 
@@ -149,8 +149,8 @@ class Engine:
             request=request,
             adapter=None,
             seed=seed,
-            done=_guard(done),
-            on_token=None if on_token is None else _guard(on_token),
+            done=_log_errors_of(done),
+            on_token=None if on_token is None else _log_errors_of(on_token),
         )
 
         def queue_sample() -> None:
@@ -159,7 +159,7 @@ class Engine:
                 check_sample(request, self.facts)
                 if request.adapter is not None:
                     adapter = self._adapters.find(request.adapter)
-                    active_start = adapter.active_from(request.prompt)
+                    active_start = adapter.find_active_start(request.prompt)
                     if active_start is not None:  # else the base alone answers
                         job.adapter = adapter
                         job.active_start = active_start
@@ -177,11 +177,11 @@ class Engine:
         """Reads an adapter that samples may choose."""
 
         def read_adapter() -> requests.AdapterSpec:
-            adapter = self._base.read(folder).adapter
+            adapter = self._base.read_state(folder).adapter
             self._adapters.add(name, None, adapter)
             return adapter.spec
 
-        self._call(lambda: call_back(read_adapter, _guard(done)))
+        self._call(lambda: deliver_result(read_adapter, _log_errors_of(done)))
 
     def drop(self, name: str) -> None:
         """Forgets an adapter."""
@@ -241,14 +241,14 @@ class Engine:
             for call in calls:
                 call()
             try:
-                self._turn()
+                self._take_turn()
             except Exception:  # nothing may end the thread
                 _logger.exception("a turn failed")
 
     def _is_busy(self) -> bool:
         return self._sampler.busy or any(tenant.is_waiting for tenant in self._tenants.values())
 
-    def _turn(self) -> None:
+    def _take_turn(self) -> None:
         """Runs a piece of the work, sampling or training, that had the least time so far."""
         waiting = [tenant for tenant in self._tenants.values() if tenant.is_waiting]
         kinds: list[str] = []
@@ -264,7 +264,7 @@ class Engine:
         trainable = [tenant for tenant in waiting if self._may_train(tenant)]
         start_time = time.monotonic()
         if kind == "training" and trainable:
-            self._train(min(trainable, key=self._order))
+            self._train_tenant(min(trainable, key=self._turn_key))
         else:
             kind = "sampling"
             try:
@@ -273,7 +273,7 @@ class Engine:
                 self._sampler.fail(error)
         self._seconds_of_kind[kind] += time.monotonic() - start_time
 
-    def _line_up(self, path: TurnPath) -> None:
+    def _enqueue_tenant(self, path: TurnPath) -> None:
         """Queues a tenant, counting at least the time of the next in line: idling earns none."""
         waiting_paths = [tenant.path for tenant in self._tenants.values() if tenant.is_waiting]
         for level in levels(path):
@@ -297,7 +297,7 @@ class Engine:
         """Returns the seconds of training of all that share a level's parent."""
         return [seconds for path, seconds in self._train_seconds.items() if path[:-1] == level[:-1]]
 
-    def _order(self, tenant: EngineTenant) -> tuple[float, ...]:
+    def _turn_key(self, tenant: EngineTenant) -> tuple[float, ...]:
         """Returns a key to sort tenants by: the least is next."""
         return tuple(self._train_seconds[level] for level in levels(tenant.path))
 
@@ -311,7 +311,7 @@ class Engine:
                 return False
         return True
 
-    def _train(self, tenant: EngineTenant) -> None:
+    def _train_tenant(self, tenant: EngineTenant) -> None:
         """Executes a part of a tenant's command: a batch, of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
@@ -332,9 +332,9 @@ class Engine:
         for level in levels(tenant.path):
             self._train_seconds[level] += seconds
         if is_over:
-            self._finish(tenant, result)
+            self._finish_command(tenant, result)
 
-    def _finish(self, tenant: EngineTenant, result: requests.CommandResult) -> None:
+    def _finish_command(self, tenant: EngineTenant, result: requests.CommandResult) -> None:
         """Hands over a command's result; forgets a tenant that has no adapter."""
         done = tenant.done
         tenant.job = None
@@ -349,12 +349,12 @@ class Engine:
         n_adapters = sum(tenant.state is not None for tenant in self._tenants.values())
         if n_adapters >= self._max_tenants:
             raise requests.RequestError(
-                f"{self._max_tenants} adapters train here, and there is room for no more: unload "
-                "one, or wait until a session ends"
+                f"{self._max_tenants} adapters train here, and there is room for no more. Unload "
+                "one, or wait until a session ends."
             )
 
 
-def _guard(function: Callable[[T], None]) -> Callable[[T], None]:
+def _log_errors_of(function: Callable[[T], None]) -> Callable[[T], None]:
     """Returns a function of the routes' whose errors do not end the engine."""
 
     def call(result: T) -> None:

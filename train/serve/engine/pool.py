@@ -26,17 +26,17 @@ class AdapterPool:
         """The base with slots in place of adapted weights."""
         return self._tree
 
-    def take(self, adapter: Adapter | None) -> int | None:
-        """Returns the slot of an adapter, which stays until `give`; None where all are in use.
+    def acquire(self, adapter: Adapter | None) -> int | None:
+        """Returns the slot of an adapter, which stays until `release`; None where all are in use.
 
         Args:
           adapter: the adapter; None for the base.
         """
         if adapter is None:
             return 0
-        slot = self._find(adapter)
+        slot = self._find_slot(adapter)
         if slot is None:
-            slot = self._find_unused()
+            slot = self._find_idle_slot()
             if slot is None:
                 return None
             self._write(slot, adapter)
@@ -45,18 +45,18 @@ class AdapterPool:
         self._users[slot] += 1
         return slot
 
-    def give(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Counts one user of a slot less."""
         self._users[slot] -= 1
 
-    def _find(self, adapter: Adapter) -> int | None:
+    def _find_slot(self, adapter: Adapter) -> int | None:
         """Returns the slot that an adapter lies in, or None."""
         for slot, slot_adapter in self._adapters.items():
             if slot_adapter is adapter:
                 return slot
         return None
 
-    def _find_unused(self) -> int | None:
+    def _find_idle_slot(self) -> int | None:
         """Returns the slot without users that was used longest ago, or None."""
         for slot in self._adapters:
             if not self._users[slot]:

@@ -34,7 +34,7 @@ class SamplingPrograms:
     Attributes:
       chunk: tokens of a prompt that run at once.
       compiled: the number of functions that were compiled.
-      put, insert, fit: `put_block`, which takes the cache; `insert_row`, which takes the rows; and
+      put_block, insert, fit_rows: `put_block` takes the cache, `insert_row` takes the rows; and
         `fit_rows`.
       extend, run, draw: run a chunk of a prompt, and a token of each row; and draw the next ones.
       extend_all: runs pieces of several prompts.
@@ -60,20 +60,20 @@ class SamplingPrograms:
         kinds = models.kinds(model.config)
         self._token_paths = {path for path, kind in kinds.items() if meets_every_token(kind)}
         self.compiled = 0
-        self._grow = self._program(slots.resize_cache, static_argnums=1)
-        self._block = self._program(blocks.take_block, static_argnums=2)
-        self._row_block = self._program(blocks.take_row_block, static_argnums=3)
-        self.put = self._program(blocks.put_block, donate_argnums=0)
-        self.insert = self._program(slots.insert_row, donate_argnums=0)
-        self.fit = self._program(slots.fit_rows, static_argnums=2)
-        self.extend = self._program(self._run_chunk, donate_argnums=4)
-        self.extend_after = self._program(self._run_activated, donate_argnums=4)
-        self.extend_all = self._program(self._run_pieces, donate_argnums=4)
-        self.run = self._program(self._run_rows, donate_argnums=1)
-        self.draw = self._program(self._draw_tokens)
-        self._adjust = self._program(adjust_logits)
+        self._grow = self._compile(slots.resize_cache, static_argnums=1)
+        self._block = self._compile(blocks.take_block, static_argnums=2)
+        self._row_block = self._compile(blocks.take_row_block, static_argnums=3)
+        self.put_block = self._compile(blocks.put_block, donate_argnums=0)
+        self.insert = self._compile(slots.insert_row, donate_argnums=0)
+        self.fit_rows = self._compile(slots.fit_rows, static_argnums=2)
+        self.extend = self._compile(self._run_chunk, donate_argnums=4)
+        self.extend_after = self._compile(self._run_activated, donate_argnums=4)
+        self.extend_all = self._compile(self._run_pieces, donate_argnums=4)
+        self.run = self._compile(self._run_rows, donate_argnums=1)
+        self.draw = self._compile(self._draw_tokens)
+        self._adjust = self._compile(adjust_logits)
 
-    def _program(self, function: Callable[P, R], **options: Any) -> Callable[P, R]:
+    def _compile(self, function: Callable[P, R], **options: Any) -> Callable[P, R]:
         """Returns a compiled function, which counts how often it is compiled.
 
         Its results lie on the mesh as the arguments of the next call do.
@@ -114,7 +114,7 @@ class SamplingPrograms:
         """Returns a prompt's cache with room for so many tokens, rounded up to whole chunks."""
         return self._grow(cache, self.round_up(length))
 
-    def block(self, cache: Cache, start: int) -> CacheBlock:
+    def copy_chunk(self, cache: Cache, start: int) -> CacheBlock:
         """Returns a copy of a prompt's newest chunk, which begins at a token."""
         return self._block(cache, np.int32(start), self.chunk)
 
@@ -183,23 +183,26 @@ class SamplingPrograms:
         n_tokens: np.ndarray,
         caches: tuple[Cache, ...],
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Runs a piece of each of some prompts; takes the caches, which have one length.
+        """Runs the next piece of several prompts in one call, and consumes their caches.
 
         Args:
           tree: the base with adapters in slots.
           slot: [prompts] int32.
           ids: [prompts, 1, piece] int32, filled up on the right.
           n_tokens: [prompts] int32, of each piece.
-          caches: the caches.
+          caches: a cache for each prompt, all of one length.
 
         Returns:
           The logits after each piece, [prompts, 1, vocab], and the caches.
         """
+        # Each prompt has its own slot, tokens and cache, and all share the tree.
         run_chunk: Any = jax.vmap(functools.partial(self._run_chunk, tree))
+        # [prompts, ...] for each array of the caches
         stacked_caches = jax.tree.map(lambda *arrays: jnp.stack(arrays), *caches)
         logits, stacked_caches = run_chunk(
             jnp.asarray(slot), jnp.asarray(ids), jnp.asarray(n_tokens), stacked_caches
         )
+        # One cache per prompt again.
         extended_caches = tuple(
             jax.tree.map(lambda array, i=i: array[i], stacked_caches) for i in range(len(caches))
         )

@@ -90,7 +90,7 @@ class PromptRunner:
         others: Iterable[RunningPrompt],
         due: Sequence[RunningPrompt] = (),
     ) -> bool:
-        """Returns True if another prompt is about to run the tokens that this one begins with.
+        """Returns True if a prompt should wait for another prompt that runs the same prefix.
 
         Args:
           prompt: the prompt.
@@ -104,7 +104,7 @@ class PromptRunner:
         for other in others:
             is_running = other.n_run > 0 or other in due
             if is_running and self._can_reuse(prompt, other):
-                prefix_tokens = self._n_shared_tokens(prompt, other)
+                prefix_tokens = self._count_shared_tokens(prompt, other)
                 is_coming = other.n_run < prefix_tokens
                 if is_coming:
                     max_coming_tokens = max(max_coming_tokens, prefix_tokens)
@@ -123,8 +123,9 @@ class PromptRunner:
         Returns:
           The number of tokens that ran, of each prompt that did.
         """
+        # Either a whole chunk of the first prompt runs, or a piece of each prompt.
         leader = prompts[0]
-        caches = {prompt: self._make_room(prompt) for prompt in prompts}
+        caches = {prompt: self._prepare_cache(prompt) for prompt in prompts}
         batch = self._batch_with(leader, caches)
         piece_tokens = {prompt: min(self._sizes.piece_tokens, prompt.n_left) for prompt in batch}
         chunk_tokens = min(self._chunk_tokens, leader.n_left)
@@ -139,7 +140,7 @@ class PromptRunner:
             for prompt, n_tokens in tokens_run.items():
                 prompt.n_run += n_tokens
                 self._store_newest_chunk(prompt)
-        except Exception:  # all caches were given away: those whose sample goes on begin anew
+        except Exception:  # the call consumed the caches: prompts that go on start again
             for prompt in tokens_run:
                 prompt.cache = None
                 prompt.n_run = 0
@@ -177,7 +178,7 @@ class PromptRunner:
         is_activated_later = completion.job.active_start > 0
         if is_activated_later:
             return
-        scope = self._scope(completion.job)
+        scope = self._prefix_scope(completion.job)
         prompt = completion.job.request.prompt
         ids = np.asarray([*prompt, *completion.ids[:-1]], np.int32)
         chunk_tokens = self._chunk_tokens
@@ -188,22 +189,22 @@ class PromptRunner:
             self.store.add(scope, ids[: start + chunk_tokens], make_block)
 
     def _can_reuse(self, prompt: RunningPrompt, other: RunningPrompt) -> bool:
-        """Returns True if a prompt may find what the other one computes.
+        """Returns True if a prompt can reuse the blocks that another prompt computes.
 
-        Prompts of other turns do not count. Neither do those of other weights of the same name:
-        these may wait for the slot that this prompt holds.
+        Both must be of one adapter in one session, and have the same weights. A prompt with other
+        weights of the same name may wait for the slot that this prompt holds.
         """
         if other.job.path[:-1] != prompt.job.path[:-1]:
             return False
         has_same_weights = other.job.adapter is prompt.job.adapter
-        return has_same_weights and self._scope(other.job) == self._scope(prompt.job)
+        return has_same_weights and self._prefix_scope(other.job) == self._prefix_scope(prompt.job)
 
-    def _n_shared_tokens(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
-        """Returns the tokens, of whole chunks, that two prompts begin with alike."""
+    def _count_shared_tokens(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
+        """Returns the number of tokens, in whole chunks, that two prompts share at their start."""
         n_tokens = common_prefix(_storable_ids(prompt), _storable_ids(other))
         return n_tokens - n_tokens % self._chunk_tokens
 
-    def _scope(self, job: SampleJob) -> PrefixScope:
+    def _prefix_scope(self, job: SampleJob) -> PrefixScope:
         """Returns the scope in which the tokens of a prompt before an invocation are found."""
         cache_length = None
         if self._programs.depends_on_cache_length:
@@ -213,19 +214,19 @@ class PromptRunner:
         return PrefixScope(job.request.client.owner, adapter, cache_length)
 
     def _active_scope(self, prompt: RunningPrompt) -> tuple[PrefixScope, int]:
-        """Returns the scope of what an activated LoRA computed after a text, and that text's end.
+        """Returns the scope of tokens that an activated LoRA computed, and where they start.
 
-        The text is what stands before the chunk with the invocation. It is part of the scope.
+        The tokens before the chunk with the invocation are part of the scope.
         """
         job = prompt.job
-        base_scope = self._scope(job)
+        base_scope = self._prefix_scope(job)
         text_end = job.active_start - job.active_start % self._chunk_tokens
         kind = (base_scope.kind, job.active_start, prompt.ids[:text_end].tobytes())
         return dataclasses.replace(base_scope, adapter=job.adapter, kind=kind), text_end
 
     def _find_blocks(self, prompt: RunningPrompt) -> list[CacheBlock]:
         """Returns the stored blocks that a prompt can go on from, in order."""
-        blocks = self.store.find(self._scope(prompt.job), _storable_ids(prompt))
+        blocks = self.store.find(self._prefix_scope(prompt.job), _storable_ids(prompt))
         if prompt.job.active_start:
             active_scope, text_end = self._active_scope(prompt)
             if len(blocks) * self._chunk_tokens == text_end:
@@ -238,15 +239,16 @@ class PromptRunner:
             return self._sizes.cache_length(len(prompt.ids))
         return self._sizes.cache_length(prompt.n_run + 1)
 
-    def _make_room(self, prompt: RunningPrompt) -> Cache:
-        """Returns a prompt's cache with room for its next chunk, and with all that was found."""
+    def _prepare_cache(self, prompt: RunningPrompt) -> Cache:
+        """Returns a prompt's cache with the stored prefix and room for the next chunk."""
         if prompt.cache is None:
+            # The prompt starts: the stored blocks of its prefix are copied into a new cache.
             blocks = self._find_blocks(prompt)
             prompt.n_cached = len(blocks) * self._chunk_tokens
             prompt.n_run = prompt.n_cached
             cache = self._programs.prompt_cache(self._next_cache_length(prompt))
             for i, block in enumerate(blocks):
-                cache = self._programs.put(cache, np.int32(i * self._chunk_tokens), block)
+                cache = self._programs.put_block(cache, np.int32(i * self._chunk_tokens), block)
             prompt.cache = cache
         cache_length = self._programs.round_up(self._next_cache_length(prompt))
         if prompt.cache.positions.shape[1] < cache_length:
@@ -256,7 +258,7 @@ class PromptRunner:
     def _run_chunk(self, prompt: RunningPrompt, cache: Cache, tree: Tree) -> None:
         """Runs the next chunk of a prompt; of an activated LoRA's, the part before it as base."""
         ids, n_tokens = self._next_ids(prompt, self._chunk_tokens)
-        slot = np.int32(_slot(prompt))
+        slot = np.int32(_slot_of_prompt(prompt))
         n_base_tokens = np.int32(prompt.job.active_start - prompt.n_run)
         if 0 < n_base_tokens < n_tokens:
             prompt.logits, prompt.cache = self._programs.extend_after(
@@ -274,8 +276,9 @@ class PromptRunner:
         ids = np.zeros((n_prompts, 1, self._sizes.piece_tokens), np.int32)
         n_tokens = np.zeros(n_prompts, np.int32)
         for i, prompt in enumerate(caches):
-            slots[i] = _slot(prompt)
+            slots[i] = _slot_of_prompt(prompt)
             ids[i], n_tokens[i] = self._next_ids(prompt, self._sizes.piece_tokens)
+        # The compiled call takes a fixed number of prompts: empty caches fill it up.
         batch_caches = [*caches.values()]
         cache_length = batch_caches[0].positions.shape[1]
         while len(batch_caches) < n_prompts:
@@ -300,13 +303,13 @@ class PromptRunner:
         if not is_chunk_end:
             return
         assert prompt.cache is not None
-        scope = self._scope(prompt.job)
+        scope = self._prefix_scope(prompt.job)
         text_start = 0
         was_activated = 0 < prompt.job.active_start < prompt.n_run
         if was_activated:
             scope, text_start = self._active_scope(prompt)
         chunk_start = prompt.n_run - self._chunk_tokens
-        make_block = functools.partial(self._programs.block, prompt.cache, chunk_start)
+        make_block = functools.partial(self._programs.copy_chunk, prompt.cache, chunk_start)
         self.store.add(scope, prompt.ids[text_start : prompt.n_run], make_block)
 
     @property
@@ -332,22 +335,22 @@ class PromptRunner:
         for length in self._sizes.cache_lengths:
             cache = programs.prompt_cache(length)
             logits, cache = programs.extend(tree, np.int32(0), chunk_ids, np.int32(1), cache)
-            block = programs.block(cache, 0)
-            cache = programs.put(cache, np.int32(0), block)
+            block = programs.copy_chunk(cache, 0)
+            cache = programs.put_block(cache, np.int32(0), block)
             if programs.has_memory:
-                cache = programs.put(cache, np.int32(0), block._replace(recurrent=None))
+                cache = programs.put_block(cache, np.int32(0), block._replace(recurrent=None))
             caches.append(cache)
             yield
             if self._sizes.fast_prompts:
                 empty_caches = tuple(programs.prompt_cache(length) for _ in range(n_prompts))
                 programs.extend_all(tree, zeros, piece_ids, zeros, empty_caches)
                 yield
-        for length, next_length in self._growths():
+        for length, next_length in self._cache_growth_lengths():
             programs.grow(programs.prompt_cache(length), next_length)
         return logits, caches
 
-    def _growths(self) -> Iterator[tuple[int, int]]:
-        """Yields each length of a cache from which prompts go on to another length, and that."""
+    def _cache_growth_lengths(self) -> Iterator[tuple[int, int]]:
+        """Yields pairs of a cache's length and the next length that it grows to."""
         chunk_starts = range(0, self._sizes.max_length, self._chunk_tokens)
         lengths = [
             self._programs.round_up(self._sizes.cache_length(start + 1)) for start in chunk_starts
@@ -363,7 +366,7 @@ def _storable_ids(prompt: RunningPrompt) -> np.ndarray:
     return ids[: prompt.job.active_start] if prompt.job.active_start else ids
 
 
-def _slot(prompt: RunningPrompt) -> int:
+def _slot_of_prompt(prompt: RunningPrompt) -> int:
     """Returns the slot of a prompt's adapter."""
     assert prompt.job.slot is not None
     return prompt.job.slot

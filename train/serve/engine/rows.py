@@ -77,7 +77,7 @@ class RunningRows:
         request = completion.job.request
         sampling = self._sampling_options_of(completion)
         sampling_of_row = jax.tree.map(lambda option: option[None], sampling)
-        adjusted_logits = self._adjust(logits, {0: completion}, sampling_of_row)
+        adjusted_logits = self._adjust_logits(logits, {0: completion}, sampling_of_row)
         tokens, _ = self._programs.draw(
             logits,
             adjusted_logits,
@@ -86,7 +86,7 @@ class RunningRows:
             np.bool_(request.top > 0),
         )
         tokens = jax.tree.map(np.asarray, tokens)
-        self._insert(
+        self._insert_row(
             completion,
             cache,
             sampling,
@@ -110,7 +110,7 @@ class RunningRows:
         """Gives a paused completion a row again, in which it goes on with the same bits."""
         assert completion.cache is not None
         cache_length = self._sizes.cache_length(completion.n_cached)
-        self._insert(
+        self._insert_row(
             completion,
             self._programs.restore_cache(completion.cache, cache_length),
             self._sampling_options_of(completion),
@@ -128,18 +128,18 @@ class RunningRows:
         """Draws the next token of each completion."""
         completions = [*self.completions.values()]
         max_tokens = max(completion.n_cached + 1 for completion in completions)
-        self._fit(len(completions), max_tokens)
+        self._fit_shape(len(completions), max_tokens)
         with_top = np.bool_(any(completion.job.request.top for completion in completions))
         logits, arrays = self._programs.run(tree, self._arrays)
         self._arrays = arrays
-        adjusted_logits = self._adjust(logits, self.completions, arrays.sampling)
+        adjusted_logits = self._adjust_logits(logits, self.completions, arrays.sampling)
         tokens, n_drawn = self._programs.draw(
             logits, adjusted_logits, arrays.sampling, arrays.drawn, with_top
         )
         self._arrays = arrays._replace(last=tokens.ids, drawn=n_drawn)
         return jax.tree.map(np.asarray, tokens)
 
-    def _adjust(
+    def _adjust_logits(
         self, logits: jax.Array, completions: Mapping[int, ActiveCompletion], sampling: Sampling
     ) -> jax.Array:
         """Returns the logits to choose from: the very same where no row asks for others."""
@@ -173,7 +173,7 @@ class RunningRows:
                 return row
         raise AssertionError("the completion has no row")
 
-    def _insert(
+    def _insert_row(
         self,
         completion: ActiveCompletion,
         cache: Cache,
@@ -184,7 +184,7 @@ class RunningRows:
         n_drawn: int,
     ) -> None:
         """Gives a completion the first free row, with what it holds on the device."""
-        self._fit(len(self.completions) + 1, n_cached + 1)
+        self._fit_shape(len(self.completions) + 1, n_cached + 1)
         free_row = 0
         while free_row in self.completions:
             free_row += 1
@@ -200,7 +200,7 @@ class RunningRows:
         )
         self._arrays = self._programs.insert(self._arrays, np.int32(free_row), state)
 
-    def _fit(self, n_completions: int, n_tokens: int) -> None:
+    def _fit_shape(self, n_completions: int, n_tokens: int) -> None:
         """Makes room for n completions of a length; gives up room that is long unneeded."""
         width = self._sizes.width(n_completions)
         length = self._sizes.cache_length(n_tokens)
@@ -224,7 +224,7 @@ class RunningRows:
 
     def _resize(self, rows: Sequence[int], length: int) -> None:
         """Replaces the arrays by those of some of their rows, with caches of a length."""
-        self._arrays = self._programs.fit(self._arrays, np.array(rows, np.int32), length)
+        self._arrays = self._programs.fit_rows(self._arrays, np.array(rows, np.int32), length)
 
     @property
     def steps(self) -> int:
@@ -257,7 +257,9 @@ class RunningRows:
             if width > 1:  # draws of one row were compiled above
                 yield
         narrow = sizes.widths[0]
-        if self._seconds(tree, sizes.widths[-1]) > _MAX_SLOWDOWN * self._seconds(tree, narrow):
+        if self._measure_token_seconds(
+            tree, sizes.widths[-1]
+        ) > _MAX_SLOWDOWN * self._measure_token_seconds(tree, narrow):
             self.shared = narrow
 
     def _warm_up_shape(
@@ -293,10 +295,10 @@ class RunningRows:
         rows = programs.insert(rows, row, state._replace(cache=restored_cache))
         yield
         for other_width in set(sizes.widths) - {width}:
-            programs.fit(rows, np.zeros(other_width, np.int32), length)
+            programs.fit_rows(rows, np.zeros(other_width, np.int32), length)
         for end_length in (sizes.cache_lengths[0], sizes.cache_lengths[-1]):
             for next_length in sizes.caches_to(length, end_length)[:1]:  # a step towards each
-                programs.fit(rows, np.zeros(width, np.int32), next_length)
+                programs.fit_rows(rows, np.zeros(width, np.int32), next_length)
         yield
         return logits, rows
 
@@ -308,7 +310,7 @@ class RunningRows:
         adjusted_logits = self._programs.adjust(logits, neutral, sampling.temperature)
         self._programs.draw(logits, adjusted_logits, sampling, n_drawn, np.bool_(False))
 
-    def _seconds(self, tree: Tree, width: int) -> float:
+    def _measure_token_seconds(self, tree: Tree, width: int) -> float:
         """Returns the seconds that a token takes in so many rows."""
         durations: list[float] = []
         rows = self._programs.empty_rows(width, self._sizes.cache_lengths[0])

@@ -101,13 +101,13 @@ class Sampler:
 
     def step(self) -> None:
         """Runs a chunk of a prompt, or draws a token of each completion."""
-        self._admit()
+        self._admit_samples()
         self._fill_rows()
         due_prompts = self._due_prompts()
         if due_prompts:
-            self._isolate(due_prompts[0].job, self._run_chunk, due_prompts)
+            self._call_isolated(due_prompts[0].job, self._run_chunk, due_prompts)
         elif self._rows.completions:
-            self._draw()
+            self._draw_tokens()
         self._fill_rows()
 
     def end(self, job: SampleJob, error: Exception | None = None) -> None:
@@ -127,7 +127,7 @@ class Sampler:
         self._prompts = [prompt for prompt in self._prompts if prompt.job is not job]
         self._ready = [prompt for prompt in self._ready if prompt.job is not job]
         self._turns.leave(job.path)
-        self._give_slot(job)
+        self._release_slot(job)
         result = SampleResult(
             completions=[job.completions[i] for i in sorted(job.completions)],
             prompt_logprobs=job.scores.prompt_logprobs,
@@ -166,17 +166,17 @@ class Sampler:
     def _take_slot(self, job: SampleJob) -> bool:
         """Gives a sample's adapter a slot, if need be another's; returns True if it has one."""
         if job.slot is None:
-            job.slot = self._pool.take(job.adapter)
+            job.slot = self._pool.acquire(job.adapter)
         if job.slot is None:
             losers = self._slot_losers(job)
             for loser in losers:
-                self._suspend(loser)
+                self._suspend_sample(loser)
             if losers:
-                job.slot = self._pool.take(job.adapter)
+                job.slot = self._pool.acquire(job.adapter)
         return job.slot is not None
 
     def _slot_losers(self, job: SampleJob) -> set[SampleJob]:
-        """Returns the users of a slot that they have to give to a sample."""
+        """Returns the samples that must give up their slot for another sample."""
         users_of_slot: dict[int, set[SampleJob]] = {}
         for user in self._active_jobs():
             if user.slot:  # all have 0, the base's
@@ -189,37 +189,40 @@ class Sampler:
             return set()
         _, slots = loss
 
+        # Of the slots of the party that gives one up, the one used last is taken.
         def latest_turn(slot: int) -> tuple[int, ...]:
             return max(self._turns.order(path) for path in holders[slot])
 
         return users_of_slot[max(slots, key=latest_turn)]
 
-    def _suspend(self, job: SampleJob) -> None:
+    def _suspend_sample(self, job: SampleJob) -> None:
         """Takes a sample's slot away, and the rows with it, until its next turn."""
         for completion in [*self._rows.completions.values()]:
             if completion.job is job:
-                self._pause(completion)
-        self._give_slot(job)
+                self._pause_completion(completion)
+        self._release_slot(job)
 
-    def _give_slot(self, job: SampleJob) -> None:
+    def _release_slot(self, job: SampleJob) -> None:
         """Gives the slot of a sample back, if it has one."""
         if job.slot is not None:
-            self._pool.give(job.slot)
+            self._pool.release(job.slot)
             job.slot = None
 
     # Prompts
 
-    def _admit(self) -> None:
-        """Takes in samples while there is room.
+    def _admit_samples(self) -> None:
+        """Admits waiting samples while there are free rows.
 
-        One of an adapter that has nothing to begin is taken in without room, so that nobody's many
-        completions hold it up; and so is one more, once the first began some. Where its adapter
-        finds no slot, no other of the same session is taken in before; nor is one while a sample of
-        the session that is under way has lost its slot.
+        The first sample of an adapter needs no free row, so that nobody's many completions delay
+        it. The second one needs none either, once the first has begun a completion. If an adapter
+        finds no slot, no later sample of its session is admitted, nor is one while an admitted
+        sample of the session has lost its slot.
         """
+        # Count the rows that admitted samples leave free.
         admitted = self._prompts + self._ready
         n_to_begin = sum(prompt.job.request.n - prompt.n_begun for prompt in admitted)
         n_free_rows = self._sizes.sequences - self.drawing - n_to_begin
+        # By adapter: the latest admitted prompt, and the number of admitted prompts.
         last_admitted = {prompt.job.path[:-1]: prompt for prompt in admitted}
         n_admitted = Counter(prompt.job.path[:-1] for prompt in admitted)
         blocked_sessions = self._sessions_without_slot()
@@ -239,6 +242,7 @@ class Sampler:
                 if not self._take_slot(job):
                     blocked_sessions.add(session)
                     break
+                # The sample leaves the queue, and its prompt may run.
                 queue.popleft()
                 prompt = self._runner.begin(job)
                 last_admitted[adapter_path] = prompt
@@ -254,9 +258,9 @@ class Sampler:
         return {item.job.path[:PARTY_LEVELS] for item in waiting if item.job.slot is None}
 
     def _due_prompts(self) -> list[RunningPrompt]:
-        """Returns the prompt of which a chunk runs now, and those that may run with it.
+        """Returns the prompt whose next chunk runs now, and prompts that may run with it.
 
-        There are none where tokens are drawn: after a chunk, if there are completions.
+        The list is empty in a step that draws tokens: after a chunk, if there are completions.
         """
         is_turn_of_tokens = self._rows.completions and self._ran_chunk
         if is_turn_of_tokens:
@@ -265,6 +269,7 @@ class Sampler:
         for prompt in sorted(self._prompts, key=self._job_order):
             if len(due_prompts) == self._sizes.piece_prompts:
                 break
+            # A prompt waits while another one computes the prefix that both share.
             if self._runner.waits(prompt, self._prompts, due_prompts):
                 continue
             has_slot = prompt.job.slot is not None
@@ -289,7 +294,7 @@ class Sampler:
         for prompt in tokens_of_prompt:
             if prompt.is_done:
                 self._prompts.remove(prompt)
-                self._isolate(prompt.job, self._finish_prompt, prompt)
+                self._call_isolated(prompt.job, self._finish_prompt, prompt)
 
     def _finish_prompt(self, prompt: RunningPrompt) -> None:
         """Scores a prompt that ran, if that was asked for, and lets its completions begin."""
@@ -301,7 +306,9 @@ class Sampler:
         if needs_scores:
             adapter = job.adapter or self._base.zero_adapter
             tokens = np.asarray(request.prompt, np.int32)
-            job.scores = self._trainer.prompt(adapter, tokens, request.top_prompt, request.targets)
+            job.scores = self._trainer.score_prompt(
+                adapter, tokens, request.top_prompt, request.targets
+            )
         if request.max_tokens == 0:  # the scores are all that was asked for
             empty = Completion(
                 tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32), stopped=False
@@ -322,18 +329,18 @@ class Sampler:
         return self._rows.shared if is_shared else self._sizes.sequences
 
     def _fill_rows(self) -> None:
-        """Gives rows to completions that begin or go on, and takes some of others for them."""
+        """Assigns rows to waiting completions, and pauses completions of others where needed."""
         while len(self._rows.completions) > self._n_usable_rows():
             self._pause_one([*self._rows.completions])
             self._rows.narrow()
-        while any(self._give_row(waiting) for waiting in self._next_completions()):
+        while any(self._assign_row(waiting) for waiting in self._next_completions()):
             pass
 
     def _next_completions(self) -> list[Waiting]:
         """Returns completions that wait for a row, those of parties with the fewest rows first.
 
-        Of each party, the first one that has a slot is among them, and the first that has none: of
-        these, one can go on where all slots are the party's own.
+        For each session, these are the first that has a slot and the first that has none. If all
+        slots belong to the session, only the one with a slot can continue.
         """
         n_rows = Counter[TurnPath]()
         for completion in self._rows.completions.values():
@@ -352,13 +359,14 @@ class Sampler:
             next_of_session.setdefault((session, needs_slot), item)
         return [*next_of_session.values()]
 
-    def _give_row(self, item: Waiting) -> bool:
-        """Gives a completion a row, if it gets one; returns whether it did."""
+    def _assign_row(self, item: Waiting) -> bool:
+        """Gives a waiting completion a row, if it may have one, and returns True if it got one."""
         job = item.job
         if len(self._rows.completions) < self._n_usable_rows():
             if not self._take_slot(job):
                 return False
         else:
+            # All rows are in use: another party may have to give one up.
             holders = {
                 row: {completion.job.path} for row, completion in self._rows.completions.items()
             }
@@ -369,19 +377,20 @@ class Sampler:
             if len(self._rows.completions) >= self._n_usable_rows():
                 _, rows = loss
                 self._pause_one(rows)
+        # A paused completion continues, and a prompt begins its next completion.
         if isinstance(item, ActiveCompletion):
             self._paused.remove(item)
-            self._isolate(job, self._rows.resume, item)
+            self._call_isolated(job, self._rows.resume, item)
         else:
             index = item.n_begun
             item.n_begun += 1
             if item.n_begun == job.request.n:
                 self._ready.remove(item)
-            self._isolate(job, self._begin, item, index)
+            self._call_isolated(job, self._begin_completion, item, index)
         return True
 
     def _pause_one(self, rows: Sequence[int]) -> None:
-        """Pauses the latest completion of who has the most of some rows."""
+        """Pauses a completion in one of some rows: the latest of the party with the most."""
         completions = [self._rows.completions[row] for row in reversed(rows)]
         n_rows = Counter[TurnPath]()
         for completion in completions:
@@ -390,14 +399,14 @@ class Sampler:
         def rows_of_parties(completion: ActiveCompletion) -> list[int]:
             return [n_rows[party] for party in parties(completion.job.path)]
 
-        self._pause(max(completions, key=rows_of_parties))
+        self._pause_completion(max(completions, key=rows_of_parties))
 
-    def _pause(self, completion: ActiveCompletion) -> None:
+    def _pause_completion(self, completion: ActiveCompletion) -> None:
         """Takes a completion out of its row, until it gets one again."""
         self._rows.pause(completion)
         self._paused.append(completion)
 
-    def _begin(self, prompt: RunningPrompt, index: int) -> None:
+    def _begin_completion(self, prompt: RunningPrompt, index: int) -> None:
         """Draws the first token of a prompt's completion, and gives it a row."""
         grammar = prompt.job.request.limits.grammar
         constraint = None if grammar is None else grammar.begin()
@@ -407,7 +416,7 @@ class Sampler:
         self._turns.note([completion.job.path])
         self._add_token(completion, tokens, 0)
 
-    def _draw(self) -> None:
+    def _draw_tokens(self) -> None:
         """Draws the next token of each completion that has a row."""
         tokens = self._rows.draw(self._pool.tree)
         self._ran_chunk = False
@@ -417,7 +426,7 @@ class Sampler:
         self._turns.note(completion.job.path for completion in completions.values())
         for row, completion in completions.items():
             if not completion.job.is_over:
-                self._isolate(completion.job, self._add_token, completion, tokens, row)
+                self._call_isolated(completion.job, self._add_token, completion, tokens, row)
 
     def _add_token(
         self, completion: ActiveCompletion, tokens: DrawnTokens[np.ndarray], row: int
@@ -433,11 +442,13 @@ class Sampler:
             top_ids, top_logps = tokens.top
             top = (top_ids[row, : request.top], top_logps[row, : request.top])
             completion.top.append(top)
+        # The token belongs to the completion, and the client gets it at once.
         completion.ids.append(token)
         completion.logps.append(logprob)
         self.drawn_tokens += 1
         if job.on_token:
             job.on_token(DrawnToken(index=completion.index, token=token, logprob=logprob, top=top))
+        # A completion ends by a token, a text, its grammar or its length.
         searched_ids = completion.ids[request.limits.min_tokens :]
         has_stop_text = ends_with_stop(searched_ids, request.stop, self._text_of)
         stopped = token in request.stop_ids or has_stop_text or completion.accept(token)
@@ -451,7 +462,7 @@ class Sampler:
             if len(job.completions) == request.n:
                 self.end(job)
 
-    def _isolate(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
+    def _call_isolated(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
         """Calls a function for a sample: an error of it fails that sample alone, not the rows."""
         try:
             function(*args)
@@ -469,6 +480,6 @@ class Sampler:
         """Compiles all functions, for all shapes, step by step; nobody samples yet."""
         logits, caches = yield from self._runner.warm_up(self._pool.tree)
         yield from self._rows.warm_up(self._pool.tree, logits, caches)
-        slot = self._pool.take(self._base.zero_adapter)
+        slot = self._pool.acquire(self._base.zero_adapter)
         assert slot is not None  # nobody samples
-        self._pool.give(slot)
+        self._pool.release(slot)

@@ -143,22 +143,24 @@ class Trainer:
           RequestError: a datum does not fit, or lacks something.
         """
         if request.loss not in LOSSES:
-            raise RequestError(f"the loss {request.loss!r}: there are {', '.join(LOSSES)}")
+            raise RequestError(
+                f"the loss {request.loss!r} is unknown. Use one of {', '.join(LOSSES)}."
+            )
         for name, value in request.config.items():
             if not np.isfinite(value):
-                raise RequestError(f"{name} is {value}: give a finite number")
+                raise RequestError(f"{name} is {value}. Pass a finite number.")
         if not request.data:
-            raise RequestError("there are no data: give at least one datum")
+            raise RequestError("there are no data. Pass at least one datum.")
         for i, datum in enumerate(request.data):
             self._check_datum(i, datum, request.loss)
         indices_of_shape: dict[tuple[int, int], list[int]] = {}
         for i, datum in enumerate(request.data):
-            indices_of_shape.setdefault(self._shape(datum), []).append(i)
+            indices_of_shape.setdefault(self._row_shape_for(datum), []).append(i)
         batches: list[TrainBatch] = []
         for (row_length, n_targets), indices in indices_of_shape.items():
-            for batch_indices in _groups(indices, self._sizes.n_rows(row_length)):
+            for batch_indices in _split_indices(indices, self._sizes.n_rows(row_length)):
                 batch_data = [request.data[i] for i in batch_indices]
-                arrays = self._batch(batch_data, request, row_length, n_targets)
+                arrays = self._make_batch_arrays(batch_data, request, row_length, n_targets)
                 batches.append(TrainBatch(batch_indices, arrays))
         return batches
 
@@ -166,7 +168,7 @@ class Trainer:
         self, adapter: Adapter, total: Factors | None, request: Gradient, batch: TrainBatch
     ) -> tuple[Factors, float, np.ndarray]:
         """Returns the gradient so far, the batch's loss and its log-probabilities."""
-        inputs = self._inputs(adapter, request, batch)
+        inputs = self._make_loss_inputs(adapter, request, batch)
         loss, logps, batch_grads = self._gradient(adapter.factors, inputs)
         return self.add(total, batch_grads), float(loss), np.asarray(logps)
 
@@ -174,11 +176,11 @@ class Trainer:
         self, adapter: Adapter, request: Gradient, batch: TrainBatch
     ) -> tuple[float, np.ndarray]:
         """Returns a batch's loss and its log-probabilities, without a gradient."""
-        inputs = self._inputs(adapter, request, batch)
+        inputs = self._make_loss_inputs(adapter, request, batch)
         loss, logps, _ = self._scores(adapter.factors, inputs, np.bool_(False))
         return float(loss), np.asarray(logps)
 
-    def prompt(
+    def score_prompt(
         self, adapter: Adapter, tokens: np.ndarray, top: int, targets: np.ndarray | None = None
     ) -> PromptScores:
         """Scores a prompt.
@@ -203,7 +205,7 @@ class Trainer:
             request = Gradient([datum], "cross_entropy", forward_only=True)
             (batch,) = self.batches(request)
             is_first_call = not column_logps
-            inputs = self._inputs(adapter, request, batch)
+            inputs = self._make_loss_inputs(adapter, request, batch)
             _, logps, top_arrays = self._scores(
                 adapter.factors, inputs, np.bool_(top > 0 and is_first_call)
             )
@@ -260,13 +262,13 @@ class Trainer:
         )
         if not is_finite:
             raise RequestError(
-                "the update is not finite: adapter and gradient stay as they are; load a saved "
-                "state to go on without this gradient"
+                "the update is not finite, so adapter and gradient stay as they are. Load a saved "
+                "state to go on without this gradient."
             )
         adapter = dataclasses.replace(state.adapter, factors=factors)
         return TrainingState(adapter=adapter, first=first, second=second, steps=steps), float(norm)
 
-    def _shape(self, datum: Datum) -> tuple[int, int]:
+    def _row_shape_for(self, datum: Datum) -> tuple[int, int]:
         """Returns the length of a row for a datum, and the number of targets of a token there."""
         targets = datum.inputs["target_tokens"]
         n_targets = 1 if targets.ndim == 1 else targets.shape[1]
@@ -279,34 +281,43 @@ class Trainer:
         vocab_size = self._base.model.config.vocab_size
         if not 1 <= n_tokens <= self._sizes.max_length:
             raise RequestError(
-                f"datum {i} has {n_tokens} tokens: from 1 to {self._sizes.max_length} are possible"
+                f"datum {i} has {n_tokens} tokens. Pass from 1 to {self._sizes.max_length} tokens."
             )
         targets = datum.inputs.get("target_tokens")
         if targets is None:
-            raise RequestError(f"datum {i} lacks target_tokens, which {loss} needs")
+            raise RequestError(f"datum {i} lacks target_tokens. Pass them for the loss {loss}.")
         for name, ids in (("tokens", datum.tokens), ("target_tokens", targets)):
             if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-                raise RequestError(f"datum {i}: {name} holds an id outside 0 to {vocab_size - 1}")
+                raise RequestError(
+                    f"datum {i}: {name} holds an id outside 0 to {vocab_size - 1}. Use the "
+                    "tokenizer of the served model."
+                )
         if targets.ndim not in (1, 2) or len(targets) != n_tokens:
             raise RequestError(
-                f"datum {i}: target_tokens has the shape {targets.shape}, not {n_tokens}"
+                f"datum {i}: target_tokens has the shape {targets.shape}. Pass as many targets as "
+                f"tokens, {n_tokens}."
             )
         if targets.ndim == 2 and not 1 <= targets.shape[1] <= N_TARGETS[-1]:
-            raise RequestError(f"datum {i}: {targets.shape[1]} targets a place; at most 32")
+            raise RequestError(
+                f"datum {i} has {targets.shape[1]} targets per token. Pass at most {N_TARGETS[-1]}."
+            )
         needed_inputs = () if loss == "cross_entropy" else ("logprobs", "advantages")
         for name in needed_inputs:
             if name not in datum.inputs:
-                raise RequestError(f"datum {i} lacks {name}, which {loss} needs")
+                raise RequestError(f"datum {i} lacks {name}. Pass it for the loss {loss}.")
         for name in DEFAULTS.keys() & datum.inputs.keys():
             array = datum.inputs[name]
             if array.shape not in (targets.shape, (n_tokens,)):
                 raise RequestError(
-                    f"datum {i}: {name} has the shape {array.shape}, target_tokens {targets.shape}"
+                    f"datum {i}: {name} has the shape {array.shape}, but target_tokens has "
+                    f"{targets.shape}. Pass the same shape."
                 )
             if not np.isfinite(array).all():
-                raise RequestError(f"datum {i}: {name} holds a value that is not finite")
+                raise RequestError(
+                    f"datum {i}: {name} holds a value that is not finite. Pass finite numbers."
+                )
 
-    def _batch(
+    def _make_batch_arrays(
         self, data: Sequence[Datum], request: Gradient, row_length: int, n_targets: int
     ) -> dict[str, np.ndarray]:
         """Returns the arrays of a batch, a datum a row, filled up to a shape."""
@@ -338,13 +349,15 @@ class Trainer:
         }
         return token_inputs | loss_inputs | {"target_mask": target_mask}
 
-    def _inputs(self, adapter: Adapter, request: Gradient, batch: TrainBatch) -> LossInputs:
+    def _make_loss_inputs(
+        self, adapter: Adapter, request: Gradient, batch: TrainBatch
+    ) -> LossInputs:
         """Returns the inputs of a batch's loss besides the factors, on the mesh."""
         arrays = {**self._layout.batch(batch.batch, parts=False)}
         arrays["beta"] = cast(jax.Array, np.float32(request.config.get("beta", 0.05)))
         return LossInputs(
             scales=adapter.scales,
-            shell=self._base.shell_of(adapter),
+            shell=self._base.make_shell_for(adapter),
             batch=arrays,
             loss_index=cast(jax.Array, np.int32(ORDER.index(request.loss))),
         )
@@ -425,7 +438,7 @@ def _with_target_axis(array: np.ndarray) -> np.ndarray:
     return array if array.ndim == 2 else array[:, None]
 
 
-def _groups(indices: list[int], size: int) -> Iterator[list[int]]:
+def _split_indices(indices: list[int], size: int) -> Iterator[list[int]]:
     """Yields groups of at most `size` indices."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]

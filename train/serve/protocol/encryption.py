@@ -18,7 +18,10 @@ def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
       RequestError: one is none, or there are too many.
     """
     if len(recipients) > _MAX_RECIPIENTS:
-        raise RequestError(f"age_encryption_recipients are {_MAX_RECIPIENTS} public keys at most")
+        raise RequestError(
+            f"age_encryption_recipients has more than {_MAX_RECIPIENTS} public keys. Pass at most "
+            f"{_MAX_RECIPIENTS}."
+        )
     keys: list[str] = []
     for number, recipient in enumerate(recipients, 1):
         try:
@@ -28,8 +31,8 @@ def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
             keys.append(recipient)
         except (TypeError, pyrage.RecipientError) as error:
             raise RequestError(
-                f"age_encryption_recipients, number {number}: neither a public key of age "
-                f"(age1…) nor of SSH: {error}"
+                f"Entry {number} of age_encryption_recipients is not a public key ({error}). Pass "
+                "a public key of age (age1…) or of SSH."
             ) from None
     return tuple(keys)
 

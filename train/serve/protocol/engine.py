@@ -158,30 +158,36 @@ def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
     """Raises a RequestError if a sample makes no sense."""
     n_tokens = len(request.prompt)
     if not n_tokens:
-        raise RequestError("the prompt is empty: give one token at least")
+        raise RequestError("the prompt is empty. Pass at least one token.")
     min_length = n_tokens if request.max_tokens == 0 else n_tokens + 1
     if min_length > facts.max_length:
         raise RequestError(
-            f"the prompt has {n_tokens} tokens: {facts.max_length} with the completion at most"
+            f"the prompt has {n_tokens} tokens, but prompt and completion together may have at "
+            f"most {facts.max_length}. Pass a shorter prompt."
         )
     if not all(0 <= token < facts.vocab_size for token in request.prompt):
-        raise RequestError(f"the prompt holds an id outside 0 to {facts.vocab_size - 1}")
+        raise RequestError(
+            f"the prompt holds an id outside 0 to {facts.vocab_size - 1}. Use the tokenizer of the "
+            "served model."
+        )
     if not 1 <= request.n <= 1024:
-        raise RequestError(f"{request.n} completions: from 1 to 1024 are possible")
+        raise RequestError(
+            f"{request.n} completions were requested. Request from 1 to 1024 completions."
+        )
     if request.max_tokens is not None and request.max_tokens < 0:
-        raise RequestError(f"max_tokens is {request.max_tokens}: at least 0 is needed")
+        raise RequestError(f"max_tokens is {request.max_tokens}. Pass 0 or more.")
     if not (request.temperature >= 0 and np.isfinite(request.temperature)):
-        raise RequestError(f"the temperature is {request.temperature}: 0 or more is needed")
+        raise RequestError(f"the temperature is {request.temperature}. Pass 0 or more.")
     if not 0 < request.top_p <= 1:
-        raise RequestError(f"top_p is {request.top_p}: above 0 and at most 1")
+        raise RequestError(f"top_p is {request.top_p}. Pass a number above 0 and at most 1.")
     if not (request.top_k == -1 or request.top_k >= 1):
-        raise RequestError(f"top_k is {request.top_k}: at least 1, or -1 for all")
+        raise RequestError(f"top_k is {request.top_k}. Pass at least 1, or -1 for all tokens.")
     _check_limits(request, facts)
     if "" in request.stop:
-        raise RequestError("a stop is an empty text: give one character at least")
+        raise RequestError("a stop is an empty text. Pass at least one character.")
     for n_top in (request.top, request.top_prompt):
         if not 0 <= n_top <= TOP:
-            raise RequestError(f"{n_top} likeliest tokens: {TOP} at most")
+            raise RequestError(f"{n_top} likeliest tokens were requested. Request at most {TOP}.")
     if request.targets is not None:
         _check_targets(request.targets, n_tokens, facts)
 
@@ -191,12 +197,13 @@ def _check_targets(targets: np.ndarray, n_tokens: int, facts: EngineFacts) -> No
     has_row_of_each = targets.ndim == 2 and len(targets) == n_tokens - 1
     if not has_row_of_each or not 1 <= targets.shape[1] <= MOST_TARGETS:
         raise RequestError(
-            f"targets of the prompt have the shape {targets.shape}: its {n_tokens} tokens take "
-            f"[{n_tokens - 1}, k], with k from 1 to {MOST_TARGETS}"
+            f"targets of the prompt have the shape {targets.shape}. For its {n_tokens} tokens, "
+            f"pass [{n_tokens - 1}, k], with k from 1 to {MOST_TARGETS}."
         )
     if targets.size and not -1 <= targets.min() <= targets.max() < facts.vocab_size:
         raise RequestError(
-            f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}; -1 is none"
+            f"targets of the prompt hold an id outside 0 to {facts.vocab_size - 1}. Pass -1 for a "
+            "missing target."
         )
 
 
@@ -206,18 +213,28 @@ def _check_limits(request: SampleRequest, facts: EngineFacts) -> None:
     penalties = request.penalties
     settings = {"min_p": request.min_p} | vars(penalties)
     if not np.isfinite([*settings.values(), *limits.biases.values()]).all():
-        raise RequestError(f"{settings} and biases have to be finite")
+        raise RequestError(
+            f"{settings} or the biases contain a number that is not finite. Pass finite numbers."
+        )
     if not 0 <= request.min_p <= 1:
-        raise RequestError(f"min_p is {request.min_p}: from 0 to 1")
+        raise RequestError(f"min_p is {request.min_p}. Pass a number from 0 to 1.")
     if penalties.repetition <= 0:
-        raise RequestError(f"the repetition penalty is {penalties.repetition}: above 0")
+        raise RequestError(
+            f"the repetition penalty is {penalties.repetition}. Pass a number above 0."
+        )
     if len(limits.biases) > MOST_BIASES or len(limits.bad) > MOST_BAD or () in limits.bad:
-        raise RequestError(f"{MOST_BIASES} biases and {MOST_BAD} bad words, not empty, at most")
+        raise RequestError(
+            "There are too many biases or bad words, or a bad word is empty. Pass at most "
+            f"{MOST_BIASES} biases and {MOST_BAD} bad words."
+        )
     if limits.allowed == ():
-        raise RequestError("no token is allowed: give one at least")
+        raise RequestError("the list of allowed tokens is empty. Pass at least one token.")
     ids = [*(limits.allowed or ()), *limits.biases, *limits.ends, *itertools.chain(*limits.bad)]
     if ids and not 0 <= min(ids) <= max(ids) < facts.vocab_size:
-        raise RequestError(f"limits of tokens hold an id outside 0 to {facts.vocab_size - 1}")
+        raise RequestError(
+            f"limits of tokens hold an id outside 0 to {facts.vocab_size - 1}. Use the tokenizer "
+            "of the served model."
+        )
 
 
 def check_update(settings: Update) -> None:
@@ -226,8 +243,8 @@ def check_update(settings: Update) -> None:
         value = getattr(settings, name)
         may_be_negative = name == "learning_rate"
         if not (np.isfinite(value) and (value >= 0 or may_be_negative)):
-            raise RequestError(f"{name} is {value}: a finite number, not below 0, is needed")
+            raise RequestError(f"{name} is {value}. Pass a finite number that is not negative.")
     for name in ("beta1", "beta2"):
         value = getattr(settings, name)
         if not 0 <= value < 1:
-            raise RequestError(f"{name} is {value}: from 0 to below 1")
+            raise RequestError(f"{name} is {value}. Pass a number from 0 to below 1.")

@@ -51,7 +51,7 @@ class StartProgress:
             progress = f"{self.compiled} of {self.parts} parts are compiled"
         return HttpError(
             503,
-            f"the server starts: {progress}; ask again",
+            f"the server is starting ({progress}). Send the request again later.",
             headers={"Retry-After": _START_RETRY},
             more={"starting": dataclasses.asdict(self)},
         )
@@ -115,15 +115,17 @@ def read_keys(path: Path) -> dict[str, str]:
         has_valid_name = words[0].replace("-", "").replace("_", "").isalnum()
         if len(words) != 2 or not has_valid_name:
             raise UserError(
-                f"{option}line {number} is no `name key`: a name of letters, digits, - and _, a "
-                "space and a key without one are needed"
+                f"{option}line {number} is not of the form `name key`. Write a name of letters, "
+                "digits, - and _, then a space, then a key without spaces."
             )
         owner, key = words
         if key in owner_of_key:
-            raise UserError(f"{option}the key of line {number} is there twice: make another one")
+            raise UserError(
+                f"{option}the key of line {number} occurs twice. Use a different key for each line."
+            )
         owner_of_key[key] = owner
     if not owner_of_key:
-        raise UserError(f"{option}it holds no key: write lines of the form `name key`")
+        raise UserError(f"{option}the file contains no key. Write lines of the form `name key`.")
     return owner_of_key
 
 
@@ -200,13 +202,18 @@ class Gate:
             raise starting.refusal()
         is_new_work = scope["method"] not in ("GET", "HEAD")
         if self._access.draining and is_new_work and path != _FUTURE_PATH:
-            raise HttpError(503, "the server ends; ask again", headers={"Retry-After": "5"})
+            raise HttpError(
+                503,
+                "the server is shutting down. Send the request again later.",
+                headers={"Retry-After": "5"},
+            )
         owner = self._access.owner(HTTPConnection(scope))
         if owner is None:
             if path not in _PUBLIC_PATHS and not path.startswith(_SIGNED_PREFIX):
                 raise HttpError(
                     401,
-                    "a key is needed: as `Authorization: Bearer KEY`, or as `X-API-Key: KEY`",
+                    "the request has no valid key. Send a key as `Authorization: Bearer KEY`, or "
+                    "as `X-API-Key: KEY`.",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
@@ -217,7 +224,8 @@ class Gate:
         if self._access.running[owner] >= self._max_running:
             raise HttpError(
                 429,
-                f"{self._max_running} of your requests are under way: wait for some of them",
+                f"{self._max_running} of your requests are running, which is the maximum. Wait "
+                "until some have finished.",
                 headers={"Retry-After": "1"},
             )
         return owner
@@ -247,7 +255,11 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            self.refusal = HttpError(408, f"the body was not there after {_READING:.0f} s")
+            self.refusal = HttpError(
+                408,
+                f"the body of the request did not arrive within {_READING:.0f} s. Send the request "
+                "again.",
+            )
             raise self.refusal from None
         self._n_bytes += len(message.get("body", b""))
         self._is_complete = not message.get("more_body", False)
@@ -258,4 +270,4 @@ class _Body:
 
 
 def _too_large(max_bytes: int) -> HttpError:
-    return HttpError(413, f"the body has more than {max_bytes:,} bytes: send it in parts")
+    return HttpError(413, f"the body has more than {max_bytes:,} bytes. Send it in parts.")

@@ -67,8 +67,12 @@ def as_http_error(error: BaseException) -> HttpError:
     if isinstance(error, HTTPException):
         return HttpError(error.status_code, error.detail, headers=error.headers)
     if isinstance(error, RecursionError):
-        return HttpError(400, "the body has lists in lists, or objects in objects, without end")
-    return HttpError(500, "the server failed at this request; its log says why")
+        return HttpError(
+            400, "the body has too many nested lists or objects. Send a body with less nesting."
+        )
+    return HttpError(
+        500, "the server failed at this request. The log of the server names the reason."
+    )
 
 
 async def wait_disconnect(request: Request) -> None:

@@ -40,17 +40,19 @@ class Origins:
         for host in hosts:
             if not (host in self._hosts or is_loopback(_PORT.sub("", host))):
                 return (
-                    f"the server was asked for as {host[:200]!r}: without --keys, it answers to "
-                    "localhost, 127.0.0.1 and [::1] alone; start it with --keys, or with "
-                    f"--allow-origin http://{host[:200]} if pages there may use it"
+                    f"the request names the host {host[:200]!r}, but a server without --keys only "
+                    "answers to localhost, 127.0.0.1 and [::1]. "
+                    f"Start it with --keys, or with --allow-origin http://{host[:200]} if pages "
+                    "there may use it."
                 )
         for origin in map(str.lower, headers.getlist("origin")):
             _, _, origin_host = origin.partition("://")  # urlsplit may fail for what clients send
             is_own_page = origin_host in hosts
             if not (is_own_page or origin in self.allowed):
                 return (
-                    f"a web page of {origin[:200]!r} sent this request: without --keys, the "
-                    "server answers its own page alone; start it with --allow-origin for others"
+                    f"a web page of {origin[:200]!r} sent this request, but a server without "
+                    "--keys only answers its own page. Start it with --allow-origin for other "
+                    "pages."
                 )
         return None
 
@@ -75,9 +77,9 @@ def read_origin(text: str) -> str:
     origin = _ORIGIN.fullmatch(text.lower())
     if origin is None or int(origin["port"] or 0) >= 2**16:
         raise UserError(
-            f"--allow-origin {text} is no origin of web pages: give a scheme, a host and, if it "
-            "is not the usual one, a port, such as https://chat.example.org or "
-            "http://localhost:3000, or * for all pages"
+            f"--allow-origin {text} is not the origin of a web page. Pass a scheme and a host, and "
+            "a port if it is not the usual one, such as https://chat.example.org or "
+            "http://localhost:3000. Pass * for all pages."
         )
     scheme = origin["scheme"]
     default_port = {"http": "80", "https": "443"}[scheme]

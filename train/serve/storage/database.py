@@ -151,6 +151,7 @@ def _translate_errors(path: Path | str) -> Iterator[None]:
             raise LockedError(_HELD_MESSAGE) from error
         if code in _FULL_CODES:
             raise FullError(
-                f"{path} cannot be written ({error}): the disk is full, or fails"
+                f"{path} cannot be written ({error}). The disk is full, or it fails. Free some "
+                "space on the disk."
             ) from error
         raise

@@ -15,12 +15,12 @@ from train.serve.storage.ledger import LOGGED, Ledger, Row
 
 _log = logging.getLogger(__name__)
 NO_ROOM = (
-    "the disk of the server is full, and what you sent or asked for could not be kept: ask again "
-    "once there is room, from the last checkpoint"
+    "the disk of the server is full, so the server could not keep the request or its result. "
+    "Continue from the last checkpoint when there is room again."
 )
 _PENDING = (
     "the server has the result, but cannot record it, since its disk is full or its ledger cannot "
-    "be written: the result comes once it is recorded"
+    "be written. The result follows when it is recorded."
 )
 
 

@@ -37,8 +37,8 @@ from train.serve.tenants.loading import (
     TenantLog,
     TenantProgress,
     TenantTable,
-    load_of,
-    next_number,
+    first_missing_seq,
+    queue_load_of,
 )
 from train.serve.tenants.parking import StateFolders, TenantParking
 from train.serve.tenants.seats import Seats
@@ -167,6 +167,7 @@ class CommandLog:
           LockedError, FullError: the ledger cannot be written.
         """
         with self._hold_lock():
+            # A command that came before has its id already.
             repeated_row = self._ledger.command(model, seq)
             if repeated_row is not None:
                 _check_repeat(repeated_row, kind)
@@ -174,6 +175,7 @@ class CommandLog:
             tenant = self._tenants.get(model, TenantProgress(0))
             self._check_order(model, seq, tenant)
             refusal = None
+            # Write the command into the ledger, or note that it was refused.
             try:
                 with self._ledger.transaction():
                     folder, target = prepare()
@@ -188,7 +190,8 @@ class CommandLog:
                 refusal = error
                 command = None
                 row = self._ledger.log(model, seq, kind, b"", refused=error_answer(error))
-            tenant.load += load_of(row)
+            # Queue the command, and submit it if all before it came.
+            tenant.load += queue_load_of(row)
             tenant.last_used = self._clock()
             self._ledger.hear(tenant.client.session)
             if not tenant.waiting:
@@ -202,19 +205,24 @@ class CommandLog:
     def _check_order(self, model: str, seq: int, tenant: TenantProgress) -> None:
         """Raises an error for a number out of order, or if a tenant's queue is full."""
         if seq != 0 and model not in self._tenants:
-            raise RequestError(f"{model} is unloaded: load its last checkpoint")
+            raise RequestError(f"{model} is unloaded. Load its last checkpoint.")
         if not tenant.next_seq <= seq <= tenant.next_seq + _MAX_SEQ_AHEAD:
-            raise RequestError(f"seq_id {seq} is out of order: the next one is {tenant.next_seq}")
+            raise RequestError(
+                f"seq_id {seq} is out of order, because the next one is {tenant.next_seq}. Send "
+                "the commands in order."
+            )
         # Without the command that others wait for, these would stay in the queue.
         unblocks_others = seq == tenant.next_seq and tenant.waiting
         if tenant.load >= self._limits.queue and not unblocks_others:
-            raise BusyError(f"{model} has too many commands without an answer: wait for some")
+            raise BusyError(
+                f"{model} has too many commands without an answer. Wait until some have finished."
+            )
 
     @contextmanager
     def _hold_lock(self) -> Iterator[None]:
         """Holds the lock, unless others hold it for long."""
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
-            raise BusyError("many requests wait for the ledger")
+            raise BusyError("many requests wait for the ledger. Send the request again later.")
         try:
             yield
         finally:
@@ -227,13 +235,15 @@ class CommandLog:
           silent: seconds; a tenant without a command for longer stays on disk.
         """
         with self._lock:
-            self._ledger.abandon(error_answer(RequestError("the model was unloaded")))
+            self._ledger.abandon(
+                error_answer(RequestError("the model was unloaded. Load its last checkpoint."))
+            )
             models = self._ledger.live_models()
             models.sort(key=lambda model: model["used"], reverse=True)
             for model in models:
-                self._replay(model, self._clock() - silent)
+                self._queue_for_replay(model, self._clock() - silent)
 
-    def _replay(self, model: Row, recent_time: float) -> None:
+    def _queue_for_replay(self, model: Row, recent_time: float) -> None:
         """Lines a tenant up for a seat, if it has commands or was used since a time."""
         name = model["id"]
         state_seq = model["state"]
@@ -246,12 +256,12 @@ class CommandLog:
         self._tenants[name] = tenant
         rows = self._ledger.commands(name, state_seq)
         self.states.tidy(model, rows)
-        tenant.load = sum(map(load_of, rows))
+        tenant.load = sum(map(queue_load_of, rows))
         tenant.exists = model["spec"] is not None or tenant.load > 0
         is_recent = model["used"] >= recent_time and self._seats.fits(tenant.client)
         if tenant.exists and (tenant.load or is_recent):
             self._seats.wait(name, tenant.client)
-        tenant.next_seq = next_number(state_seq, rows)
+        tenant.next_seq = first_missing_seq(state_seq, rows)
         self.parking.settle()
 
     def advance(self, model: str, tenant: TenantProgress) -> None:
@@ -316,7 +326,7 @@ class CommandLog:
         if tenant is None:  # it was unloaded
             return
         with self._lock:
-            tenant.load -= load_of(row)
+            tenant.load -= queue_load_of(row)
             if has_failed and row["seq"] == 0:
                 tenant.exists = False
                 self._seats.leave(row["model"])
@@ -378,7 +388,7 @@ class CommandLog:
                 return
             self._ledger.end_model(model)
             del self._tenants[model]
-            error = RequestError(f"{model} was unloaded")
+            error = RequestError(f"{model} was unloaded. Load its last checkpoint.")
             for row, command in tenant.waiting.values():
                 if command is not None:
                     self._results.submit(self.finish, row, command, None, error)
@@ -427,7 +437,9 @@ def _check_repeat(row: Row, kind: str) -> None:
         reason = json.loads(answer)["error"] if answer else f"seq_id {row['seq']} was refused"
         raise RequestError(reason)
     if row["kind"] != kind:
-        raise RequestError(f"seq_id {row['seq']} is the number of a {row['kind']}")
+        raise RequestError(
+            f"seq_id {row['seq']} already belongs to a {row['kind']}. Use the next seq_id."
+        )
 
 
 def _client(model: Row | None) -> Client:
@@ -462,9 +474,9 @@ class CommandGaps:
             for name, tenant in self._table.tenants.items():
                 has_gap = tenant.waiting and tenant.next_seq not in tenant.waiting
                 if has_gap and tenant.waiting_since < latest_start:
-                    self._close(name, tenant, seconds)
+                    self._close_gap(name, tenant, seconds)
 
-    def _close(self, name: str, tenant: TenantProgress, seconds: float) -> None:
+    def _close_gap(self, name: str, tenant: TenantProgress, seconds: float) -> None:
         """Refuses the commands that a tenant's others wait for, and all that wait."""
         waiting_seqs = sorted(tenant.waiting)
         last_seq = waiting_seqs[-1]
@@ -474,7 +486,8 @@ class CommandGaps:
         error = RequestError(
             f"seq_id {gap_names} of {name} did not come within {seconds:g} seconds. So no command "
             f"from seq_id {missing_seqs[0]} to {last_seq} was executed, and the gradient of those "
-            f"before was dropped: go on with seq_id {last_seq + 1}, or load the last checkpoint"
+            f"before was dropped. To continue, go on with seq_id {last_seq + 1}, or load the last "
+            "checkpoint."
         )
         answer = error_answer(error)
         missing_rows: dict[int, Row] = {}

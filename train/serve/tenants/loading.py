@@ -87,14 +87,14 @@ class TenantTable:
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
 
 
-def load_of(row: Row) -> int:
-    """Returns the share of the queue that a command without an answer takes."""
+def queue_load_of(row: Row) -> int:
+    """Returns the size of a command in its tenant's queue: 0 once it has an answer."""
     has_answer = row["state"] != LOGGED
     return 0 if has_answer else 1 + len(row["payload"] or b"") // 2**19
 
 
-def next_number(state_seq: int, rows: list[Row]) -> int:
-    """Returns the number of the first command that did not come, after that of a state."""
+def first_missing_seq(state_seq: int, rows: list[Row]) -> int:
+    """Returns the number of the first missing command after a saved state."""
     logged_seqs = {row["seq"] for row in rows}
     seq = state_seq + 1
     while seq in logged_seqs:
@@ -122,7 +122,7 @@ class TenantLog(Protocol):
 
 
 class TenantLoader:
-    """Has the engine load tenants that have got a seat, and answers those that it cannot take."""
+    """Loads tenants that have got a seat into the engine, or refuses their commands."""
 
     def __init__(self, table: TenantTable, log: TenantLog, read: Callable[[Row], Command]) -> None:
         """Begins with an empty engine.
@@ -144,7 +144,7 @@ class TenantLoader:
         """Has the engine load a tenant that has got a seat, and then go on with it."""
         tenant = self._table.tenants[name]
         try:
-            folder = self._restore(name, tenant)
+            folder = self._queue_commands_since_state(name, tenant)
         except Exception as error:  # such as a rank that this server does not take
             self._fail_load(name, error)
             return
@@ -156,17 +156,20 @@ class TenantLoader:
         done = partial(self._results.submit, self._finish_load, name, tenant)
         self._engine.submit(name, Load(folder, optimizer=True), done, tenant.client)
 
-    def _restore(self, name: str, tenant: TenantProgress) -> Path | None:
-        """Queues commands since a tenant's last state; returns the state's folder, if any."""
+    def _queue_commands_since_state(self, name: str, tenant: TenantProgress) -> Path | None:
+        """Queues the commands after a tenant's last saved state, and returns the state's folder."""
         model = self._ledger.model(name)
         assert model is not None
+        # The commands after the last saved state, unless they wait already.
         rows = self._ledger.commands(name, model["state"])
-        tenant.load = sum(map(load_of, rows))
+        tenant.load = sum(map(queue_load_of, rows))
         for row in rows:
             if row["seq"] not in tenant.waiting:
+                # A refused command keeps its number, and is not executed.
                 was_valid = row["state"] in (LOGGED, DONE) or row["kind"] == DISCARD
-                command = self._repeat(row, tenant) if was_valid else None
+                command = self._command_to_execute(row, tenant) if was_valid else None
                 tenant.waiting[row["seq"]] = (row, command)
+        # The engine continues after the state, which holds no gradient.
         tenant.next_seq = model["state"] + 1
         tenant.has_gradient = False
         tenant.n_since_state = 0
@@ -174,7 +177,7 @@ class TenantLoader:
         return None if model["folder"] is None else Path(model["folder"])
 
     def _finish_load(self, name: str, tenant: TenantProgress, result: CommandResult) -> None:
-        """Has a tenant go on whose last state was loaded, or says why it was not."""
+        """Continues with a tenant whose state was loaded, or refuses its commands."""
         with self._table.lock:
             is_unloaded = self._table.tenants.get(name) is not tenant  # then it leaves the engine
             if not is_unloaded:
@@ -185,7 +188,7 @@ class TenantLoader:
             self._log.count_down(name, tenant)
 
     def _fail_load(self, name: str, error: Exception) -> None:
-        """Answers the commands of a tenant that was not loaded; its next one tries again."""
+        """Refuses the commands of a tenant whose state could not be loaded."""
         message = f"the state of {name} could not be loaded: {error}"
         _logger.error(message, exc_info=error)
         self._seats.leave(name)
@@ -198,18 +201,19 @@ class TenantLoader:
         assert model is not None
         rows = self._ledger.commands(name, model["state"])
         tenant.waiting.clear()
-        tenant.next_seq = next_number(model["state"], rows)
-        tenant.load = sum(map(load_of, rows))
+        tenant.next_seq = first_missing_seq(model["state"], rows)
+        tenant.load = sum(map(queue_load_of, rows))
         for row in rows:
             if row["state"] == LOGGED:
                 tenant.n_running += 1
                 self._results.submit(self._log.finish, row, None, tenant, error)
 
-    def _repeat(self, row: Row, tenant: TenantProgress) -> Command | None:
-        """Returns the command of a row if it is to be executed, perhaps for a second time."""
+    def _command_to_execute(self, row: Row, tenant: TenantProgress) -> Command | None:
+        """Returns the command of a row if the engine must execute it (again), else None."""
         command = self._read(row)
         has_answer = row["state"] != LOGGED
         if not isinstance(command, Save):
+            # Repeat what changes the tenant, and answer what has no answer yet.
             changes_tenant = not (isinstance(command, Gradient) and command.forward_only)
             return command if changes_tenant or not has_answer else None
         if has_answer:
@@ -217,6 +221,6 @@ class TenantLoader:
         if command.path.exists():  # it was written, but its result was not noted
             result = SaveResult(size(command.path))
             self._results.submit(self._log.finish, row, command, None, result)
-            tenant.load -= load_of(row)
+            tenant.load -= queue_load_of(row)
             return None
         return command

@@ -180,7 +180,7 @@ class TenantParking:
             if error is None or is_unloaded:
                 self._leave_engine(name, tenant)
             else:
-                _logger.error("%s cannot be parked, and stays in memory: %s", name, error)
+                _logger.error("%s cannot be moved to the disk and stays in memory: %s", name, error)
                 self._seats.stay(name, error)
                 self._log.advance(name, tenant)
             self.settle()

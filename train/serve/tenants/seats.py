@@ -74,22 +74,22 @@ class Seats:
         return has_room and self._has_own_room(client)
 
     def next(self) -> str | None:
-        """Gives a free seat to the first tenant in the line that may have it; returns its name."""
-        for name, client in self._line():
+        """Gives a free seat to the first waiting tenant that may have it, and returns its name."""
+        for name, client in self._waiting_line():
             if self.fits(client):
                 del self._waiting[name]
                 self._seats[name] = _Seat(client)
                 return name
         return None
 
-    def _line(self) -> list[tuple[str, Client]]:
+    def _waiting_line(self) -> list[tuple[str, Client]]:
         """Returns the line for a seat, without those that have not left theirs."""
         return [(name, client) for name, client in self._waiting.items() if name not in self._seats]
 
     def victim(self, quiet: Sequence[str]) -> str | None:
-        """Returns a tenant that has to be parked for one that waits; None for none.
+        """Returns a tenant to park so that a waiting one gets its seat; None if nobody must leave.
 
-        Where none is quiet, it is the one that has had its seat longest, and for a while.
+        If no tenant is quiet, it is the one that has had its seat longest, once its turn is over.
 
         Args:
           quiet: tenants without work, in the order in which they may be parked.
@@ -102,11 +102,12 @@ class Seats:
         candidates = [*quiet, *self._long_seated()]
         parkable_tenants = [name for name in candidates if self.may_park(name)]
         for client in self._clients_in_need():
-            helpers = self._helpers(client, leaving_tenants)
+            # A tenant that leaves already makes room for one client.
+            helpers = self._tenants_making_room(client, leaving_tenants)
             if helpers:
                 leaving_tenants.remove(helpers[0])  # its room is for this one
                 continue
-            helpers = self._helpers(client, parkable_tenants)
+            helpers = self._tenants_making_room(client, parkable_tenants)
             if helpers:
                 return helpers[0]
         return None
@@ -124,10 +125,10 @@ class Seats:
 
         These choose first, since only the room of their owner helps them.
         """
-        clients = [client for _, client in self._line() if not self.fits(client)]
+        clients = [client for _, client in self._waiting_line() if not self.fits(client)]
         return sorted(clients, key=self._has_own_room)
 
-    def _helpers(self, client: Client, names: Iterable[str]) -> list[str]:
+    def _tenants_making_room(self, client: Client, names: Iterable[str]) -> list[str]:
         """Returns the tenants whose leaving makes room for another one of a client."""
         if self._has_own_room(client):
             return list(names)
@@ -142,14 +143,15 @@ class Seats:
         return self._stuck.get(name, 0.0) > time.monotonic()
 
     def hopeless(self) -> dict[str, str]:
-        """Returns reasons by tenant, of those that wait in vain since none can be parked."""
+        """Returns reasons by tenant, for tenants that wait for a seat that nobody can free."""
         reasons: dict[str, str] = {}
-        for name, client in self._line():
-            rivals = self._helpers(client, self._seats)
+        for name, client in self._waiting_line():
+            rivals = self._tenants_making_room(client, self._seats)
             if rivals and all(map(self._is_stuck, rivals)):
                 reasons[name] = (
-                    f"{len(rivals)} adapters train here, and there is room for no more: none can "
-                    f"be parked on disk ({self._problem}): ask again once that is mended"
+                    f"{len(rivals)} adapters train here, and there is room for no more. None can "
+                    f"be moved to the disk ({self._problem}). Solve this problem, and send "
+                    "the request again."
                 )
         return reasons
 

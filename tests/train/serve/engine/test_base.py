@@ -92,7 +92,7 @@ def test_the_adapter_of_a_run_is_read(base, tmp_path, inside):
     adapter = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), adapter)
     facts = {"model": "tiny"}
     lj.save_adapter(tmp_path / inside, lj.join(adapter, rest), about=facts, overwrite=True)
-    found = base.read(tmp_path).adapter
+    found = base.read_state(tmp_path).adapter
     assert {path for path, parts in found.factors.items() if np.any(parts["b"])} == {*adapter}
     for path, parts in adapter.items():
         axis = base.slots[path].slot_axis
@@ -107,13 +107,13 @@ def test_what_cannot_be_served_is_refused(base, tmp_path):
     scaled = {"model": "tiny", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     lj.save_adapter(tmp_path / "scaled", tree, about=scaled)
     with pytest.raises(RequestError, match="--rope-scaling"):
-        base.read(tmp_path / "scaled")
+        base.read_state(tmp_path / "scaled")
     whole = lj.lorafy(base.params, [lj.TrainRule(targets=["norm"])])
     lj.save_adapter(tmp_path / "whole", whole, about={"model": "tiny"})
     with pytest.raises(RequestError, match="norm"):  # and no error of the server's own
-        base.read(tmp_path / "whole")
+        base.read_state(tmp_path / "whole")
     with pytest.raises(RequestError, match="holds no adapter"):
-        base.read(tmp_path)
+        base.read_state(tmp_path)
 
 
 @pytest.mark.slow

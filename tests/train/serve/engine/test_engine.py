@@ -258,7 +258,7 @@ def test_steps_are_those_of_optax_on_the_model(engine, base, tmp_path):
     tell(engine, "own", STEP)  # B is no longer zero
     tell(engine, "own", Save(tmp_path / "before"))
     tell(engine, "own", Load(tmp_path / "before", optimizer=False))
-    adapter, gradient = base.read(tmp_path / "before").adapter, jax.jit(jax.grad(loss))
+    adapter, gradient = base.read_state(tmp_path / "before").adapter, jax.jit(jax.grad(loss))
     factors, size = adapter.factors, gradient(adapter.factors, adapter.scales, data_of(6))
     # Beyond the gradients: divided by their own size, small ones would be mostly rounding.
     eps = 10 * float(max(np.abs(x).max() for x in jax.tree.leaves(size)))
@@ -274,7 +274,7 @@ def test_steps_are_those_of_optax_on_the_model(engine, base, tmp_path):
         factors = optax.apply_updates(factors, updates)
     tell(engine, "own", Save(tmp_path / "after"))
     tell(engine, "own", Leave())
-    found = base.read(tmp_path / "after").adapter.factors
+    found = base.read_state(tmp_path / "after").adapter.factors
     # Steps are 1e-2 long. Gradients through linear layers are 1e-4 from those in fp64, in fp32.
     moved, most = 0.0, 5e-5 if base.model.config.linear_layers else 2e-6
     for path, parts in found.items():

@@ -100,13 +100,13 @@ def test_min_tokens_hold_back_ends_and_stop_texts(engine):
 
 def test_limits_that_make_no_sense_are_refused(engine):
     for limits, problem in (
-        ({"limits": TokenLimits(allowed=())}, "no token is allowed"),
+        ({"limits": TokenLimits(allowed=())}, "allowed tokens is empty"),
         ({"limits": TokenLimits(allowed=(VOCAB,))}, "an id outside 0 to 36"),
-        ({"limits": TokenLimits(bad=((),))}, "not empty"),
-        ({"limits": TokenLimits(biases={1: np.inf})}, "have to be finite"),
-        ({"penalties": Penalties(repetition=0.0)}, "above 0"),
+        ({"limits": TokenLimits(bad=((),))}, "a bad word is empty"),
+        ({"limits": TokenLimits(biases={1: np.inf})}, "not finite"),
+        ({"penalties": Penalties(repetition=0.0)}, "Pass a number above 0"),
         ({"min_p": 1.5}, "from 0 to 1"),
-        ({"limits": TokenLimits(allowed=(7,), bad=((7,),))}, "after 0 tokens no other may follow"),
+        ({"limits": TokenLimits(allowed=(7,), bad=((7,),))}, "after 0 tokens no token may follow"),
         ({"limits": TokenLimits(allowed=(7, 8), bad=((7, 7), (7, 8), (8,)))}, "after 1 tokens"),
     ):
         with pytest.raises(RequestError, match=problem):

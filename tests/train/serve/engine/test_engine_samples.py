@@ -112,9 +112,9 @@ def test_any_tokens_are_scored_at_each_place_of_a_prompt(world, engine, k):
     own = plain[np.arange(11), prompt[1:]]
     assert_close(drawn.prompt_logprobs[1:], own, 1e-5)
     assert drawn.top_prompt.ids[1:, 0].tolist() == plain.argmax(axis=1).tolist()
-    with pytest.raises(RequestError, match=r"have the shape \(12, .*take \[11, k\], with k from 1"):
+    with pytest.raises(RequestError, match=r"have the shape \(12, .*pass \[11, k\], with k from 1"):
         sampled(engine, **asked, targets=np.zeros((12, k), np.int32))
-    with pytest.raises(RequestError, match="hold an id outside 0 to 36; -1 is none"):
+    with pytest.raises(RequestError, match="hold an id outside 0 to 36. Pass -1"):
         sampled(engine, **asked, targets=np.full((11, k), 37, np.int32))
 
 
@@ -219,7 +219,7 @@ def test_snapshots_never_change(world, engine):
     under_way = begun(engine, adapter="step 1", **score)
     engine.drop("step 1")
     assert bits(under_way.result(SECONDS)) == last[1]
-    with pytest.raises(RequestError, match="there is no adapter 'step 1'; there are one, two"):
+    with pytest.raises(RequestError, match="'step 1'. Use one of these: one, two"):
         sampled(engine, adapter="step 1", **score)
 
 

@@ -187,7 +187,7 @@ def test_more_adapters_and_completions_than_places(world, engine):
     ("fields", "said"),
     [
         ({"prompt": []}, "empty"),
-        ({"prompt": [0] * LENGTH}, "64 with the completion"),
+        ({"prompt": [0] * LENGTH}, "may have at most 64"),
         ({"prompt": [0] * (LENGTH + 1), "max_tokens": 0}, "65 tokens"),
         ({"prompt": [VOCAB]}, "outside 0 to 36"),
         ({"prompt": [-1]}, "outside"),
@@ -197,7 +197,7 @@ def test_more_adapters_and_completions_than_places(world, engine):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"top": 21}, "20 at most"),
+        ({"top": 21}, "at most 20"),
         ({"stop": ("",)}, "a stop is an empty text"),
         ({"adapter": "three"}, "there is no adapter 'three'"),
     ],

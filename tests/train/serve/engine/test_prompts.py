@@ -44,8 +44,8 @@ class Unread:
         return init_cache(MODEL, 1, self.round_up(length))
 
     grow = lambda self, cache, length: self.prompt_cache(length)  # noqa: E731
-    block = lambda self, cache, first: BLOCK  # noqa: E731
-    put = lambda self, cache, first, block: cache  # noqa: E731
+    copy_chunk = lambda self, cache, first: BLOCK  # noqa: E731
+    put_block = lambda self, cache, first, block: cache  # noqa: E731
 
     def extend(self, tree, slot, ids, n, cache):
         self.lengths.append(cache.positions.shape[1])
@@ -147,7 +147,7 @@ def test_prompts_beside_one_that_fails_begin_anew():
 @pytest.mark.parametrize("depends_on_cache_length", [False, True])
 def test_drawn_tokens_are_kept_where_they_do_not_depend_on_others(depends_on_cache_length):
     programs = Unread(depends_on_cache_length)
-    runner, rows = PromptRunner(programs, FAST), SimpleNamespace(block=programs.block)
+    runner, rows = PromptRunner(programs, FAST), SimpleNamespace(block=programs.copy_chunk)
     sample = job(np.arange(20))
     ran(runner, sample)
     before = runner.store.size

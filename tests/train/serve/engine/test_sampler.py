@@ -74,8 +74,8 @@ def made_sampler(slots, sequences, shared, trainer=None, **sizes):
         has_memory=False,
         empty_rows=lambda width, length: None,
         prompt_cache=lambda length: cache,
-        block=lambda cache, first: SimpleNamespace(size=1),
-        put=lambda cache, first, block: cache,
+        copy_chunk=lambda cache, first: SimpleNamespace(size=1),
+        put_block=lambda cache, first, block: cache,
         extend=lambda tree, slot, ids, n, cache: (None, cache),
         extend_all=lambda tree, slot, ids, n, caches: ([None] * len(caches), caches),
         round_up=lambda length: length,
@@ -163,7 +163,7 @@ def test_a_sample_that_lost_its_slot_holds_up_no_others_of_its_session():
 
 def test_a_prompt_that_fails_beside_others_ends_alone():
     """Of those that run together, at its last chunk."""
-    trainer = SimpleNamespace(prompt=Mock(side_effect=MemoryError))
+    trainer = SimpleNamespace(score_prompt=Mock(side_effect=MemoryError))
     requests = Requests(made_sampler(2, 8, 8, trainer, fast_prompts=True))
     for owner in "abc":
         requests.ask(owner, "", None, 1, 3, [2, 3], prompt_logprobs=owner == "b")
@@ -190,9 +190,9 @@ def test_a_command_behind_one_that_failed_is_answered():
         _trained_parties=set(),
         _train_seconds=Counter(),
     )
-    engine._finish = functools.partial(Engine._finish, engine)
+    engine._finish_command = functools.partial(Engine._finish_command, engine)
     while engine._tenants:
-        Engine._train(engine, tenant)
+        Engine._train_tenant(engine, tenant)
     assert [str(answer) for answer in answers] == ["first", "second"]
 
 
@@ -211,10 +211,10 @@ def test_training_and_sampling_have_as_much_time(monkeypatch):
         _sampler=SimpleNamespace(busy=True, step=lambda: turn("sampling", 1.0)),
         _seconds_of_kind={"training": 0.0, "sampling": 0.0},
         _may_train=lambda tenant: True,
-        _order=lambda tenant: 0,
-        _train=lambda tenant: turn("training", 3.0),
+        _turn_key=lambda tenant: 0,
+        _train_tenant=lambda tenant: turn("training", 3.0),
     )
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     for _ in range(8):
-        Engine._turn(engine)
+        Engine._take_turn(engine)
     assert Counter(turns) == {"training": 2, "sampling": 6}

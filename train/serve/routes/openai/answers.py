@@ -211,7 +211,7 @@ def join(prompt: AnswerPart, completion: AnswerPart) -> AnswerPart:
     )
 
 
-def usage_of(samples: Sequence[SampleRequest], results: Sequence[SampleResult]) -> JsonObject:
+def count_usage(samples: Sequence[SampleRequest], results: Sequence[SampleResult]) -> JsonObject:
     """Returns the numbers of tokens of a request."""
     n_completion_tokens = 0
     n_cached_tokens = 0
@@ -219,10 +219,10 @@ def usage_of(samples: Sequence[SampleRequest], results: Sequence[SampleResult]) 
         n_completion_tokens += sum(len(completion.tokens) for completion in result.completions)
         n_cached_tokens += result.cached
     details = {"cached_tokens": n_cached_tokens}
-    return counts_of(samples, n_completion_tokens) | {"prompt_tokens_details": details}
+    return make_token_counts(samples, n_completion_tokens) | {"prompt_tokens_details": details}
 
 
-def counts_of(samples: Sequence[SampleRequest], n_completion_tokens: int) -> JsonObject:
+def make_token_counts(samples: Sequence[SampleRequest], n_completion_tokens: int) -> JsonObject:
     """Returns the numbers of tokens of prompts, and of so many that were drawn."""
     n_prompt_tokens = sum(len(sample.prompt) for sample in samples)
     return {
@@ -253,11 +253,13 @@ class ChatForm:
             message["tool_calls"] = [_without_index(call) for call in part.calls]
         if part.thinking:
             message["reasoning_content"] = part.thinking
-        return self._choice(index, {"message": message}, part)
+        return self._make_choice(index, {"message": message}, part)
 
     def begin(self, index: int) -> JsonObject:
         """Returns the choice of the first event."""
-        return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, AnswerPart())
+        return self._make_choice(
+            index, {"delta": {"role": "assistant", "content": ""}}, AnswerPart()
+        )
 
     def part(self, index: int, part: AnswerPart) -> JsonObject:
         """Returns the choice of an event."""
@@ -266,22 +268,22 @@ class ChatForm:
             delta["tool_calls"] = part.calls
         if part.thinking:
             delta["reasoning_content"] = part.thinking
-        return self._choice(index, {"delta": delta}, part)
+        return self._make_choice(index, {"delta": delta}, part)
 
-    def _choice(self, index: int, content: JsonObject, part: AnswerPart) -> JsonObject:
+    def _make_choice(self, index: int, content: JsonObject, part: AnswerPart) -> JsonObject:
         """Returns a choice with a message or a delta, `content`."""
         logprobs = None
         if self.logprobs and (part.entries or part.finish):
-            entries = [self._entry(entry) for entry in part.entries]
+            entries = [self._make_entry(entry) for entry in part.entries]
             logprobs = {"content": entries, "refusal": None}
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": part.finish}
 
-    def _entry(self, entry: TokenEntry) -> JsonObject:
+    def _make_entry(self, entry: TokenEntry) -> JsonObject:
         """Returns the log-probability of a token, and its alternatives."""
-        alternatives = [self._token(token, logprob) for token, logprob in entry.top or ()]
-        return {**self._token(entry.token, entry.logprob), "top_logprobs": alternatives}
+        alternatives = [self._make_token(token, logprob) for token, logprob in entry.top or ()]
+        return {**self._make_token(entry.token, entry.logprob), "top_logprobs": alternatives}
 
-    def _token(self, token: int, logprob: float | None) -> JsonObject:
+    def _make_token(self, token: int, logprob: float | None) -> JsonObject:
         """Returns a token, its log-probability and its bytes."""
         token_bytes = self.tokens.of(token)
         return {

@@ -27,19 +27,19 @@ from train.serve.routes.openai.answers import (
     ChatForm,
     ChoiceBuilder,
     TextForm,
-    counts_of,
+    count_usage,
     echo_prompt,
     join,
+    make_token_counts,
     prompt_entries,
-    usage_of,
     with_all_entries,
 )
 from train.serve.routes.openai.chat import (
     ToolCalls,
+    choose_template,
     make_calls,
-    prompt_of,
-    template_of,
     tokenize,
+    tokenize_chat,
 )
 from train.serve.routes.openai.limits import add_limits
 from train.serve.routes.openai.models import Models
@@ -127,14 +127,14 @@ class OpenAI:
     def routes(self) -> list[Route]:
         """Returns the routes."""
         return [
-            Route(CHAT, self._chat, methods=["POST"]),
-            Route(COMPLETIONS, self._complete, methods=["POST"]),
+            Route(CHAT, self._answer_chat, methods=["POST"]),
+            Route(COMPLETIONS, self._answer_completion, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
             *self._models.routes(),
         ]
 
-    def _templated(self, body: JsonObject, adapter: str | None) -> ServedTokenizer:
+    def _tokenizer_with_template(self, body: JsonObject, adapter: str | None) -> ServedTokenizer:
         """Returns the tokenizer with a chat's template: the request's, an adapter's or the base's.
 
         Raises:
@@ -145,23 +145,26 @@ class OpenAI:
             if not self._trusts_templates:
                 raise HttpError(
                     400,
-                    "`chat_template` runs as a program, which the server takes from no request: "
-                    "leave it out, or start it with --trust-request-chat-template",
+                    "`chat_template` would run as a program, and the server takes no programs from "
+                    "requests. Remove `chat_template`, or start the server with "
+                    "--trust-request-chat-template.",
                     param="chat_template",
                 )
             template = fields.read_text(body, "chat_template")
         return self._tokens.templated(template)
 
-    async def _chat(self, request: Request) -> Response:
+    async def _answer_chat(self, request: Request) -> Response:
         """Answers a chat."""
-        body = await self._read(request, CHAT)
+        body = await self._read_fields(request, CHAT)
         facts = self._engine.facts
-        sample = await self._sample(request, body, None)
+        sample = await self._read_sample(request, body, None)
         n_top = fields.read_top(body)
-        tokens = self._templated(body, sample.adapter)
-        max_prompt_tokens = fields.read_room(body, sample, facts)
+        tokens = self._tokenizer_with_template(body, sample.adapter)
+        max_prompt_tokens = fields.read_max_prompt_tokens(body, sample, facts)
         prompt = await run_in_threadpool(
-            partial(prompt_of, body, tokens, facts.max_length, cuts=max_prompt_tokens is not None)
+            partial(
+                tokenize_chat, body, tokens, facts.max_length, cuts=max_prompt_tokens is not None
+            )
         )
         sample = dataclasses.replace(sample, top=n_top or 0)
         completion_request = CompletionRequest(
@@ -171,32 +174,36 @@ class OpenAI:
             style=_read_style(body, make_calls(body, tokens)),
             **_read_extras(body),
         )
-        return await self._answer(request, completion_request)
+        return await self._draw_and_answer(request, completion_request)
 
-    async def _complete(self, request: Request) -> Response:
+    async def _answer_completion(self, request: Request) -> Response:
         """Answers a request for plain completions."""
-        body = await self._read(request, COMPLETIONS)
+        body = await self._read_fields(request, COMPLETIONS)
         facts = self._engine.facts
         prompts = fields.read_prompts(body, facts)
         echo = fields.read_flag(body, "echo")
-        sample = await self._sample(request, body, _DEFAULT_TOKENS, min_tokens=0 if echo else 1)
+        sample = await self._read_sample(
+            request, body, _DEFAULT_TOKENS, min_tokens=0 if echo else 1
+        )
         n_top = fields.read_integer(body, "logprobs", 0, TOP)
         if len(prompts) * sample.n > _MAX_COMPLETIONS:
             raise HttpError(
-                400, f"{_MAX_COMPLETIONS} completions at once are the most: send fewer prompts"
+                400,
+                f"The request asks for more than {_MAX_COMPLETIONS} completions. Send fewer "
+                "prompts, or a smaller `n`.",
             )
         if echo and n_top is not None:
             if body.get("stream"):
                 raise fields.field_error(
-                    "stream", True, "`echo` with `logprobs` comes whole: leave it out"
+                    "stream", True, "`echo` with `logprobs` comes whole. Remove `stream`."
                 )
             sample = dataclasses.replace(
                 sample, prompt_logprobs=True, top_prompt=max(sample.top_prompt, n_top)
             )
         sample = dataclasses.replace(sample, top=n_top or 0)
-        max_prompt_tokens = fields.read_room(body, sample, facts)
+        max_prompt_tokens = fields.read_max_prompt_tokens(body, sample, facts)
         prompt_ids = await run_in_threadpool(
-            self._prompt_ids, prompts, max_prompt_tokens is not None
+            self._tokenize_prompts, prompts, max_prompt_tokens is not None
         )
         completion_request = CompletionRequest(
             model=str(body["model"]),
@@ -208,15 +215,15 @@ class OpenAI:
             echo=echo,
             **_read_extras(body),
         )
-        return await self._answer(request, completion_request)
+        return await self._draw_and_answer(request, completion_request)
 
-    async def _read(self, request: Request, path: str) -> JsonObject:
+    async def _read_fields(self, request: Request, path: str) -> JsonObject:
         """Returns the fields of a body; raises HttpError for one that the path does not take."""
         body = await fields.read_body(request)
         fields.check_fields(body, FIELDS[path], path)
         return body
 
-    async def _sample(
+    async def _read_sample(
         self, request: Request, body: JsonObject, max_tokens: int | None, min_tokens: int = 1
     ) -> SampleRequest:
         """Returns the sample that a request asks for, without its prompt; see `read_sample`."""
@@ -237,7 +244,7 @@ class OpenAI:
         sample = add_limits(sample, body, self._engine.facts, self._tokens)
         template = ""
         if is_forced(body):
-            template = template_of(body, self._templated(body, sample.adapter))
+            template = choose_template(body, self._tokenizer_with_template(body, sample.adapter))
         grammar = read_grammar(body, self.grammars, template)
         if grammar is not None:
             limits = dataclasses.replace(sample.limits, grammar=grammar)
@@ -250,7 +257,7 @@ class OpenAI:
         body = await fields.read_body(request)
         fields.check_fields(body, TOKENIZE, "/tokenize")
         adapter = await self._models.find(fields.read_text(body, "model"), owner_of(request))
-        tokens = self._templated(body, adapter)
+        tokens = self._tokenizer_with_template(body, adapter)
         max_length = self._engine.facts.max_length
         return json_response(await run_in_threadpool(tokenize, body, tokens, max_length))
 
@@ -261,10 +268,10 @@ class OpenAI:
         await self._models.find(fields.read_text(body, "model"), owner_of(request))
         ids = fields.read_ids(body, "tokens", self._engine.facts)
         if ids is None:
-            raise fields.field_error("tokens", None, "a list of token ids is needed")
+            raise fields.field_error("tokens", None, "Pass a list of token ids.")
         return json_response({"prompt": await run_in_threadpool(self._tokens.text, ids)})
 
-    def _prompt_ids(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
+    def _tokenize_prompts(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
         """Returns the tokens of prompts, which may be cut at their beginning."""
         max_length = self._engine.facts.max_length
         prompt_ids: list[list[int]] = []
@@ -278,21 +285,25 @@ class OpenAI:
                 prompt_ids.append(prompt)
         return prompt_ids
 
-    async def _answer(self, http: Request, request: CompletionRequest) -> Response:
+    async def _draw_and_answer(self, http: Request, request: CompletionRequest) -> Response:
         """Draws the completions of a request, and answers it whole or as a stream."""
         pending = PendingSamples(self._engine, request.samples, streams=request.stream)
         try:
             if not request.stream:
                 results = await unless_gone(http, pending.all())
-                return json_response(await run_in_threadpool(self._whole, request, results))
+                return json_response(
+                    await run_in_threadpool(self._make_whole_answer, request, results)
+                )
             # An error of the request's comes here.
             first_item = await unless_gone(http, pending.next())
         except BaseException:
             pending.close()
             raise
-        return Events(self._events(request, pending, first_item), pending.close)
+        return Events(self._stream_events(request, pending, first_item), pending.close)
 
-    def _whole(self, request: CompletionRequest, results: Sequence[SampleResult]) -> JsonObject:
+    def _make_whole_answer(
+        self, request: CompletionRequest, results: Sequence[SampleResult]
+    ) -> JsonObject:
         """Returns the JSON of a whole answer."""
         choices: list[JsonObject] = []
         prompt_fields: JsonObject = {}  # of the last one: a chat has no other
@@ -312,7 +323,7 @@ class OpenAI:
                 if not is_chat:
                     choice |= prompt_fields
                 choices.append(choice)
-        usage = usage_of(request.samples, results)
+        usage = count_usage(request.samples, results)
         answer = {**request.head, "choices": choices, "usage": usage}
         return answer | prompt_fields if is_chat else answer
 
@@ -342,7 +353,7 @@ class OpenAI:
                 if prompt.text:
                     yield index, request.form.part(index, prompt)
 
-    async def _events(
+    async def _stream_events(
         self,
         request: CompletionRequest,
         pending: PendingSamples,
@@ -363,8 +374,8 @@ class OpenAI:
             content = {**head, "choices": [choice]}
             if request.running_usage:
                 sample = request.samples[index // n_completions]
-                content["usage"] = counts_of([sample], n_drawn[index])
-            return _event(content)
+                content["usage"] = make_token_counts([sample], n_drawn[index])
+            return _format_event(content)
 
         for index, choice in self._opening_choices(request):
             yield event(index, choice)
@@ -388,17 +399,17 @@ class OpenAI:
                 item = await pending.next()
         except Exception as error:
             answer = as_http_error(error)
-            yield _event(answer.content)
+            yield _format_event(answer.content)
             if answer.status >= 500:
                 raise  # for the log
             return
         if request.usage:
-            usage = usage_of(request.samples, results)
-            yield _event({**head, "choices": [], "usage": usage})
+            usage = count_usage(request.samples, results)
+            yield _format_event({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
 
-def _event(content: JsonObject) -> str:
+def _format_event(content: JsonObject) -> str:
     """Returns a server-sent event with JSON."""
     return f"data: {json.dumps(content)}\n\n"
 
@@ -419,14 +430,14 @@ def _read_extras(body: JsonObject) -> dict[str, Any]:
     """Returns the fields of a `CompletionRequest` that say what else is told, and how."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise fields.field_error("stream_options", options, "an object is needed")
+        raise fields.field_error("stream_options", options, "Pass an object.")
     fields.check_fields(options, STREAM_OPTIONS, "`stream_options`")
     stream = fields.read_flag(body, "stream")
     prompt_top = body.get("prompt_logprobs")
     ids = fields.read_flag(body, "return_token_ids")
     for name, value in (("prompt_logprobs", prompt_top), ("return_token_ids", ids or None)):
         if stream and value is not None:
-            raise fields.field_error(name, value, "they come whole: leave out `stream`")
+            raise fields.field_error(name, value, "They come whole. Remove `stream`.")
     usage = fields.read_flag(options, "include_usage")
     return {
         "stream": stream,

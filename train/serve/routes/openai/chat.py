@@ -22,12 +22,12 @@ from train.tools.schemas import Tools
 _MAX_COUNTED_TOKENS = 1 << 20  # of a text that is not drawn from
 
 
-def tools_of(body: Mapping[str, object]) -> object:
+def read_tools(body: Mapping[str, object]) -> object:
     """Returns the tools that a chat may call; None for none."""
     return None if body.get("tool_choice") == "none" else body.get("tools") or None
 
 
-def prompt_of(
+def tokenize_chat(
     body: Mapping[str, object], tokens: ServedTokenizer, max_tokens: int, *, cuts: bool = False
 ) -> list[int]:
     """Returns the tokens of a chat, up to the beginning of the answer.
@@ -44,16 +44,16 @@ def prompt_of(
     if tokens.tokenizer.chat_template is None:
         raise HttpError(
             400,
-            "the model has no chat template to put `messages` into: ask /v1/completions to "
-            "continue a text",
+            "the model has no chat template, so it cannot render `messages`. Use /v1/completions "
+            "to continue a text.",
             param="messages",
         )
     messages = body.get("messages")
     if not isinstance(messages, list):
-        raise HttpError(400, f"`messages` is {shown(messages)}: a list of turns is needed")
+        raise HttpError(400, f"`messages` is {shown(messages)}. Pass a list of turns.")
     row = {
         "messages": [_read_message(message, i) for i, message in enumerate(messages)],
-        "tools": tools_of(body),
+        "tools": read_tools(body),
         "chat_template_kwargs": body.get("chat_template_kwargs"),
     }
     try:
@@ -61,7 +61,7 @@ def prompt_of(
         text = render_prompt(question(row, "the request"), tokens.tokenizer)
         return tokens.ids(text, max_tokens, special=False, cuts=cuts)
     except TemplateError as error:
-        problem = f"the model's chat template says: {error}"
+        problem = f"the model's chat template refuses this chat: {error}"
         raise HttpError(400, problem, param="messages") from None
     except TrainingError as error:
         raise HttpError(400, str(error), param="messages") from None
@@ -83,8 +83,8 @@ def _read_message(message: object, index: int) -> object:
         if not is_text:
             raise HttpError(
                 400,
-                f"`content` of turn {index} has a part of the type {shown(kind)}: only texts are "
-                "supported",
+                f"`content` of turn {index} has a part of the type {shown(kind)}. Pass only parts "
+                "of the type text.",
                 param=f"messages[{index}].content",
             )
     if message.get("role") == "developer":
@@ -92,11 +92,11 @@ def _read_message(message: object, index: int) -> object:
     return message
 
 
-def template_of(body: Mapping[str, object], tokens: ServedTokenizer) -> str:
+def choose_template(body: Mapping[str, object], tokens: ServedTokenizer) -> str:
     """Returns the template that renders a chat, of those that a model may have; "" for none."""
     if tokens.tokenizer.chat_template is None:
         return ""
-    return str(tokens.tokenizer.get_chat_template(None, tools_of(body)))
+    return str(tokens.tokenizer.get_chat_template(None, read_tools(body)))
 
 
 class ToolCalls:
@@ -138,10 +138,10 @@ def make_calls(
 
     A template whose format is not known is read as Hermes'.
     """
-    tools = tools_of(body)
+    tools = read_tools(body)
     if not isinstance(tools, list):
         return None
-    template = template_of(body, tokens)
+    template = choose_template(body, tokens)
     if is_forced(body):
         form, _ = forced_form(body, template)
     else:
@@ -158,14 +158,16 @@ def tokenize(body: Mapping[str, object], tokens: ServedTokenizer, max_length: in
       max_length: tokens of a sequence at most.
 
     Raises:
-      HttpError: there is neither or both; see `prompt_of`, too.
+      HttpError: there is neither or both; see `tokenize_chat`, too.
     """
     has_prompt = body.get("prompt") is not None
     has_messages = body.get("messages") is not None
     if has_prompt == has_messages:
-        raise HttpError(400, "give `prompt` or `messages`", param="prompt")
+        raise HttpError(
+            400, "The body has neither `prompt` nor `messages`. Pass one of them.", param="prompt"
+        )
     if has_messages:
-        ids = prompt_of(body, tokens, _MAX_COUNTED_TOKENS)
+        ids = tokenize_chat(body, tokens, _MAX_COUNTED_TOKENS)
     else:
         special = body.get("add_special_tokens") is None or read_flag(body, "add_special_tokens")
         try:

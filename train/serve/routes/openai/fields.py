@@ -25,22 +25,22 @@ async def read_body(request: Request) -> JsonObject:
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError):
-        raise HttpError(400, "the body is no JSON: send an object of fields") from None
+        raise HttpError(400, "the body is not valid JSON. Send a JSON object of fields.") from None
     if not isinstance(body, dict):
-        raise HttpError(400, f"the body is {shown(body)}: send an object of fields")
+        raise HttpError(400, f"the body is {shown(body)}. Send a JSON object of fields.")
     return body
 
 
-def field_error(name: str, value: object, needed: str) -> HttpError:
+def field_error(name: str, value: object, instruction: str) -> HttpError:
     """Returns the refusal of a field."""
-    return HttpError(400, f"`{name}` is {shown(value)}: {needed}", param=name)
+    return HttpError(400, f"`{name}` is {shown(value)}. {instruction}", param=name)
 
 
 def read_text(body: Mapping[str, object], name: str) -> str:
     """Returns a field that has to be a text."""
     value = body.get(name)
     if not isinstance(value, str) or not value:
-        raise field_error(name, value, "a text is needed")
+        raise field_error(name, value, "Pass a text.")
     return value
 
 
@@ -48,7 +48,7 @@ def read_flag(body: Mapping[str, object], name: str) -> bool:
     """Returns a field that is true or false; false without it."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise field_error(name, value, "true or false is needed")
+        raise field_error(name, value, "Pass true or false.")
     return bool(value)
 
 
@@ -64,7 +64,7 @@ def read_integer(
     if value is None:
         return None
     if not (_is_integer(value) and min_value <= value <= max_value):
-        raise field_error(name, value, f"a whole number from {min_value} to {max_value} is needed")
+        raise field_error(name, value, f"Pass a whole number from {min_value} to {max_value}.")
     return value
 
 
@@ -80,7 +80,7 @@ def read_number(
     if value is None:
         return default
     if not ((isinstance(value, float) or _is_integer(value)) and min_value <= value <= max_value):
-        raise field_error(name, value, f"a number from {min_value:g} to {max_value:g} is needed")
+        raise field_error(name, value, f"Pass a number from {min_value:g} to {max_value:g}.")
     return float(value)
 
 
@@ -95,22 +95,22 @@ def check_fields(body: Mapping[str, object], fields: Mapping[str, Field], owner:
     for name, value in body.items():
         field = fields.get(name)
         if field is None:
-            raise _unknown(name, fields, owner)
+            raise _unknown_field_error(name, fields, owner)
         if value is not None and field.values is not None and value not in field.values:
-            raise field_error(name, value, f"this is not supported; {field.instead}")
+            raise field_error(name, value, f"This is not supported. {field.instead}.")
 
 
-def _unknown(name: str, fields: Mapping[str, Field], owner: str) -> HttpError:
+def _unknown_field_error(name: str, fields: Mapping[str, Field], owner: str) -> HttpError:
     """Returns the refusal of a field that nobody knows."""
     similar_name = nearest(name, fields)
     if similar_name is not None:
-        remedy = f"did you mean `{similar_name}`?"
+        remedy = f"Did you mean `{similar_name}`?"
     else:
         working_names = [
             field_name for field_name, field in fields.items() if field.kind == "works"
         ]
-        remedy = f"leave it out; there are {', '.join(working_names)}"
-    problem = f"{shown(name)} is no field of {owner}: {remedy}"
+        remedy = f"Remove it, or use one of {', '.join(working_names)}."
+    problem = f"{shown(name)} is not a field of {owner}. {remedy}"
     return HttpError(400, problem, param=name[:100], code="unknown_parameter")
 
 
@@ -140,11 +140,15 @@ def read_sample(
     best_of = read_integer(body, "best_of", 1, _MAX_COMPLETIONS)
     if best_of not in (None, n_completions):
         raise field_error(
-            "best_of", best_of, "completions are not compared here; give the value of `n`"
+            "best_of",
+            best_of,
+            "Completions are not compared here. Pass the value of `n`, or remove `best_of`.",
         )
     top_p = read_number(body, "top_p", 1.0, 1.0)
     if top_p == 0:
-        raise field_error("top_p", 0, "a number above 0 is needed; `temperature` 0 is greedy")
+        raise field_error(
+            "top_p", 0, "Pass a number above 0. For greedy decoding, pass `temperature` 0."
+        )
     seed = read_integer(body, "seed", -_MAX_SEED, _MAX_SEED)
     stop_ids = set(read_ids(body, "stop_token_ids", facts) or [])
     if not read_flag(body, "ignore_eos"):
@@ -163,11 +167,15 @@ def read_sample(
     )
 
 
-def read_room(body: Mapping[str, object], sample: SampleRequest, facts: EngineFacts) -> int | None:
+def read_max_prompt_tokens(
+    body: Mapping[str, object], sample: SampleRequest, facts: EngineFacts
+) -> int | None:
     """Returns the number of last tokens that are left of a longer prompt; None for all."""
     max_prompt_tokens = read_integer(body, "truncate_prompt_tokens", -1, facts.max_length)
     if max_prompt_tokens == 0:
-        raise field_error("truncate_prompt_tokens", 0, "1 or more, or -1 for what fits, is needed")
+        raise field_error(
+            "truncate_prompt_tokens", 0, "Pass 1 or more, or -1 for as many tokens as fit."
+        )
     if max_prompt_tokens != -1:
         return max_prompt_tokens
     completion_tokens = 1 if sample.max_tokens is None else sample.max_tokens
@@ -184,21 +192,23 @@ def add_prompt(
       prompt: its tokens.
       facts: the engine's.
       max_prompt_tokens: the number of last tokens that are left of a longer prompt; see
-        `read_room`.
+        `read_max_prompt_tokens`.
     """
     if max_prompt_tokens is not None:
         prompt = prompt[-max_prompt_tokens:]
     if not prompt:
-        raise HttpError(400, "the prompt has no token: give a text", param="prompt")
+        raise HttpError(
+            400, "the prompt has no tokens. Pass a text that is not empty.", param="prompt"
+        )
     n_tokens = len(prompt)
     completion_tokens = 1 if sample.max_tokens is None else sample.max_tokens
     if n_tokens + completion_tokens > facts.max_length:
         drawn = "" if sample.max_tokens is None else f" and {sample.max_tokens:,} are to be drawn"
         raise HttpError(
             400,
-            f"the prompt has {n_tokens:,} tokens{drawn}; the model is served with "
-            f"{facts.max_length:,} at most for both: give a shorter prompt, or a smaller "
-            "`max_tokens`",
+            f"the prompt has {n_tokens:,} tokens{drawn}, but this server allows at most "
+            f"{facts.max_length:,} for prompt and completion. Pass a shorter prompt, or a "
+            "smaller `max_tokens`.",
             param="max_tokens" if n_tokens < facts.max_length else "prompt",
             code="context_length_exceeded",
         )
@@ -210,7 +220,7 @@ def read_prompts(body: Mapping[str, object], facts: EngineFacts) -> list[str | l
     value = body.get("prompt")
     if isinstance(value, str):
         return [value]
-    requirement = "a text, a list of token ids, or a list of such is needed"
+    requirement = "Pass a text, a list of token ids, or a list of such prompts."
     if not isinstance(value, list) or not value:
         raise field_error("prompt", value, requirement)
     is_one_prompt = all(isinstance(item, int) for item in value)
@@ -231,7 +241,7 @@ def read_top(body: Mapping[str, object]) -> int | None:
     if read_flag(body, "logprobs"):
         return n_top or 0
     if n_top is not None:
-        raise field_error("top_logprobs", n_top, "set `logprobs` to true, too")
+        raise field_error("top_logprobs", n_top, "Set `logprobs` to true, too.")
     return None
 
 
@@ -244,10 +254,10 @@ def read_ids(body: Mapping[str, object], name: str, facts: EngineFacts) -> list[
 def _check_ids(value: object, name: str, facts: EngineFacts) -> list[int]:
     """Returns the value of a field if it is a list of tokens; raises HttpError for another."""
     if not isinstance(value, list):
-        raise field_error(name, value, "a list of token ids is needed")
+        raise field_error(name, value, "Pass a list of token ids.")
     for token in value:
         if not (_is_integer(token) and 0 <= token < facts.vocab_size):
-            raise field_error(name, token, f"ids from 0 to {facts.vocab_size - 1} are needed")
+            raise field_error(name, token, f"Pass ids from 0 to {facts.vocab_size - 1}.")
     return value
 
 
@@ -255,10 +265,10 @@ def _read_stops(value: object) -> tuple[str, ...]:
     """Returns the texts that end a completion: `stop` is one, or a list of them."""
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
-        raise field_error("stop", value, f"a text, or a list of {_MAX_STOPS} at most, is needed")
+        raise field_error("stop", value, f"Pass a text, or a list of at most {_MAX_STOPS} texts.")
     for stop in stops:
         if not isinstance(stop, str) or not stop:
-            raise field_error("stop", stop, "texts that are not empty are needed")
+            raise field_error("stop", stop, "Pass texts that are not empty.")
     try:
         check_text("".join(stops), "`stop`")
     except TrainingError as error:

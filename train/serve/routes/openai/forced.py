@@ -34,21 +34,21 @@ def has_form(form: CallForm, tools: Mapping[str, Mapping[str, Any]]) -> bool:
     if form.arguments is None:
         return has_plain_names or "{name}" not in form.head
     for schema in tools.values():
-        is_plain = {*schema} <= _PLAIN_KEYWORDS and isinstance(_properties(schema), dict)
+        is_plain = {*schema} <= _PLAIN_KEYWORDS and isinstance(_argument_schemas(schema), dict)
         if not is_plain:
             return False
-        keys = [*_properties(schema), *_required(schema)]
+        keys = [*_argument_schemas(schema), *_required_arguments(schema)]
         if not all(_NAME.fullmatch(key) for key in keys):
             return False
     return has_plain_names
 
 
-def _properties(schema: Mapping[str, Any]) -> Any:
+def _argument_schemas(schema: Mapping[str, Any]) -> Any:
     """Returns the schemas of a tool's arguments, by their keys."""
     return schema.get("properties") or {}
 
 
-def _required(schema: Mapping[str, Any]) -> list[str]:
+def _required_arguments(schema: Mapping[str, Any]) -> list[str]:
     """Returns the keys of the arguments that a tool needs."""
     keys = schema.get("required")
     if not isinstance(keys, list):
@@ -77,44 +77,46 @@ class CallGrammar:
         form = self._form
         calls = "call"
         if form.between is not None and max_calls > 1:
-            calls += f" ({self._text(form.between)} call){{0,{max_calls - 1}}}"
+            calls += f" ({self._quote_text(form.between)} call){{0,{max_calls - 1}}}"
         thoughts = ""
         if form.thoughts is not None:
             thoughts_start, thoughts_end = form.thoughts
-            self._rules.append(f"thoughts: {self._text(thoughts_start)} thought")
+            self._rules.append(f"thoughts: {self._quote_text(thoughts_start)} thought")
             self._add_raw_text("thought", _ANY_TEXT, thoughts_end)
             thoughts = "thoughts?"
         call_names = [f"call_{i}" for i in range(len(tools))]
-        tail = self._text(form.tail.format())
+        tail = self._quote_text(form.tail.format())
         for call_name, (tool_name, schema) in zip(call_names, tools.items(), strict=True):
-            arguments = self._arguments(call_name, schema)
-            self._rules.append(f"{call_name}: {self._head(tool_name)} {arguments} {tail}")
-        start = f"start: {thoughts} {self._text(form.begin)} {calls} {self._text(form.end)}"
+            arguments = self._add_argument_rules(call_name, schema)
+            self._rules.append(f"{call_name}: {self._call_beginning(tool_name)} {arguments} {tail}")
+        start = (
+            f"start: {thoughts} {self._quote_text(form.begin)} {calls} {self._quote_text(form.end)}"
+        )
         call = f"call: {' | '.join(call_names)}"
         return self._compiler.lark("\n".join([start, call, *self._rules]))
 
-    def _text(self, text: str) -> str:
+    def _quote_text(self, text: str) -> str:
         """Returns a text as a grammar writes it, special tokens among it."""
         return self._compiler.literal(text)
 
-    def _head(self, name: str) -> str:
+    def _call_beginning(self, name: str) -> str:
         """Returns the text before a tool's arguments; a name in JSON has no special tokens."""
         prefix, json_marker, suffix = self._form.head.partition("{json}")
-        head = self._text(prefix.format(name=name))
+        head = self._quote_text(prefix.format(name=name))
         if not json_marker:
             return head
-        return f"{head} {quoted(json.dumps(name))} {self._text(suffix.format())}"
+        return f"{head} {quoted(json.dumps(name))} {self._quote_text(suffix.format())}"
 
-    def _arguments(self, call_name: str, schema: Mapping[str, Any]) -> str:
+    def _add_argument_rules(self, call_name: str, schema: Mapping[str, Any]) -> str:
         """Adds the rules of a call's arguments; returns the name of the rule, or a JSON schema."""
         form = self._form.arguments
         if form is None:
             return f"%json {self._compiler.json_text(schema)}"
-        schema_of_key = dict(_properties(schema))
-        required_keys = _required(schema)
+        schema_of_key = dict(_argument_schemas(schema))
+        required_keys = _required_arguments(schema)
         for key in required_keys:
             schema_of_key.setdefault(key, {})
-        separator = self._text(form.between)
+        separator = self._quote_text(form.between)
         # first_i: arguments from the i-th on, of which none came before; more_i: after others.
         for i, (key, value_schema) in enumerate(schema_of_key.items()):
             value_rule = f"{call_name}_value_{i}"
@@ -132,38 +134,40 @@ class CallGrammar:
         """Adds the rule of an argument: a key and one of the kinds of its value."""
         form = self._form.arguments
         assert form is not None
-        kinds = [*_kinds(schema, root)] if form.is_raw else [schema]
+        kinds = [*_alternative_schemas(schema, root)] if form.is_raw else [schema]
         kind_rules = [f"{rule}_{i}" for i in range(len(kinds))]
         for kind_rule, kind in zip(kind_rules, kinds, strict=True):
-            value = self._value(kind_rule, kind, root, form)
+            value = self._value_rule_body(kind_rule, kind, root, form)
             self._rules.append(f"{kind_rule}: {value}")
-        key_text = self._text(form.before.format(key=key))
+        key_text = self._quote_text(form.before.format(key=key))
         self._rules.append(f"{rule}: {key_text} ({' | '.join(kind_rules)})")
 
-    def _value(self, rule: str, schema: Any, root: Mapping[str, Any], form: ArgumentForm) -> str:
+    def _value_rule_body(
+        self, rule: str, schema: Any, root: Mapping[str, Any], form: ArgumentForm
+    ) -> str:
         """Returns the body of a rule for values of a schema; adds the rules that it needs."""
-        texts = _texts(schema) if form.is_raw else None
+        texts = _allowed_texts(schema) if form.is_raw else None
         if texts is None:
             definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
             if isinstance(schema, Mapping):
                 schema = {**definitions, **schema}
-            return f"%json {self._compiler.json_text(schema)} {self._text(form.after)}"
+            return f"%json {self._compiler.json_text(schema)} {self._quote_text(form.after)}"
         if isinstance(texts, str):  # a regular expression
             self._add_raw_text(f"{rule}_text", texts, form.quote + form.after)
-            return f"{self._text(form.quote)} {rule}_text"
-        constants = " | ".join(self._constant(text, form) for text in texts)
-        return f"({constants}) {self._text(form.after)}"
+            return f"{self._quote_text(form.quote)} {rule}_text"
+        constants = " | ".join(self._write_constant(text, form) for text in texts)
+        return f"({constants}) {self._quote_text(form.after)}"
 
-    def _constant(self, value: object, form: ArgumentForm) -> str:
+    def _write_constant(self, value: object, form: ArgumentForm) -> str:
         """Returns a value as an argument writes it: a text in the form's quotes, other JSON."""
         if not isinstance(value, str):
             return quoted(json.dumps(value, ensure_ascii=False))
-        quote = self._text(form.quote)
+        quote = self._quote_text(form.quote)
         return f"{quote} {quoted(value)} {quote}"
 
     def _add_raw_text(self, rule: str, pattern: str, end: str) -> None:
         """Adds the rule of a text up to another one, which it does not hold."""
-        end_text = self._text(end)
+        end_text = self._quote_text(end)
         is_special_token = end_text.startswith("<[")  # which no text holds
         if is_special_token:
             self._rules.append(f"{rule}: /{pattern}/ {end_text}")
@@ -171,7 +175,7 @@ class CallGrammar:
             self._rules.append(f"{rule}[suffix={quoted(end)}]: /{pattern}/")
 
 
-def _kinds(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
+def _alternative_schemas(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the schemas of which a value has one, without references at their top."""
     schema = resolve_reference(schema, root)
     if not isinstance(schema, Mapping):
@@ -182,7 +186,7 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
         is_union = isinstance(schema.get(keyword), list) and not has_own_type
         if is_union:
             for choice in schema[keyword]:
-                yield from _kinds(choice, root)
+                yield from _alternative_schemas(choice, root)
             return
     json_types = schema.get("type")
     if isinstance(json_types, list):
@@ -192,7 +196,7 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
     yield schema
 
 
-def _texts(schema: Any) -> Sequence[object] | str | None:
+def _allowed_texts(schema: Any) -> Sequence[object] | str | None:
     """Returns the values that are allowed, or the expression of the texts; None for JSON."""
     if not isinstance(schema, Mapping):
         return None
@@ -207,7 +211,9 @@ def _texts(schema: Any) -> Sequence[object] | str | None:
     if "pattern" not in schema:
         return f"(?s:.{{{min_length},{'' if max_length is None else max_length}}})"
     if min_length or max_length is not None:
-        raise GrammarError("`pattern` beside a length: say the length in the pattern", ())
+        raise GrammarError(
+            "`pattern` cannot be combined with a length. Write the length into the pattern.", ()
+        )
     return _search_expression(str(schema["pattern"]))
 
 
@@ -217,7 +223,9 @@ def _search_expression(pattern: str) -> str:
 
     is_anchored = pattern.startswith("^") or pattern.endswith("$")
     if "|" in pattern and is_anchored and not re.fullmatch(r"\^\(.*\)\$", pattern):
-        raise GrammarError("a pattern with `|` and `^` or `$`: write ^(…|…)$", ())
+        raise GrammarError(
+            "a pattern with `|` and `^` or `$` is ambiguous. Write ^(…|…)$ instead.", ()
+        )
     prefix = "" if pattern.startswith("^") else _ANY_TEXT
     core = pattern.removeprefix("^")
     suffix = _ANY_TEXT

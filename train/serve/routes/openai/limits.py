@@ -30,7 +30,9 @@ def add_limits(
     """
     repetition = read_number(body, "repetition_penalty", 1.0, 100.0)
     if repetition == 0:
-        raise field_error("repetition_penalty", 0, "a number above 0 is needed; 1 changes nothing")
+        raise field_error(
+            "repetition_penalty", 0, "Pass a number above 0. The value 1 changes nothing."
+        )
     penalties = Penalties(
         repetition=repetition,
         frequency=read_number(body, "frequency_penalty", 0.0, 2.0, -2.0),
@@ -38,7 +40,7 @@ def add_limits(
     )
     allowed = read_ids(body, "allowed_token_ids", facts)
     if allowed == []:
-        raise field_error("allowed_token_ids", [], "one token at least is needed")
+        raise field_error("allowed_token_ids", [], "Pass at least one token.")
     limits = TokenLimits(
         allowed=None if allowed is None else tuple(sorted({*allowed})),
         bad=_read_bad_words(body, tokens),
@@ -55,7 +57,7 @@ def _read_min_tokens(body: Mapping[str, object], max_tokens: int | None) -> int:
     min_tokens = read_integer(body, "min_tokens", 0, 1 << 30) or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise field_error(
-            "min_tokens", min_tokens, f"at most `max_tokens`, {max_tokens}, are possible"
+            "min_tokens", min_tokens, f"Pass at most `max_tokens`, which is {max_tokens}."
         )
     return min_tokens
 
@@ -64,14 +66,14 @@ def _read_biases(value: object, facts: EngineFacts) -> dict[int, float]:
     """Returns the biases of tokens, from -100 to 100."""
     if not value:
         return {}
-    requirement = f"an object of {MOST_BIASES} numbers at most by token ids is needed"
+    requirement = f"Pass an object of at most {MOST_BIASES} numbers by token ids."
     if not isinstance(value, dict) or len(value) > MOST_BIASES:
         raise field_error("logit_bias", value, requirement)
     biases: dict[int, float] = {}
     for key, bias in value.items():
         is_id = key.isdecimal() and len(key) <= _MAX_DIGITS and int(key) < facts.vocab_size
         if not is_id:
-            raise field_error("logit_bias", key, f"ids from 0 to {facts.vocab_size - 1} are needed")
+            raise field_error("logit_bias", key, f"Pass ids from 0 to {facts.vocab_size - 1}.")
         is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
         is_nan = bias != bias
         if not is_number or is_nan:
@@ -89,11 +91,11 @@ def _read_bad_words(
     """
     words = body.get("bad_words") or []
     if not isinstance(words, list) or len(words) > MOST_BAD // 2:
-        raise field_error("bad_words", words, f"a list of {MOST_BAD // 2} texts at most is needed")
+        raise field_error("bad_words", words, f"Pass a list of at most {MOST_BAD // 2} texts.")
     bad_ids: list[tuple[int, ...]] = []
     for word in dict.fromkeys(map(str, words)):
         if word not in words or not word.strip():
-            raise field_error("bad_words", word, "texts that are not empty are needed")
+            raise field_error("bad_words", word, "Pass texts that are not empty.")
         stripped = word.lstrip()
         ids_at_start = tuple(tokens.ids(stripped, _MAX_WORD_TOKENS, special=False))
         ids_within = tuple(tokens.ids(f" {stripped}", _MAX_WORD_TOKENS, special=False))

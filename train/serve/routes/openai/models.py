@@ -17,7 +17,7 @@ from train.serve.protocol.engine import EngineProtocol
 from train.serve.routes.access import Access, owner_of
 from train.serve.routes.errors import HttpError, JsonObject, json_response
 from train.serve.routes.openai.fields import field_error, read_body, read_text
-from train.serve.routes.openai.pending import result_of
+from train.serve.routes.openai.pending import wait_for_result
 
 _NAME = re.compile(r"\w[\w.-]{0,127}")  # no name leaves its folder
 _TINKER = "tinker://"
@@ -82,7 +82,7 @@ class Models:
         if adapter is None:
             raise HttpError(
                 404,
-                f"there is no model {model!r}: /v1/models lists those that there are",
+                f"there is no model {model!r}. Request /v1/models for a list of the models.",
                 param="model",
                 code="model_not_found",
             )
@@ -116,7 +116,7 @@ class Models:
     async def _adopt(self, name: str, folder: Path) -> None:
         """Has the engine read an adapter, and keeps its chat template."""
         self._templates[name] = await run_in_threadpool(self._lookup.template_of, folder)
-        await result_of(lambda done: self._engine.adopt(name, folder, done))
+        await wait_for_result(lambda done: self._engine.adopt(name, folder, done))
 
     def _engine_name(self, owner: str, name: str) -> str:
         """Returns the engine's name of an adapter that an owner loaded: owners share no names."""
@@ -177,13 +177,17 @@ class Models:
         name = read_text(body, "lora_name")
         folder = self._adapter_folder(read_text(body, "lora_path"))
         if not _NAME.fullmatch(name):
-            raise field_error("lora_name", name, "letters, digits, and . - _ within are needed")
+            raise field_error(
+                "lora_name", name, "Use letters and digits, with . - _ only inside the name."
+            )
         async with self._lock:
             engine_name = self._engine_name(owner, name)
             is_known = self._engine.knows(engine_name)
             if is_known or name in await run_in_threadpool(self._names, owner):
                 raise field_error(
-                    "lora_name", name, "there is one already; unload it, or take another"
+                    "lora_name",
+                    name,
+                    "There is already an adapter of this name. Unload it, or choose another name.",
                 )
             await self._adopt(engine_name, folder)
             self._loaded.setdefault(owner, {})[name] = folder
@@ -198,10 +202,10 @@ class Models:
         is_inside = bool(self._folder and folder.is_relative_to(self._folder.resolve()))
         if self._has_keys and not is_inside:
             raise field_error(
-                "lora_path", lora_path, "a folder beneath --adapters of the server is needed"
+                "lora_path", lora_path, "Pass a folder beneath --adapters of the server."
             )
         if not folder.is_dir():
-            raise field_error("lora_path", lora_path, "there is no such folder")
+            raise field_error("lora_path", lora_path, "This folder does not exist. Check the path.")
         return folder
 
     async def _unload(self, request: Request) -> Response:
@@ -213,7 +217,11 @@ class Models:
         # Without keys, anybody may unload what was read from --adapters.
         is_shared = not self._has_keys and name in self._folders() and self._engine.knows(name)
         if name not in loaded_folders and not is_shared:
-            raise HttpError(404, f"there is no adapter {name!r} that you loaded", param="lora_name")
+            raise HttpError(
+                404,
+                f"there is no adapter {name!r} that you loaded. Check the name.",
+                param="lora_name",
+            )
         loaded_folders.pop(name, None)
         self._engine.drop(self._engine_name(owner, name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -27,7 +27,7 @@ def loop_callback(done: Callable[[Any], None]) -> Callable[[Any], None]:
     return post
 
 
-async def result_of(call: Callable[[Callable[[Any], None]], Any]) -> Any:
+async def wait_for_result(call: Callable[[Callable[[Any], None]], Any]) -> Any:
     """Returns the result of a call of the engine that takes a `Done`; raises what went wrong."""
     future = asyncio.get_running_loop().create_future()
 

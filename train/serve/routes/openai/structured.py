@@ -42,7 +42,7 @@ def read_grammar(
         "guided_json": _read_schema,
         "guided_regex": _read_regex,
         "guided_choice": _read_choice,
-        "guided_grammar": _read_text,
+        "guided_grammar": _read_lark_grammar,
     }
     grammars: dict[str, CompiledGrammar] = {}
     for name, reader in readers.items():
@@ -57,7 +57,11 @@ def read_grammar(
         return None
     names = [*grammars]
     if len(names) > 1:
-        raise HttpError(400, f"`{names[0]}` and `{names[1]}` both say what an answer is: give one")
+        raise HttpError(
+            400,
+            f"`{names[0]}` and `{names[1]}` both define the form of the answer. Pass only one of "
+            "them.",
+        )
     return grammars[names[0]]
 
 
@@ -75,14 +79,14 @@ def forced_form(body: Mapping[str, object], template: str) -> tuple[CallFormat, 
     template_format = call_format(template)
     if template_format is not None:
         template_form = call_form(template_format.name, template)
-        if has_form(template_form, _functions(body)):
+        if has_form(template_form, _schemas_of_functions(body)):
             return template_format, template_form
     hermes = FORMATS["hermes"]
     return hermes, call_form(hermes.name, "")
 
 
 @contextlib.contextmanager
-def _as_http(path: str) -> Iterator[None]:
+def _raise_as_http_error(path: str) -> Iterator[None]:
     """Raises a GrammarError as HttpError, with the path of what is wrong."""
     try:
         yield
@@ -99,29 +103,29 @@ def _read_format(value: object, name: str, compiler: GrammarCompiler) -> Compile
     if kind == "json_object":
         return _read_schema(_OBJECT, name, compiler)
     if not isinstance(value, dict) or kind != "json_schema":
-        requirement = "an object with the `type` text, json_object or json_schema is needed"
+        requirement = "Pass an object with the `type` text, json_object or json_schema."
         raise field_error(name, value, requirement)
     json_schema = value.get("json_schema")
     if not isinstance(json_schema, dict) or "schema" not in json_schema:
-        raise field_error(f"{name}.json_schema", json_schema, "an object with a `schema` is needed")
+        raise field_error(f"{name}.json_schema", json_schema, "Pass an object with a `schema`.")
     return _read_schema(json_schema["schema"], f"{name}.json_schema.schema", compiler)
 
 
 def _read_structured(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar | None:
     """Returns the grammar of vLLM's `structured_outputs`."""
     if not isinstance(value, dict):
-        raise field_error(name, value, "an object is needed")
+        raise field_error(name, value, "Pass an object.")
     check_fields(value, STRUCTURED_OUTPUTS, f"`{name}`")
     readers = {
         "json": _read_schema,
         "regex": _read_regex,
         "choice": _read_choice,
-        "grammar": _read_text,
+        "grammar": _read_lark_grammar,
         "json_object": _read_object,
     }
     keys = [key for key in readers if value.get(key) not in (None, False)]
     if len(keys) != 1:
-        raise field_error(name, value, f"exactly one of {', '.join(readers)} is needed")
+        raise field_error(name, value, f"Pass exactly one of {', '.join(readers)}.")
     (key,) = keys
     return readers[key](value[key], f"{name}.{key}", compiler)
 
@@ -137,31 +141,31 @@ def _read_schema(value: object, name: str, compiler: GrammarCompiler) -> Compile
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError):
-            raise field_error(name, value, "a JSON schema is needed") from None
-    with _as_http(name):
+            raise field_error(name, value, "Pass a JSON schema.") from None
+    with _raise_as_http_error(name):
         return compiler.schema(schema)
 
 
 def _read_regex(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
-    with _as_http(name):
-        return compiler.regex(_check_text(value, name))
+    with _raise_as_http_error(name):
+        return compiler.regex(_require_text(value, name))
 
 
-def _read_text(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
-    with _as_http(name):
-        return compiler.grammar(_check_text(value, name))
+def _read_lark_grammar(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
+    with _raise_as_http_error(name):
+        return compiler.grammar(_require_text(value, name))
 
 
 def _read_choice(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
     if not isinstance(value, list) or not value:
-        raise field_error(name, value, "a list of texts is needed")
-    with _as_http(name):
-        return compiler.choice([_check_text(text, name) for text in value])
+        raise field_error(name, value, "Pass a list of texts.")
+    with _raise_as_http_error(name):
+        return compiler.choice([_require_text(text, name) for text in value])
 
 
-def _check_text(value: object, name: str) -> str:
+def _require_text(value: object, name: str) -> str:
     if not isinstance(value, str) or not value:
-        raise field_error(name, value, "a text is needed")
+        raise field_error(name, value, "Pass a text.")
     return value
 
 
@@ -172,34 +176,38 @@ def _read_calls(
     choice = body.get("tool_choice")
     if not choice or choice in ("none", "auto"):
         return None
-    functions = _functions(body)
+    functions = _schemas_of_functions(body)
     is_single_call = body.get("parallel_tool_calls") is False
     if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
         name = choice["function"].get("name")
         if name not in functions:
-            raise field_error("tool_choice", name, f"`tools` has {', '.join(functions) or 'none'}")
+            raise field_error(
+                "tool_choice",
+                name,
+                f"Pass one of the functions of `tools`: {', '.join(functions) or 'none'}.",
+            )
         callable_functions = {name: functions[name]}
         is_single_call = True
     elif choice == "required":
         callable_functions = functions
     else:
-        requirement = "none, auto, required, or an object with the `function` to call, is needed"
+        requirement = "Pass none, auto, required, or an object with the `function` to call."
         raise field_error("tool_choice", choice, requirement)
     if not callable_functions:
-        raise field_error("tool_choice", choice, "give `tools` to choose from")
+        raise field_error("tool_choice", choice, "Pass `tools` to choose from.")
     for i, (name, parameters) in enumerate(functions.items()):
         if name in callable_functions:  # checks each schema by itself, for its path in a message
-            with _as_http(f"tools[{i}].function.parameters"):
+            with _raise_as_http_error(f"tools[{i}].function.parameters"):
                 compiler.schema(parameters)
     _, form = forced_form(body, template)
-    with _as_http("tools"):
+    with _raise_as_http_error("tools"):
         grammar = CallGrammar(form, compiler)
         if is_single_call:
             return grammar.compiled(callable_functions, 1)
         return grammar.compiled(callable_functions)
 
 
-def _functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
+def _schemas_of_functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
     """Returns the schemas of functions' parameters, by the functions' names."""
     tools = body.get("tools") or []
     if not isinstance(tools, list):
@@ -208,10 +216,10 @@ def _functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise field_error(f"tools[{i}]", shown(tool), "a function with a `name` is needed")
+            raise field_error(f"tools[{i}]", shown(tool), "Pass a function with a `name`.")
         parameters = function.get("parameters") or _NO_PARAMETERS
         if not isinstance(parameters, Mapping):
             name = f"tools[{i}].function.parameters"
-            raise field_error(name, parameters, "a JSON schema, an object, is needed")
+            raise field_error(name, parameters, "Pass a JSON schema as an object.")
         parameters_of_function[function["name"]] = parameters
     return parameters_of_function

@@ -24,10 +24,10 @@ class Field:
 
     kind: Kind
     values: tuple[object, ...] | None = None
-    instead: str = "leave it out"
+    instead: str = "Remove it"
 
 
-def _refused(names: str, *neutral: object, instead: str = "leave it out") -> dict[str, Field]:
+def _refused(names: str, *neutral: object, instead: str = "Remove it") -> dict[str, Field]:
     """Returns fields that are refused, but for values that change nothing."""
     return dict.fromkeys(names.split(), Field("refused", neutral, instead))
 
@@ -37,7 +37,7 @@ def _fields(kind: Kind, names: str) -> dict[str, Field]:
     return dict.fromkeys(names.split(), Field(kind))
 
 
-_VARIABLE = "give what the chat template reads as `chat_template_kwargs`"
+_VARIABLE = "Pass what the chat template reads as `chat_template_kwargs`"
 _COMMON = {
     **_fields(
         "works",
@@ -56,32 +56,34 @@ _COMMON = {
         "spaces_between_special_tokens repeat_last_n priority",
     ),
     **_refused("mirostat xtc_probability dry_multiplier dynatemp_range", 0),
-    **_refused("repeat_penalty", 1, instead="give `repetition_penalty`"),
+    **_refused("repeat_penalty", 1, instead="Pass `repetition_penalty`"),
     **_refused("length_penalty typical_p tfs_z", 1),
     **_refused("stop_regex", []),
     **_refused(
         "guided_decoding guided_whitespace_pattern structural_tag json_schema grammar regex ebnf "
         "format",
-        instead="give `response_format`, or `structured_outputs` as vLLM has it",
+        instead="Pass `response_format`, or `structured_outputs` as vLLM has it",
     ),
     **_refused("logits_processors custom_logit_processor session_params", []),
-    **_refused("functions", [], instead="give `tools`"),
-    **_refused("function_call", "none", "auto", instead="give `tools`"),
+    **_refused("functions", [], instead="Pass `tools`"),
+    **_refused("function_call", "none", "auto", instead="Pass `tools`"),
     **_refused("documents", [], instead=_VARIABLE),
     **_refused("reasoning_effort reasoning thinking enable_thinking", instead=_VARIABLE),
-    **_refused("include_reasoning", True, instead="leave it out: reasoning is part of the text"),
+    **_refused(
+        "include_reasoning", True, instead="Remove it, because reasoning is part of the text"
+    ),
     **_refused("verbosity web_search_options audio moderation prompt_embeds"),
     **_refused("kv_transfer_params vllm_xargs thinking_token_budget"),
     **_refused("modalities", ["text"]),
     **_refused("suffix", ""),
     **_refused("add_generation_prompt", True),
-    **_refused("do_sample", True, instead="give `temperature` 0"),
+    **_refused("do_sample", True, instead="Pass `temperature` 0"),
     **_refused("use_beam_search continue_final_message no_stop_trim", False),
     **_refused("return_hidden_states", False),
     **_refused("return_tokens_as_token_ids", False),
-    **_refused("n_predict num_predict max_new_tokens", instead="give `max_tokens`"),
-    **_refused("lora_path", instead="name the adapter as `model`"),
-    **_refused("options extra_body", {}, instead="give its fields themselves"),
+    **_refused("n_predict num_predict max_new_tokens", instead="Pass `max_tokens`"),
+    **_refused("lora_path", instead="Name the adapter as `model`"),
+    **_refused("options extra_body", {}, instead="Pass its fields themselves"),
 }
 _CHAT_FIELDS = _fields(
     "works",
@@ -93,7 +95,7 @@ _COMPLETION_FIELDS = _fields("works", "prompt echo")
 
 def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
     """Returns the fields of another path's requests, which are refused here."""
-    default_remedy = f"leave it out: it belongs to {path}"
+    default_remedy = f"Remove it, because it belongs to {path}"
     neutral_values: tuple[object, ...] = ([], {}, False, "none", "auto")
     return {
         name: Field("refused", neutral_values, instead.get(name, default_remedy)) for name in fields
@@ -106,7 +108,7 @@ FIELDS: dict[str, Mapping[str, Field]] = {
     | _CHAT_FIELDS
     | _refused("add_special_tokens", False),
     COMPLETIONS: _COMMON
-    | _elsewhere(_CHAT_FIELDS, CHAT, top_logprobs="give `logprobs`, the number of alternatives")
+    | _elsewhere(_CHAT_FIELDS, CHAT, top_logprobs="Pass `logprobs`, the number of alternatives")
     | _COMPLETION_FIELDS
     | _refused("add_special_tokens", True),
 }

@@ -51,8 +51,8 @@ class ServedTokenizer:
             text = text[-max_chars:]
         if len(text) > max_chars:
             raise TrainingError(
-                f"the prompt has {len(text):,} characters, more than {max_tokens:,} tokens can "
-                "have: give a shorter one"
+                f"the prompt has {len(text):,} characters, which is more than {max_tokens:,} "
+                "tokens can have. Pass a shorter prompt."
             )
         check_text(text, "the prompt")
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

@@ -245,4 +245,8 @@ def _anyone(request: Request) -> str:
 
 
 async def _unknown(request: OwnerRequest) -> Response:
-    raise HttpError(404, f"there is no {request.http.method} {request.http.url.path[:200]} here")
+    raise HttpError(
+        404,
+        f"there is no {request.http.method} {request.http.url.path[:200]} on this server. Check "
+        "the path and the version of the client.",
+    )

@@ -77,7 +77,9 @@ def guard(endpoint: Endpoint, find_owner: Owner) -> Callable[[Request], Awaitabl
         try:
             owner = find_owner(request)
             if owner is None:
-                return json_response({"detail": "the X-API-Key is not known here"}, 401)
+                return json_response(
+                    {"detail": "this server does not know the X-API-Key. Check the key."}, 401
+                )
             owner_request = OwnerRequest(request, owner, await read_bytes(request))
             if inspect.iscoroutinefunction(endpoint):
                 return await endpoint(owner_request)
@@ -90,9 +92,13 @@ def guard(endpoint: Endpoint, find_owner: Owner) -> Callable[[Request], Awaitabl
         except BusyError as error:
             return json_response({"detail": str(error)}, 429, {"Retry-After": "1"})
         except LockedError as error:
-            return json_response({"detail": f"{error}: ask again"}, 503, {"Retry-After": "1"})
+            return json_response(
+                {"detail": f"{error}. Send the request again."}, 503, {"Retry-After": "1"}
+            )
         except ClientDisconnect:
-            return json_response({"detail": "the body was cut off"}, 400)
+            return json_response(
+                {"detail": "the body of the request was cut off. Send the request again."}, 400
+            )
         except Exception as error:
             _log.exception("%s failed", request.url.path)
             if disk_full_text(error):
@@ -108,7 +114,9 @@ async def read_bytes(request: Request) -> bytes:
     async for chunk in request.stream():
         content += chunk
         if len(content) > MOST_BYTES:
-            raise HttpError(413, f"the body has more than {MOST_BYTES} bytes: send less at once")
+            raise HttpError(
+                413, f"the body has more than {MOST_BYTES} bytes. Send fewer data at once."
+            )
     return bytes(content)
 
 
@@ -117,7 +125,7 @@ class JsonFields:
 
     def __init__(self, values: object, label: str = "the body"):
         if not isinstance(values, dict):
-            raise RequestError(f"{label} is no object in JSON")
+            raise RequestError(f"{label} is not a JSON object. Send an object of fields.")
         self.values = values
         self._label = label
 
@@ -127,7 +135,7 @@ class JsonFields:
         try:
             return cls(json.loads(body))
         except (ValueError, RecursionError) as error:
-            raise RequestError("the body is no JSON") from error
+            raise RequestError("the body is not valid JSON. Send a JSON object.") from error
 
     def get(
         self,
@@ -145,16 +153,23 @@ class JsonFields:
         value = self.values.get(name)
         if value is None:
             if default is _REQUIRED:
-                raise RequestError(f"{self._label} lacks {name}, {_KIND_NAMES[kind]}")
+                raise RequestError(f"{self._label} lacks {name}. Pass {_KIND_NAMES[kind]}.")
             return default
         if kind is float and type(value) is int:  # JSON need not write 1 as 1.0
             value = float(value) if abs(value) < 2**63 else math.inf
         if type(value) is not kind:
-            raise RequestError(f"{name} of {self._label} is to be {_KIND_NAMES[kind]}")
+            raise RequestError(
+                f"{name} of {self._label} has the wrong type. Pass {_KIND_NAMES[kind]}."
+            )
         if isinstance(value, int | float) and not least <= value <= most:
-            raise RequestError(f"{name} of {self._label} is to be {least:g} to {most:g}")
+            raise RequestError(
+                f"{name} of {self._label} is out of range. Pass a number from {least:g} to "
+                f"{most:g}."
+            )
         if isinstance(value, str) and not value.isprintable():
-            raise RequestError(f"{name} of {self._label} has characters that cannot be printed")
+            raise RequestError(
+                f"{name} of {self._label} has characters that cannot be printed. Remove them."
+            )
         return value
 
     def object(self, name: str, default: Any = _REQUIRED) -> "JsonFields":

@@ -94,7 +94,8 @@ def spec_of(fields: JsonFields, facts: EngineFacts) -> requests.AdapterSpec:
     )
     if not (spec.attention or spec.mlp or spec.unembed):
         raise requests.RequestError(
-            "lora_config trains nothing: set train_attn, train_mlp or train_unembed"
+            "lora_config selects no weights to train. Set train_attn, train_mlp or train_unembed "
+            "to true."
         )
     return spec
 
@@ -125,8 +126,8 @@ def check_numbers(fields: JsonFields, *names: str) -> None:
     for name in names:
         if name in fields.values and fields.values[name] is None:
             raise requests.RequestError(
-                f"{name} is null, which JSON writes for NaN and infinities: give a finite number, "
-                "or leave it out"
+                f"{name} is null, which JSON writes for NaN and infinities. Pass a finite number, "
+                f"or remove {name}."
             )
 
 
@@ -134,7 +135,7 @@ def _check_optimizer(fields: JsonFields, name: str) -> None:
     """Raises a RequestError if a field names another optimizer than AdamW."""
     kind = fields.object(name, {}).get("type", str, "adamw")
     if kind != "adamw":
-        raise requests.RequestError(f"the optimizer {kind[:40]!r} is not offered; there is adamw")
+        raise requests.RequestError(f"the optimizer {kind[:40]!r} is not supported. Use adamw.")
 
 
 def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
@@ -142,8 +143,8 @@ def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
     name = fields.get("path", str, f"{seq:06d}")
     if not _NAME.fullmatch(name):
         raise requests.RequestError(
-            f"{name[:140]!r} is no name of a checkpoint: take 128 letters, digits and _ . = + - at "
-            "most, the first a letter, a digit or _"
+            f"{name[:140]!r} is not a valid name of a checkpoint. Use at most 128 letters, digits "
+            "and _ . = + -, and begin with a letter, a digit or _."
         )
     fields.get("ttl_seconds", int, None, least=1, most=10 * 366 * 86400)
     fields.metadata()
@@ -158,7 +159,10 @@ def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
     """
     recipients = fields.get("age_encryption_recipients", list, None) or []
     if recipients and kind != "save_weights_external":
-        raise requests.RequestError("age_encryption_recipients are for save_weights_external alone")
+        raise requests.RequestError(
+            "age_encryption_recipients only work with save_weights_external. Remove them, or call "
+            "save_weights_external."
+        )
     return check_recipients(recipients)
 
 
@@ -176,12 +180,14 @@ def _read_targets(fields: JsonFields) -> Message | None:
     def read_integers(key: str) -> np.ndarray:
         values = tensor_fields.get(key, list)
         if not all(type(value) is int and -1 <= value < 2**31 for value in values):
-            raise requests.RequestError(f"{key} of {name} holds what is neither an id nor an index")
+            raise requests.RequestError(
+                f"{key} of {name} holds a value that is neither an id nor an index. Pass integers."
+            )
         return np.array(values, "<i8")
 
     dtype = tensor_fields.get("dtype", str)
     if dtype != "int64":
-        raise requests.RequestError(f"{name} are {dtype[:40]!r}; they are to be int64")
+        raise requests.RequestError(f"{name} has the dtype {dtype[:40]!r}. Pass int64.")
     tensor = Tensor(dtype=wire.I64, shape=read_integers("shape").tolist())
     is_sparse = tensor_fields.get("sparse_crow_indices", list, None) is not None
     if is_sparse:
@@ -203,13 +209,13 @@ def sample_of(
     """
     if fields.get("prompt_alt_tokens_k", int, 0):
         raise requests.RequestError(
-            "prompt_alt_tokens_k is not offered; there are prompt_logprobs, topk_prompt_logprobs "
-            "and target_prompt_logprobs"
+            "prompt_alt_tokens_k is not supported. Use prompt_logprobs, topk_prompt_logprobs or "
+            "target_prompt_logprobs."
         )
     if fields.get("record_stability_info", bool, False):
         raise requests.RequestError(
-            "record_stability_info is not offered, nor is the loss stable_reinforce: choose "
-            "another, such as importance_sampling"
+            "record_stability_info and the loss stable_reinforce are not supported. Choose another "
+            "loss, such as importance_sampling."
         )
     prompt = wire.tokens_of(_read_chunks(fields), facts, "the prompt")
     params = fields.object("sampling_params", {})
@@ -247,7 +253,8 @@ def _read_chunks(fields: JsonFields) -> list[list]:
         kind = chunk_fields.get("type", str, "encoded_text")
         if kind != "encoded_text":
             raise requests.RequestError(
-                f"a chunk of the prompt is {kind[:40]!r}; there is encoded_text"
+                f"a chunk of the prompt has the type {kind[:40]!r}. Pass chunks of the type "
+                "encoded_text."
             )
         chunks.append(chunk_fields.get("tokens", list))
     return chunks
@@ -265,11 +272,16 @@ def _read_stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int],
         return frozenset(), ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
-        raise requests.RequestError("stop is to be a text, or a list of 64 texts or tokens at most")
+        raise requests.RequestError(
+            "stop has the wrong type, or too many entries. Pass a text, or a list of at most 64 "
+            "texts or tokens."
+        )
     are_texts = all(isinstance(stop, str) and _TEXT.fullmatch(stop) for stop in stops)
     if are_texts:
         return frozenset(facts.eos), tuple(stops)
     are_tokens = all(type(stop) is int and 0 <= stop < facts.vocab_size for stop in stops)
     if are_tokens:
         return frozenset([*facts.eos, *stops]), ()
-    raise requests.RequestError("stop has an entry that is neither a text nor a token")
+    raise requests.RequestError(
+        "stop has an entry that is neither a text nor a token. Pass texts or token ids."
+    )

@@ -152,7 +152,8 @@ class Futures:
                 return False
             if self._pending[promise.owner] >= self._max_pending:
                 raise BusyError(
-                    f"{self._max_pending} of your samples wait for a result: wait for some"
+                    f"{self._max_pending} of your samples wait for a result, which is the maximum. "
+                    "Wait until some have finished."
                 )
             self._promises[request_id] = promise
             self._pending[promise.owner] += 1
@@ -173,7 +174,7 @@ class Futures:
 
         A client that lives asks for such a sample anew.
         """
-        self._drop(lambda promise: promise.session == session)
+        self._drop_samples(lambda promise: promise.session == session)
 
     def busy_sessions(self) -> set[str]:
         """Returns the sessions that wait for a sample."""
@@ -194,9 +195,9 @@ class Futures:
                 return False
             return promise.is_closed or not promise.session or promise.session in silent
 
-        self._drop(is_abandoned)
+        self._drop_samples(is_abandoned)
 
-    def _drop(self, should_drop: Callable[[_Promise], bool]) -> None:
+    def _drop_samples(self, should_drop: Callable[[_Promise], bool]) -> None:
         """Ends and forgets the samples without a result for which a condition is true."""
         with self._lock:
             dropped_promises = {
@@ -259,15 +260,18 @@ class Futures:
         Raises:
           HttpError: There is no such request, or its answer is no longer kept.
         """
-        with self._waiting(request_id) as event, self._count_poll(request_id, owner) as promise:
-            answer = await asyncio.to_thread(self._find, request_id, owner)
+        with (
+            self._waiting_event(request_id) as event,
+            self._count_poll(request_id, owner) as promise,
+        ):
+            answer = await asyncio.to_thread(self._find_body, request_id, owner)
             if answer is None:
                 connection_end = None if closed is None else closed()
                 is_closed = await _is_closed_first(event.wait(), connection_end, self._hold_seconds)
                 if promise is not None and is_closed:
                     promise.is_closed = True
                     promise.deadline = time.monotonic() + self._closed_seconds
-                answer = await asyncio.to_thread(self._find, request_id, owner)
+                answer = await asyncio.to_thread(self._find_body, request_id, owner)
         if answer is None:
             return json_response(self._try_again(request_id), 408)
         body, is_protobuf = answer
@@ -287,7 +291,7 @@ class Futures:
         return answer
 
     @contextmanager
-    def _waiting(self, request_id: str) -> Iterator[asyncio.Event]:
+    def _waiting_event(self, request_id: str) -> Iterator[asyncio.Event]:
         """Gives an event that `wake` sets while a request is waited for."""
         event = asyncio.Event()
         waiter = (asyncio.get_running_loop(), event)
@@ -321,10 +325,12 @@ class Futures:
                     patience_end = time.monotonic() + self._patience_seconds
                     promise.deadline = min(promise.deadline, patience_end)
 
-    def _find(self, request_id: str, owner: str) -> tuple[bytes, bool] | None:
+    def _find_body(self, request_id: str, owner: str) -> tuple[bytes, bool] | None:
         """Returns a body, and whether it is protobuf; None if it is not there yet."""
         not_found = HttpError(
-            410, f"there is no request {request_id[:200]}, or its result was dropped"
+            410,
+            f"there is no request {request_id[:200]}, or its result was dropped. Send the request "
+            "again.",
         )
         promise = self._promises.get(request_id)
         if promise is not None:

@@ -31,7 +31,7 @@ class OwnerRows:
         """Returns a name of the base; raises a RequestError if it is another's."""
         if name not in self.names:
             raise RequestError(
-                f"the base model {name[:200]!r} is not served; there is {', '.join(self.names)}"
+                f"the base model {name[:200]!r} is not served here. Use {', '.join(self.names)}."
             )
         return name
 
@@ -50,7 +50,7 @@ class OwnerRows:
         """Returns the id of a session that has not ended; raises HttpError if there is none."""
         row = self.session(session, owner)
         if row["ended"]:
-            raise HttpError(410, f"the session {row['id']} has ended: open another")
+            raise HttpError(410, f"the session {row['id']} has ended. Create a new session.")
         return row["id"]
 
     def model(self, model: str, owner: str) -> Row:
@@ -70,7 +70,10 @@ class OwnerRows:
         """
         row = self._ledger.checkpoint(path)
         if row is None or not (row["public"] or row["owner"] == owner):
-            raise RequestError(f"there is no checkpoint {path[:300]}, or it is not yours")
+            raise RequestError(
+                f"there is no checkpoint {path[:300]}, or it belongs to another key. Check the "
+                "path."
+            )
         return row
 
     def display_name(self, model: str) -> str | None:
@@ -79,7 +82,9 @@ class OwnerRows:
         if model_row is None:
             return None
         session_row = self._ledger.session(model_row["session"])
-        return _name_of(model_row) or (None if session_row is None else _name_of(session_row))
+        return _client_given_name(model_row) or (
+            None if session_row is None else _client_given_name(session_row)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ def spec_of(model: Row | None) -> JsonObject:
     return json.loads(model["spec"]) if model is not None and model["spec"] else {}
 
 
-def _name_of(row: Row) -> str | None:
+def _client_given_name(row: Row) -> str | None:
     """Returns the name in a row's metadata, or None."""
     metadata = json.loads(row["metadata"] or "null") or {}
     for field in _NAME_FIELDS:

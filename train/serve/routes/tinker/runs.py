@@ -57,18 +57,20 @@ class RunRoutes:
         ]
 
     def _list_runs(self, request: OwnerRequest) -> Response:
-        limit, offset = _page(request)
+        limit, offset = _read_page(request)
         rows, count = self._ledger.models(request.owner, limit, offset)
-        runs = [self._run(row) for row in rows]
-        return json_response({"training_runs": runs, "cursor": _cursor(limit, offset, count)})
+        runs = [self._describe_run(row) for row in rows]
+        return json_response({"training_runs": runs, "cursor": _make_cursor(limit, offset, count)})
 
     def _get_run(self, request: OwnerRequest) -> Response:
-        return json_response(self._run(self._rows.model(request.path["model"], request.owner)))
+        return json_response(
+            self._describe_run(self._rows.model(request.path["model"], request.owner))
+        )
 
-    def _run(self, model: Row) -> JsonObject:
+    def _describe_run(self, model: Row) -> JsonObject:
         """Returns a model as Tinker describes a run."""
         checkpoints, _ = self._ledger.checkpoints(model["owner"], model["id"])  # newest first
-        newest_of_kind = {row["kind"]: _checkpoint(row) for row in reversed(checkpoints)}
+        newest_of_kind = {row["kind"]: _describe_checkpoint(row) for row in reversed(checkpoints)}
         return {
             "training_run_id": model["id"],
             "base_model": model["base"],
@@ -76,22 +78,24 @@ class RunRoutes:
             "is_lora": True,
             "lora_rank": spec_of(model).get("rank"),
             "corrupted": False,
-            "last_request_time": _time(model["used"]),
+            "last_request_time": _format_time(model["used"]),
             "last_checkpoint": newest_of_kind.get("weights"),
             "last_sampler_checkpoint": newest_of_kind.get("sampler_weights"),
-            "user_metadata": _metadata(model),
+            "user_metadata": _text_metadata(model),
         }
 
     def _list_of_run(self, request: OwnerRequest) -> Response:
         model = self._rows.model(request.path["model"], request.owner)["id"]
         rows, _ = self._ledger.checkpoints(request.owner, model)
-        return json_response({"checkpoints": [_checkpoint(row) for row in rows]})
+        return json_response({"checkpoints": [_describe_checkpoint(row) for row in rows]})
 
     def _list_checkpoints(self, request: OwnerRequest) -> Response:
-        limit, offset = _page(request)
+        limit, offset = _read_page(request)
         rows, count = self._ledger.checkpoints(request.owner, None, limit, offset)
-        checkpoints = [_checkpoint(row) for row in rows]
-        return json_response({"checkpoints": checkpoints, "cursor": _cursor(limit, offset, count)})
+        checkpoints = [_describe_checkpoint(row) for row in rows]
+        return json_response(
+            {"checkpoints": checkpoints, "cursor": _make_cursor(limit, offset, count)}
+        )
 
     def _own_checkpoint(self, request: OwnerRequest) -> Row:
         """Returns the owner's checkpoint that a path names; raises HttpError for none."""
@@ -117,7 +121,7 @@ class RunRoutes:
         return json_response({})
 
     def _list_sessions(self, request: OwnerRequest) -> Response:
-        rows = self._ledger.sessions(request.owner, *_page(request))
+        rows = self._ledger.sessions(request.owner, *_read_page(request))
         return json_response({"sessions": [row["id"] for row in rows]})
 
     def _get_session(self, request: OwnerRequest) -> Response:
@@ -128,7 +132,7 @@ class RunRoutes:
         content = {
             "training_run_ids": [model["id"] for model in models],
             "sampler_ids": [sampler["id"] for sampler in samplers],
-            "user_metadata": _metadata(session),
+            "user_metadata": _text_metadata(session),
         }
         return json_response(content)
 
@@ -160,7 +164,7 @@ class RunRoutes:
         checkpoint = self._own_checkpoint(request)
         path = checkpoint["path"]
         if checkpoint["kind"] != "external_weights":
-            raise RequestError(f"{path} is no export: call save_weights_external first")
+            raise RequestError(f"{path} is not an export. Call save_weights_external first.")
         expires = int(time.time()) + _LINK_SECONDS
         server = f"{request.http.url.scheme}://{request.http.url.netloc}"
         folder = Path(checkpoint["folder"])
@@ -170,7 +174,7 @@ class RunRoutes:
             signature = self._sign(expires, path, name)
             query = f"checkpoint={quote(path, safe='')}&file={quote(name, safe='')}"
             urls[name] = f"{server}{self._api}/files/{expires}/{signature}?{query}"
-        return json_response({"urls": urls, "expires": _time(expires)})
+        return json_response({"urls": urls, "expires": _format_time(expires)})
 
     def download(self, request: OwnerRequest) -> Response:
         """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
@@ -180,10 +184,12 @@ class RunRoutes:
         expires = request.path["expires"]
         signature = self._sign(expires, path, name)
         if not hmac.compare_digest(signature.encode(), request.path["signature"].encode()):
-            raise HttpError(403, "the link is not valid: ask for another")
+            raise HttpError(403, "the link is not valid. Request a new link.")
         checkpoint = self._ledger.checkpoint(path)
         if expires < time.time() or checkpoint is None:
-            raise HttpError(410, "the link has expired, or the checkpoint is deleted")
+            raise HttpError(
+                410, "the link has expired, or the checkpoint was deleted. Request a new link."
+            )
         return FileResponse(Path(checkpoint["folder"]) / name)
 
     def _sign(self, expires: int, path: str, name: str) -> str:
@@ -192,21 +198,21 @@ class RunRoutes:
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
 
-def _checkpoint(row: Row) -> JsonObject:
+def _describe_checkpoint(row: Row) -> JsonObject:
     """Returns a checkpoint as Tinker describes it."""
     return {
         "checkpoint_id": f"{row['kind']}/{row['name']}",
         "checkpoint_type": _TYPES[row["kind"]],
-        "time": _time(row["made"]),
+        "time": _format_time(row["made"]),
         "tinker_path": row["path"],
         "size_bytes": row["size"],
         "public": bool(row["public"]),
-        "expires_at": None if row["expires"] is None else _time(row["expires"]),
-        "user_metadata": _metadata(row),
+        "expires_at": None if row["expires"] is None else _format_time(row["expires"]),
+        "user_metadata": _text_metadata(row),
     }
 
 
-def _metadata(row: Row) -> dict[str, str] | None:
+def _text_metadata(row: Row) -> dict[str, str] | None:
     """Returns the metadata that a client attached; the SDK reads texts alone."""
     metadata = json.loads(row["metadata"] or "null")
     if not metadata:
@@ -217,11 +223,11 @@ def _metadata(row: Row) -> dict[str, str] | None:
     return texts
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
 
 
-def _page(request: OwnerRequest) -> tuple[int, int]:
+def _read_page(request: OwnerRequest) -> tuple[int, int]:
     """Returns limit and offset of a request for a list."""
     limit = _read_query_integer(request, "limit", default=20, max_value=1000)
     offset = _read_query_integer(request, "offset", default=0, max_value=10**9)
@@ -233,9 +239,11 @@ def _read_query_integer(request: OwnerRequest, name: str, default: int, max_valu
     text = request.http.query_params.get(name, str(default))
     is_number = text.isascii() and text.isdigit()
     if not is_number or int(text[:12]) > max_value:
-        raise RequestError(f"{name} is to be an integer, {max_value} at most")
+        raise RequestError(
+            f"{name} is out of range or has the wrong type. Pass an integer up to {max_value}."
+        )
     return int(text)
 
 
-def _cursor(limit: int, offset: int, count: int) -> dict[str, int]:
+def _make_cursor(limit: int, offset: int, count: int) -> dict[str, int]:
     return {"limit": limit, "offset": offset, "total_count": count}

@@ -134,13 +134,13 @@ class SamplingRoutes:
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
         seq = fields.get("sampling_session_seq_id", int, least=0)
         sampler = f"{session}:sample:{seq}"
-        base, path, folder = self._source(request)
+        base, path, folder = self._read_source(request)
         self._ledger.add_sampler(
             sampler, session=session, owner=request.owner, base=base, path=path, folder=folder
         )
         return json_response({"type": "create_sampling_session", "sampling_session_id": sampler})
 
-    def _source(self, request: OwnerRequest) -> tuple[str, str | None, str | None]:
+    def _read_source(self, request: OwnerRequest) -> tuple[str, str | None, str | None]:
         """Returns the base, the path and the folder that a client wants to sample from."""
         fields = request.fields
         path = fields.get("model_path", str, None)
@@ -162,9 +162,11 @@ class SamplingRoutes:
             client = Client(request.owner, sampler["session"])
             path = sampler["path"]
             if path is not None and not Path(folder).exists():
-                raise RequestError(f"{path} was deleted or overwritten: sample from another")
+                raise RequestError(
+                    f"{path} was deleted or overwritten. Sample from another checkpoint."
+                )
         else:
-            _, _, folder = self._source(request)
+            _, _, folder = self._read_source(request)
             request_id = f"{uuid.uuid4()}:sample"
             client = Client(request.owner)
         self._ledger.hear(client.session)

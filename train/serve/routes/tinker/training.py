@@ -38,9 +38,9 @@ class TrainingRoutes:
             "optim_step": self._optim_step,
             "load_weights": self._load_weights,
             "unload_model": self._unload_model,
-            "save_weights": partial(self._save, "save_weights"),
-            "save_weights_for_sampler": partial(self._save, "save_weights_for_sampler"),
-            "save_weights_external": partial(self._save, "save_weights_external"),
+            "save_weights": partial(self._save_checkpoint, "save_weights"),
+            "save_weights_for_sampler": partial(self._save_checkpoint, "save_weights_for_sampler"),
+            "save_weights_external": partial(self._save_checkpoint, "save_weights_external"),
         }
         return [(path, "POST", endpoint) for path, endpoint in posts.items()]
 
@@ -90,11 +90,13 @@ class TrainingRoutes:
         model = self._rows.model(message.model_id, request.owner)["id"]
         seq = message.seq_id
         if seq < 1:
-            raise RequestError(f"seq_id is {seq}; a model's commands count from 1")
+            raise RequestError(
+                f"seq_id is {seq}, but the commands of a model count from 1. Pass 1 or more."
+            )
         try:
             command = wire.gradient_of(message, self._engine.facts)
         except RequestError as error:
-            return self._submit(model, seq, "forward_backward", b"", _raiser(error))
+            return self._submit(model, seq, "forward_backward", b"", _make_raiser(error))
         return self._submit(model, seq, "forward_backward", body, command=command)
 
     def _optim_step(self, request: OwnerRequest) -> Response:
@@ -126,7 +128,10 @@ class TrainingRoutes:
         def find_checkpoint() -> Row:
             checkpoint = self._rows.weights(path, request.owner)
             if fields.get("optimizer", bool, False) and checkpoint["kind"] != "weights":
-                raise RequestError(f"{path} has no optimiser's state: load weights/…, or without")
+                raise RequestError(
+                    f"{path} has no state of an optimizer. Load a checkpoint of weights/…, or load "
+                    "this one without the optimizer."
+                )
             return checkpoint
 
         def prepare(linked_folder: Path) -> tuple[Path, None]:
@@ -144,7 +149,7 @@ class TrainingRoutes:
         try:
             checkpoint_folder = Path(find_checkpoint()["folder"])
         except RequestError as error:
-            return self._submit(model, seq, "load_weights", request.body, _raiser(error))
+            return self._submit(model, seq, "load_weights", request.body, _make_raiser(error))
         # So that the checkpoint may be deleted before a replay. A copy takes long, and nobody else
         # is to wait for it.
         with link_beside(checkpoint_folder, folder) as linked_folder:
@@ -152,7 +157,7 @@ class TrainingRoutes:
                 model, seq, "load_weights", request.body, partial(prepare, linked_folder)
             )
 
-    def _save(self, kind: str, request: OwnerRequest) -> Response:
+    def _save_checkpoint(self, kind: str, request: OwnerRequest) -> Response:
         """Saves a model as a checkpoint, or as a snapshot for a sampler of its session."""
         fields = request.fields
         model, seq = self._model_and_seq(request)
@@ -174,7 +179,7 @@ class TrainingRoutes:
                 may_overwrite = kind == "save_weights" and fields.get("overwrite", bool, False)
                 exists = self._ledger.checkpoint(target) is not None and not may_overwrite
             if exists or self._ledger.is_promised(target):
-                raise RequestError(f"{target} exists already: choose another name, or delete it")
+                raise RequestError(f"{target} exists already. Choose another name, or delete it.")
             return folder, target
 
         return self._submit(model, seq, kind, request.body, prepare)
@@ -189,7 +194,7 @@ class TrainingRoutes:
         return json_response({"request_id": request_id})
 
 
-def _raiser(error: RequestError) -> Callable[[], NoReturn]:
+def _make_raiser(error: RequestError) -> Callable[[], NoReturn]:
     """Returns a function that raises an error: the command is refused once it is in the log."""
 
     def refuse() -> NoReturn:

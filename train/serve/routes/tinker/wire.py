@@ -54,14 +54,17 @@ def _decompress(body: bytes, encoding: str) -> bytes:
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
-        raise RequestError(f"Content-Encoding {encoding[:40]!r} is unknown; there is zstd")
+        raise RequestError(f"Content-Encoding {encoding[:40]!r} is not supported. Use zstd.")
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
             content = reader.read(MOST_BYTES + 1)
     except (zstandard.ZstdError, MemoryError) as error:
-        raise RequestError(f"the body is not zstd: {error}") from error
+        raise RequestError(
+            f"the body is not valid zstd ({error}). Compress the body with zstd, or remove "
+            "Content-Encoding."
+        ) from error
     if len(content) > MOST_BYTES:
-        raise RequestError(f"the body has more than {MOST_BYTES} bytes: send fewer data at once")
+        raise RequestError(f"the body has more than {MOST_BYTES} bytes. Send fewer data at once.")
     return content
 
 
@@ -75,7 +78,9 @@ def parse(body: bytes, encoding: str = "") -> tuple[bytes, Message]:
     try:
         return body, ForwardBackwardRequest.FromString(body)
     except (DecodeError, UnicodeDecodeError) as error:
-        raise RequestError("the body is no ForwardBackwardRequest in protobuf") from error
+        raise RequestError(
+            "the body is not a ForwardBackwardRequest in protobuf. Check the version of the client."
+        ) from error
 
 
 def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
@@ -86,9 +91,9 @@ def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
     """
     loss = message.loss_fn
     if loss not in LOSSES:
-        raise RequestError(f"loss_fn {loss[:40]!r} is unknown; there are {', '.join(LOSSES)}")
+        raise RequestError(f"loss_fn {loss[:40]!r} is unknown. Use one of {', '.join(LOSSES)}.")
     if not message.data:
-        raise RequestError("data is empty: send a datum at least")
+        raise RequestError("data is empty. Send at least one datum.")
     budget = _ByteBudget()
     data = [
         _read_datum(datum, f"datum {i}", loss, facts, budget)
@@ -114,7 +119,7 @@ def tokens_of(
     tokens = np.concatenate([np.zeros(0, np.int64), *chunk_ids])
     if not 1 <= len(tokens) <= facts.max_length:
         raise RequestError(
-            f"{label} has {len(tokens)} tokens; a sequence here has 1 to {facts.max_length}"
+            f"{label} has {len(tokens)} tokens. Send sequences of 1 to {facts.max_length} tokens."
         )
     return _check_ids(tokens, facts, label)
 
@@ -206,14 +211,16 @@ def _read_config(message: Message, loss: str) -> Mapping[str, float]:
     config = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         if not value.HasField("number"):
-            raise RequestError(f"loss_fn_config {name[:40]!r} is no number")
+            raise RequestError(f"loss_fn_config {name[:40]!r} is not a number. Pass a number.")
         config[name] = value.number
     for name, number in config.items():
         if name not in known_names:
-            names = f"there are {', '.join(known_names)}" if known_names else "it has none"
-            raise RequestError(f"loss_fn_config {name[:40]!r} is unknown to {loss}; {names}")
+            names = (
+                f"Use {', '.join(known_names)}." if known_names else "This loss has no settings."
+            )
+            raise RequestError(f"loss_fn_config {name[:40]!r} is unknown to {loss}. {names}")
         if not math.isfinite(number):
-            raise RequestError(f"loss_fn_config {name!r} is {number}: give a finite number")
+            raise RequestError(f"loss_fn_config {name!r} is {number}. Pass a finite number.")
     return config
 
 
@@ -227,7 +234,10 @@ class _ByteBudget:
         """Raises a RequestError if there is no room for so many elements more."""
         self._bytes_left -= 8 * n_elements
         if self._bytes_left < 0:
-            raise RequestError(f"{label} makes the arrays larger than {MOST_BYTES} bytes together")
+            raise RequestError(
+                f"With {label}, all arrays together have more than {MOST_BYTES} bytes. Send fewer "
+                "data at once."
+            )
 
 
 def _read_datum(
@@ -235,17 +245,21 @@ def _read_datum(
 ) -> Datum:
     """Returns a datum with the inputs that its loss needs."""
     if not all(chunk.HasField("encoded_text") for chunk in message.model_input):
-        raise RequestError(f"{label} has a chunk that is no text; there is encoded_text alone")
+        raise RequestError(
+            f"{label} has a chunk that is not text. Pass only chunks of encoded_text."
+        )
     chunks = [chunk.encoded_text.tokens for chunk in message.model_input]
     tokens = tokens_of(chunks, facts, label)
     tensors = message.loss_fn_inputs
     bounds = sorted(set(_CLIP_BOUNDS) & set(tensors))
     if bounds:
-        raise RequestError(f"{label} has {bounds[0]}, a tensor; it is a number of loss_fn_config")
+        raise RequestError(
+            f"{label} has the tensor {bounds[0]}. Pass it as a number in loss_fn_config."
+        )
     names = ("target_tokens", *LOSSES[loss])
     for name in names:
         if name not in tensors and name != "weights":
-            raise RequestError(f"{label} lacks {name}; {loss} takes {', '.join(names)}")
+            raise RequestError(f"{label} lacks {name}. The loss {loss} takes {', '.join(names)}.")
     target_tensor = _read_tensor(tensors["target_tokens"], f"target_tokens of {label}", budget)
     targets = _check_targets(target_tensor, len(tokens), facts, label)
     inputs = {"target_tokens": targets}
@@ -264,11 +278,11 @@ def _check_targets(
     """Returns the targets of a datum as int32; raises a RequestError if they do not fit it."""
     if targets.ndim not in (1, 2) or len(targets) != n_tokens or targets.size == 0:
         raise RequestError(
-            f"target_tokens of {label} have the shape {targets.shape}; its {n_tokens} "
-            "tokens take as many targets, [n] or [n, k]"
+            f"target_tokens of {label} have the shape {targets.shape}, but it has {n_tokens} "
+            f"tokens. Pass [n] or [n, k] with n = {n_tokens}."
         )
     if targets.dtype.kind != "i":
-        raise RequestError(f"target_tokens of {label} are no integers")
+        raise RequestError(f"target_tokens of {label} are not integers. Pass token ids.")
     return _check_ids(targets, facts, f"target_tokens of {label}")
 
 
@@ -276,12 +290,12 @@ def _check_input(array: np.ndarray, targets: np.ndarray, name: str, label: str) 
     """Returns another input of a loss as fp32; raises a RequestError if it does not fit."""
     if array.shape != targets.shape:
         raise RequestError(
-            f"{name} of {label} have the shape {array.shape}, its target_tokens "
-            f"{targets.shape}: they are to agree"
+            f"{name} of {label} have the shape {array.shape}, but its target_tokens have "
+            f"{targets.shape}. Pass the same shape."
         )
     values = array.astype(np.float32)
     if not np.isfinite(values).all():
-        raise RequestError(f"{name} of {label} are not finite")
+        raise RequestError(f"{name} of {label} are not finite. Pass finite numbers.")
     return values
 
 
@@ -290,7 +304,7 @@ def _read_ids(chunk: bytes | Sequence[int], label: str) -> np.ndarray:
     if isinstance(chunk, bytes):
         return _read_array(chunk, _TYPES[_I32], label).astype(np.int64)
     if not all(type(token) is int and 0 <= token < 2**31 for token in chunk):
-        raise RequestError(f"{label} has a token that is no id")
+        raise RequestError(f"{label} has a token that is not an id. Pass integers.")
     return np.array(chunk, np.int64)
 
 
@@ -298,32 +312,40 @@ def _check_ids(ids: np.ndarray, facts: EngineFacts, label: str) -> np.ndarray:
     """Returns tokens as int32; raises a RequestError for one that the vocabulary has not."""
     if ids.min() < 0 or ids.max() >= facts.vocab_size:
         wrong_id = int(ids.min() if ids.min() < 0 else ids.max())
-        raise RequestError(f"{label}: {wrong_id} is no token; ids are 0 to {facts.vocab_size - 1}")
+        raise RequestError(
+            f"{label}: {wrong_id} is not a token of the model. Pass ids from 0 to "
+            f"{facts.vocab_size - 1}."
+        )
     return ids.astype(np.int32)
 
 
 def _read_array(data: bytes, dtype: np.dtype, label: str) -> np.ndarray:
     """Returns bytes as an array, [n]."""
     if len(data) % dtype.itemsize:
-        raise RequestError(f"{label} has {len(data)} bytes, no multiple of {dtype.itemsize}")
+        raise RequestError(
+            f"{label} has {len(data)} bytes, which is not a multiple of {dtype.itemsize}. Send "
+            "whole elements."
+        )
     return np.frombuffer(data, dtype)
 
 
 def _read_tensor(message: Message, label: str, budget: _ByteBudget, fill: int = 0) -> np.ndarray:
     """Returns a tensor as an array, with `fill` where a sparse one has nothing."""
     if message.dtype not in _TYPES:
-        raise RequestError(f"{label} has the unknown type {message.dtype}; there are 1 to 4")
+        raise RequestError(f"{label} has the unknown type {message.dtype}. Use the types 1 to 4.")
     dtype = _TYPES[message.dtype]
     shape = list(message.shape)
     if len(shape) > 2 or any(not 0 <= size <= MOST_BYTES for size in shape):
-        raise RequestError(f"{label} has the shape {shape[:8]}; there are [n] and [n, k]")
+        raise RequestError(f"{label} has the shape {shape[:8]}. Pass [n] or [n, k].")
     if message.HasField("sparse_csr"):
         array = _densify(message.sparse_csr, dtype, shape, label, budget, fill)
     else:
         array = _read_array(message.dense, dtype, label)
         budget.take(array.size, label)
         if math.prod(shape or [array.size]) != array.size:
-            raise RequestError(f"{label} has {array.size} elements, but the shape {shape}")
+            raise RequestError(
+                f"{label} has {array.size} elements, but the shape {shape}. Correct the shape."
+            )
         array = array.reshape(shape or [-1])
     if message.dtype == _BF16:  # the upper half of a float32
         array = (array.astype(np.uint32) << 16).view(np.float32)
@@ -338,13 +360,20 @@ def _densify(
     row_offsets = _read_array(csr.crow_indices, _TYPES[I64], label)
     columns = _read_array(csr.col_indices, _TYPES[I64], label)
     if len(shape) != 2 or len(row_offsets) != shape[0] + 1 or len(columns) != len(values):
-        raise RequestError(f"{label} is no CSR tensor: rows, columns and values do not agree")
+        raise RequestError(
+            f"{label} is not a valid CSR tensor. Pass rows, columns and values of matching lengths."
+        )
     row_lengths = np.diff(row_offsets)
     is_ascending = row_offsets[0] == 0 and (row_lengths >= 0).all()
     if not is_ascending or row_offsets[-1] != len(values):
-        raise RequestError(f"{label} is no CSR tensor: its row indices do not ascend to the end")
+        raise RequestError(
+            f"{label} is not a valid CSR tensor. Pass row indices that ascend to the number of "
+            "values."
+        )
     if len(columns) and not 0 <= columns.min() <= columns.max() < shape[1]:
-        raise RequestError(f"{label} has a column outside its shape {shape}")
+        raise RequestError(
+            f"{label} has a column outside its shape {shape}. Correct the columns or the shape."
+        )
     budget.take(math.prod(shape), label)
     array = np.full(shape, fill, dtype)
     array[_csr_indices(row_offsets, columns)] = values
