@@ -49,7 +49,7 @@ def test_a_schema_that_cannot_be_is_named(base, tmp_path, capsys):
     for text, problem in (
         ('{"properties": {"a": {"not": {}}}}', "properties.a: Unimplemented keys"),
         ("{", "is not valid JSON"),
-        ("[]", "a JSON schema, an object, is needed"),
+        ("[]", "The JSON schema is not an object"),
     ):
         (tmp_path / "schema.json").write_text(text)
         with pytest.raises(SystemExit):
