@@ -142,7 +142,7 @@ def test_processes_that_were_not_started_alike(processes):
     assert processes(3, started()) == [None] * 3
     for odd, expected in (
         ({"seed": 1}, "differ: process 2 has --seed 1, not 0. Start all"),
-        ({"output": "here"}, "differ: process 2 has --output here, not runs/sql. All need"),
+        ({"output": "here"}, "differ: process 2 has --output here, not runs/sql. Start all"),
         ({"rows": rows[::-1]}, "differ: process 2 has rows "),
         ({"seed": 1, "rows": rows[:1]}, "process 2 has --seed 1, not 0, process 2 has rows "),
     ):
