@@ -221,5 +221,5 @@ def test_options_of_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_encoders.fields("gpt2")))
     with pytest.raises(ConfigError, match="a gpt2 model has no option head"):
         from_pretrained(tmp_path, head="classification")
-    with pytest.raises(ConfigError, match="a model in a GGUF file has no option head"):
+    with pytest.raises(ConfigError, match="is a GGUF file, which cannot be loaded with head"):
         from_pretrained(tmp_path / "model.safetensors", head="classification")

@@ -352,7 +352,7 @@ def test_rows_that_cannot_be_used(inputs, tmp_path, capsys):
     assert "longer than --seq-len 16. The longest text has 4" in said and "--truncate" in said
     assert "cannot be held out" in message([*good, {"text": "abc", "label": 7}])
     other = write_jsonl(tmp_path / "test.jsonl", [{"text": "abc", "label": 3}])
-    assert "line 1: the label 3 is none of those to train on: 0, 1" in message(
+    assert "line 1: the label 3 is none of the labels of training: 0, 1" in message(
         good, "--test", other
     )
     assert "does not exist" in message(good, "--test", tmp_path / "none.csv")

@@ -63,7 +63,7 @@ def pickle(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["a'; b"]}))
     call = f"t.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}')"
-    return ["but pytorch_model.bin: a pickle can run any code", call]
+    return ["but only pytorch_model.bin, which is a pickle. A pickle can run any code", call]
 
 
 def adapter(folder):
@@ -156,7 +156,7 @@ def test_a_model_of_the_hub_that_has_no_safetensors(folder):
     cached.parent.mkdir(parents=True)
     folder.rename(cached)
     (cached / WEIGHTS).unlink()
-    with pytest.raises(models.WeightsError, match="pytorch_model.bin alone: ") as caught:
+    with pytest.raises(models.WeightsError, match="only have pytorch_model.bin") as caught:
         models.from_pretrained(cached)
     for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
         call = f"t.{kind}.from_pretrained('owner/name').save_pretrained('name')"

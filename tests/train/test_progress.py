@@ -157,7 +157,7 @@ def test_patience_ends_the_run_and_more_of_it_goes_on(chats, whole, tmp_path, ca
 BAD = [
     ("--keep-best loss", "--keep-best loss compares the measurements of --eval-every"),
     ("--keep-best score", "--keep-best score compares the measurements of --score-every"),
-    ("--patience 2", "--patience 2 ends a run that no longer improves.* with --keep-best"),
+    ("--patience 2", "--patience 2 ends a run that no longer improves.*Add --keep-best"),
     ("--eval-every 2 --keep-best loss --patience 0", "--patience 0: at least 1"),
     ("--score-every 3", "--dataset rows.jsonl has no score except its loss"),
     ("--dataset sql --score-every 3 --eval-questions 0", "--score-every needs questions"),

@@ -240,7 +240,7 @@ def test_other_folders_are_no_reward_models(inputs, drawn, tmp_path, capsys):
 def test_a_base_that_is_gone(drawn, monkeypatch):
     gone = {"model": "/nowhere", "labels": ["reward"]}
     monkeypatch.setattr(type(find_adapter(str(drawn))), "base_info", gone)
-    with pytest.raises(UserError, match="--reward .*: its base cannot be read: --model /nowhere"):
+    with pytest.raises(UserError, match="--reward .*: Its base cannot be read. --model /nowhere"):
         RewardModel(str(drawn))
     gone = {"model": "/nowhere", "labels": ["reward"], "tokenizer": "/nowhere/tokens"}
     monkeypatch.setattr(type(find_adapter(str(drawn))), "base_info", gone)

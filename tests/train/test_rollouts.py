@@ -392,7 +392,7 @@ BAD = {
     "cispo": (["--loss", "cispo", "--clip", "0.1"], "--loss cispo uses only one bound"),
     "weights": (["--reward-weights", "1", "2"], "2 weights for 1 rewards"),
     "no reward": (["--reward", "nowhere.py:f"], "The file nowhere.py does not exist"),
-    "no such name": (["--reward", "length_"], "no reward of this name, but arithmetic"),
+    "no such name": (["--reward", "length_"], "nor a known reward. Use arithmetic"),
     "a column": (["--reward", "arithmetic"], "--reward arithmetic needs the column 'answer'"),
     "held-out loss": (["--eval-every", "1"], "no held-out loss"),
     "held-out rows": (

@@ -396,8 +396,10 @@ def test_files_of_pairs_have_their_fields_renamed_and_their_tokens_kept(tmp_path
         for name in ("ids", "counts", "starts", "rows", "labels"):
             np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
     assert len([*(tmp_path / "kept").iterdir()]) == 2
-    assert "are those of an earlier run" in capsys.readouterr().out
+    assert "are cached in" in capsys.readouterr().out
     with pytest.raises(TrainingError, match="line 1 has .*; a row needs `prompt`, `chosen` and"):
         find_dataset(str(path), check=check_pairs).check()
-    with pytest.raises(UserError, match="name is one of chosen, completion, .*label, .*rejected"):
+    with pytest.raises(
+        UserError, match="names: chosen, completion, .*label, .*rejected"
+    ):
         find_dataset(str(path), fields=["preferred=chosen"])

@@ -182,8 +182,8 @@ def check_template(template: str) -> None:
     >>> check_template("{% if %}")
     Traceback (most recent call last):
         ...
-    lora_jax.training.errors.TrainingError: line 1 is no Jinja: Expected an expression, got \
-'end of statement block'
+    lora_jax.training.errors.TrainingError: line 1 of the chat template is not valid Jinja \
+(Expected an expression, got 'end of statement block'). Correct the template.
     """
     jinja2 = _jinja2()
     try:

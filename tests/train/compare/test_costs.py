@@ -42,7 +42,8 @@ def test_a_classifier_reads_what_it_can(kind, what, monkeypatch):
         model = models.VisionEncoder(models.read_config(FIELDS))
         pixels = np.zeros((1, 3, *model.config.image_size), np.float32)
         params = variables_of(model, pixels)["params"]
-    adapted = lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)])
+    rules = [lj.LoraRule(targets="all-linear", rank=2)]
+    adapted = lj.lorafy(params, rules, kinds=models.kinds(model.config))
     latency = costs.measure_answer_latency(ARM, model, params, adapted, decodes=False)
     assert latency.what == what and latency.base == latency.merged == latency.live == 2.0
 

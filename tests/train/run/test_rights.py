@@ -17,7 +17,7 @@ def test_missing_rights_are_told_in_a_paragraph(capsys, wrapped):
         raise error
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("\nerror: /far/away cannot be read or written (Permission denied): give")
+    assert said.startswith("\nerror: /far/away cannot be read or written (Permission denied). Give")
     assert "--output" in said and "XDG_CACHE_HOME" in said
 
 
