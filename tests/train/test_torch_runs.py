@@ -123,7 +123,7 @@ def test_a_run_is_planned_and_a_server_refuses(run, capsys, tmp_path):
     assert "--decode-rows 2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         serve(["--model", str(base), "--output", str(tmp_path / "served")])
-    assert "no family" in capsys.readouterr().err
+    assert "runs as a torch module" in capsys.readouterr().err
 
 
 REWARD = """

@@ -73,6 +73,7 @@ class AdapterCache:
         if name not in self._folders:
             names = ", ".join(self) or "none"
             raise requests.RequestError(f"there is no adapter {name!r}. Use one of these: {names}.")
+        # An adapter that was evicted is read again from its folder.
         folder = self._folders[name]
         adapter = self._in_memory.get(name)
         if adapter is None:
@@ -83,7 +84,7 @@ class AdapterCache:
 
 
 class EngineTenant:
-    """An adapter that trains, and what it waits for.
+    """An adapter that trains, and its queue of commands.
 
     Attributes:
       client: the client that it is of.
@@ -211,6 +212,7 @@ class CommandRunner:
     ) -> Generator[None, None, requests.GradientResult]:
         """Adds the gradient of a request to a tenant's, a batch at a time."""
         logprobs = [np.zeros(0, np.float32)] * len(request.data)
+        # Sum losses and gradients of the batches. Each batch is one turn of the engine.
         loss = 0.0
         grads = None
         for batch in self._trainer.batches(request):
@@ -228,6 +230,7 @@ class CommandRunner:
                 else:
                     logprobs[i] = batch_logps[row, : len(targets), : targets.shape[1]]
             yield
+        # A gradient that is not finite is discarded as a whole.
         is_finite = np.isfinite(loss) and (grads is None or self._trainer.is_finite(grads))
         if not request.forward_only and not is_finite:
             raise requests.RequestError(
@@ -279,7 +282,7 @@ class CommandRunner:
 
 
 def deliver_result(function: Callable[[], requests.CommandResult], done: requests.Done) -> None:
-    """Hands over a function's result, or what went wrong."""
+    """Calls a function, and passes its result or its error to `done`."""
     try:
         result = function()
     except Exception as error:

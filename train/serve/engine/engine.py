@@ -143,7 +143,7 @@ class Engine:
         done: requests.SampleDone,
         on_token: Callable[[requests.DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
-        """Queues a sample; returns what ends it early."""
+        """Queues a sample, and returns a function that ends the sample early."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
         job = SampleJob(
             request=request,
@@ -249,7 +249,7 @@ class Engine:
         return self._sampler.busy or any(tenant.is_waiting for tenant in self._tenants.values())
 
     def _take_turn(self) -> None:
-        """Runs a piece of the work, sampling or training, that had the least time so far."""
+        """Runs a step of sampling or of training, whichever had less time so far."""
         waiting = [tenant for tenant in self._tenants.values() if tenant.is_waiting]
         kinds: list[str] = []
         if waiting:
@@ -274,7 +274,7 @@ class Engine:
         self._seconds_of_kind[kind] += time.monotonic() - start_time
 
     def _enqueue_tenant(self, path: TurnPath) -> None:
-        """Queues a tenant, counting at least the time of the next in line: idling earns none."""
+        """Lines up a tenant for training, so that time without work earns it no advantage."""
         waiting_paths = [tenant.path for tenant in self._tenants.values() if tenant.is_waiting]
         for level in levels(path):
             n_levels = len(level)
@@ -312,7 +312,7 @@ class Engine:
         return True
 
     def _train_tenant(self, tenant: EngineTenant) -> None:
-        """Executes a part of a tenant's command: a batch, of a gradient."""
+        """Executes a part of a tenant's command, such as one batch of a gradient."""
         if tenant.job is None:
             command, tenant.done = tenant.queue.popleft()
             tenant.job = self._commands.execute(tenant, command)
@@ -355,7 +355,7 @@ class Engine:
 
 
 def _log_errors_of(function: Callable[[T], None]) -> Callable[[T], None]:
-    """Returns a function of the routes' whose errors do not end the engine."""
+    """Returns a callback that logs its errors, so that none ends the engine's thread."""
 
     def call(result: T) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Samples that were asked for, and their completions under way."""
+"""Requested samples, and their completions that are being generated."""
 
 import dataclasses
 from collections.abc import Callable
@@ -96,7 +96,7 @@ class ActiveCompletion:
             raise RequestError(self.problem)
 
     def accept(self, token: int) -> bool:
-        """Has the grammar take a token that does not end the completion; returns whether it ends.
+        """Advances the grammar by a token, and returns True if the grammar is complete.
 
         Raises:
           RequestError: the grammar cannot go on.
@@ -110,7 +110,7 @@ class ActiveCompletion:
         return self.constraint.is_over
 
     def end(self, stopped: bool) -> None:
-        """Hands over what was drawn."""
+        """Adds the finished completion to its job."""
         top = None
         if self.top:
             top_ids, top_logps = zip(*self.top, strict=True)

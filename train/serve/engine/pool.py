@@ -27,7 +27,7 @@ class AdapterPool:
         return self._tree
 
     def acquire(self, adapter: Adapter | None) -> int | None:
-        """Returns the slot of an adapter, which stays until `release`; None where all are in use.
+        """Reserves the slot of an adapter until `release`; returns None if all slots are in use.
 
         Args:
           adapter: the adapter; None for the base.

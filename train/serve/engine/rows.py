@@ -142,7 +142,7 @@ class RunningRows:
     def _adjust_logits(
         self, logits: jax.Array, completions: Mapping[int, ActiveCompletion], sampling: Sampling
     ) -> jax.Array:
-        """Returns the logits to choose from: the very same where no row asks for others."""
+        """Returns adjusted logits; the logits themselves if no completion asks for adjustments."""
         adjustments = self._adjuster.adjustments(completions, len(logits))
         if adjustments is None:
             return logits
@@ -185,6 +185,7 @@ class RunningRows:
     ) -> None:
         """Gives a completion the first free row, with what it holds on the device."""
         self._fit_shape(len(self.completions) + 1, n_cached + 1)
+        # Take the first free row.
         free_row = 0
         while free_row in self.completions:
             free_row += 1
@@ -201,17 +202,19 @@ class RunningRows:
         self._arrays = self._programs.insert(self._arrays, np.int32(free_row), state)
 
     def _fit_shape(self, n_completions: int, n_tokens: int) -> None:
-        """Makes room for n completions of a length; gives up room that is long unneeded."""
+        """Grows the rows for n completions of a length, or shrinks rows that were too large."""
         width = self._sizes.width(n_completions)
         length = self._sizes.cache_length(n_tokens)
         could_shrink = width < self._width or length < self._length
         self._idle_tokens = self._idle_tokens + 1 if could_shrink else 0
+        # Rows shrink only after some tokens that fewer or shorter rows would have held.
         if self._idle_tokens < _SHRINK_AFTER_TOKENS:
             width = max(width, self._width)
             length = max(length, self._length)
         if width == self._width and length == self._length:
             return
         if width != self._width:
+            # The rows in use come first.
             rows = [*self.completions]
             rows += [0] * (width - len(rows))
             self._resize(rows, self._length)

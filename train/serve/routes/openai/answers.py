@@ -38,7 +38,7 @@ class AnswerPart:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerStyle:
-    """The reading of completions.
+    """Settings by which completions are read.
 
     Attributes:
       make_calls: begins what looks for calls of tools in an answer; None for none.
@@ -76,7 +76,7 @@ class ChoiceBuilder:
         self._n_tokens = 0
 
     def add(self, token: DrawnToken) -> AnswerPart:
-        """Takes a token."""
+        """Adds a token, and returns the part of the answer that is new."""
         self._n_tokens += 1
         is_hidden_stop = token.token in self._stop_ids and not self._style.keeps_stop
         if is_hidden_stop:
@@ -85,7 +85,7 @@ class ChoiceBuilder:
         return self._make_part(text, entries)
 
     def end(self, completion: Completion) -> AnswerPart:
-        """Takes the tokens that did not come yet, and what was held back."""
+        """Adds the remaining tokens of a completion, and returns the last part of the answer."""
         parts = [self.add(token) for token in _drawn_tokens(completion, self._n_tokens)]
         last_text, last_entries = self._text.end()
         parts.append(self._make_part(last_text, last_entries, last=True))
@@ -115,7 +115,7 @@ class ChoiceBuilder:
 
 
 def _drawn_tokens(completion: Completion, start: int) -> Iterable[DrawnToken]:
-    """Yields the tokens of a completion from an index on."""
+    """Yields the tokens of a completion that begin at an index."""
     top = completion.top
     for i in range(start, len(completion.tokens)):
         yield DrawnToken(
@@ -212,7 +212,7 @@ def join(prompt: AnswerPart, completion: AnswerPart) -> AnswerPart:
 
 
 def count_usage(samples: Sequence[SampleRequest], results: Sequence[SampleResult]) -> JsonObject:
-    """Returns the numbers of tokens of a request."""
+    """Returns the `usage` of a request: the numbers of tokens in prompts and completions."""
     n_completion_tokens = 0
     n_cached_tokens = 0
     for result in results:
@@ -223,7 +223,7 @@ def count_usage(samples: Sequence[SampleRequest], results: Sequence[SampleResult
 
 
 def make_token_counts(samples: Sequence[SampleRequest], n_completion_tokens: int) -> JsonObject:
-    """Returns the numbers of tokens of prompts, and of so many that were drawn."""
+    """Returns the counts of `usage`, from samples and the number of generated tokens."""
     n_prompt_tokens = sum(len(sample.prompt) for sample in samples)
     return {
         "prompt_tokens": n_prompt_tokens,
@@ -321,7 +321,7 @@ class TextForm:
         }
 
     def begin(self, index: int) -> None:
-        """Returns None: the first event is that of the first text."""
+        """Returns None, because a stream of plain completions begins with its first text."""
 
     part = whole
 

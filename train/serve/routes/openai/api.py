@@ -96,7 +96,7 @@ class CompletionRequest:
 
 
 class OpenAI:
-    """The routes, over one engine."""
+    """The routes of OpenAI's API, over one engine."""
 
     def __init__(
         self,
@@ -154,13 +154,15 @@ class OpenAI:
         return self._tokens.templated(template)
 
     async def _answer_chat(self, request: Request) -> Response:
-        """Answers a chat."""
+        """Answers a request for a chat completion."""
         body = await self._read_fields(request, CHAT)
         facts = self._engine.facts
+        # What to draw, before the prompt is known.
         sample = await self._read_sample(request, body, None)
         n_top = fields.read_top(body)
         tokens = self._tokenizer_with_template(body, sample.adapter)
         max_prompt_tokens = fields.read_max_prompt_tokens(body, sample, facts)
+        # Render and tokenize the chat outside of the event loop.
         prompt = await run_in_threadpool(
             partial(
                 tokenize_chat, body, tokens, facts.max_length, cuts=max_prompt_tokens is not None
@@ -218,7 +220,7 @@ class OpenAI:
         return await self._draw_and_answer(request, completion_request)
 
     async def _read_fields(self, request: Request, path: str) -> JsonObject:
-        """Returns the fields of a body; raises HttpError for one that the path does not take."""
+        """Returns the fields of a body, and refuses fields that the path does not take."""
         body = await fields.read_body(request)
         fields.check_fields(body, FIELDS[path], path)
         return body
@@ -294,7 +296,7 @@ class OpenAI:
                 return json_response(
                     await run_in_threadpool(self._make_whole_answer, request, results)
                 )
-            # An error of the request's comes here.
+            # Wait for the first token: a request that fails gets an error and no stream.
             first_item = await unless_gone(http, pending.next())
         except BaseException:
             pending.close()
@@ -377,11 +379,13 @@ class OpenAI:
                 content["usage"] = make_token_counts([sample], n_drawn[index])
             return _format_event(content)
 
+        # First the roles and the echoed prompts, then what is drawn.
         for index, choice in self._opening_choices(request):
             yield event(index, choice)
         try:
             while True:
                 sample_index, output = item
+                # A token goes to its choice. A finished sample ends its choices.
                 if isinstance(output, DrawnToken):
                     index = sample_index * n_completions + output.index
                     n_drawn[index] += 1
@@ -415,7 +419,7 @@ def _format_event(content: JsonObject) -> str:
 
 
 def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = None) -> AnswerStyle:
-    """Returns the reading of the answers that a request asks for."""
+    """Returns the settings by which answers are read, from the fields of a body."""
     asks_for_special = body.get("skip_special_tokens") is not None
     asks_for_calls = body.get("parallel_tool_calls") is not None
     return AnswerStyle(
@@ -427,7 +431,7 @@ def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = N
 
 
 def _read_extras(body: JsonObject) -> dict[str, Any]:
-    """Returns the fields of a `CompletionRequest` that say what else is told, and how."""
+    """Returns the fields of a `CompletionRequest` about streaming, usage and token ids."""
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise fields.field_error("stream_options", options, "Pass an object.")

@@ -32,12 +32,12 @@ async def read_body(request: Request) -> JsonObject:
 
 
 def field_error(name: str, value: object, instruction: str) -> HttpError:
-    """Returns the refusal of a field."""
+    """Returns the error for a field with a wrong value."""
     return HttpError(400, f"`{name}` is {shown(value)}. {instruction}", param=name)
 
 
 def read_text(body: Mapping[str, object], name: str) -> str:
-    """Returns a field that has to be a text."""
+    """Returns the value of a field that must be a text."""
     value = body.get(name)
     if not isinstance(value, str) or not value:
         raise field_error(name, value, "Pass a text.")
@@ -101,7 +101,7 @@ def check_fields(body: Mapping[str, object], fields: Mapping[str, Field], owner:
 
 
 def _unknown_field_error(name: str, fields: Mapping[str, Field], owner: str) -> HttpError:
-    """Returns the refusal of a field that nobody knows."""
+    """Returns the error for an unknown field, with the nearest known name."""
     similar_name = nearest(name, fields)
     if similar_name is not None:
         remedy = f"Did you mean `{similar_name}`?"
@@ -170,7 +170,7 @@ def read_sample(
 def read_max_prompt_tokens(
     body: Mapping[str, object], sample: SampleRequest, facts: EngineFacts
 ) -> int | None:
-    """Returns the number of last tokens that are left of a longer prompt; None for all."""
+    """Returns the number of tokens to which a longer prompt is cut; None for no cut."""
     max_prompt_tokens = read_integer(body, "truncate_prompt_tokens", -1, facts.max_length)
     if max_prompt_tokens == 0:
         raise field_error(
