@@ -1,1 +1,1 @@
-"""The life of a run: asked for, opened, begun, compiled, trained, finished."""
+"""The stages of a run: requested, opened, begun, compiled, trained, finished."""
