@@ -78,7 +78,9 @@ class CausalLM(ModelPart):
             self._check_length(input_ids, cache)
         if branches is not None:
             self._check_branches(positions, cache)
-        places = self.place(input_ids, attention_mask, positions, cache, segment_ids, **inputs)
+        places = self.find_token_places(
+            input_ids, attention_mask, positions, cache, segment_ids, **inputs
+        )
         mask = causal_mask(places, segment_ids, cache, branches)
         hidden, entries = self.trunk(input_ids, places, mask, cache, embedding_noise, **inputs)
         if logits_at is not None:  # [batch, n, d_model]
@@ -89,7 +91,7 @@ class CausalLM(ModelPart):
         return out, extend_cache(cache, places, entries)
 
     @nn.nowrap
-    def place(self, *tokens: Any, **inputs: Any) -> TokenPlaces:
+    def find_token_places(self, *tokens: Any, **inputs: Any) -> TokenPlaces:
         """Finds the positions of the tokens of a call.
 
         Args:

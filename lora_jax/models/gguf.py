@@ -21,7 +21,13 @@ from lora_jax.hf.gguf.write import (
     write_gguf,
 )
 from lora_jax.hf.keys import WeightsError, check_leaves
-from lora_jax.models.decoder.gguf_form import Piece, check_form, facts_of, metadata_of, pieces
+from lora_jax.models.decoder.gguf_form import (
+    Piece,
+    check_form,
+    metadata_of,
+    pieces,
+    rope_factor_tensors,
+)
 from lora_jax.models.decoder.keys import decoder_table
 
 _ROUTERS = "ffn_gate_inp.weight"  # stay fp32, as llama.cpp's converter has them
@@ -127,7 +133,7 @@ def _make_entries(
     """
     entries = [
         GGUFTensor(name, values.shape, "F32", partial(np.asarray, values))
-        for name, values in facts_of(config).items()
+        for name, values in rope_factor_tensors(config).items()
     ]
     n_copied = 0
     fp16_names = []  # matrices that are fp16 because their rows do not fill blocks

@@ -17,8 +17,8 @@ from lora_jax.core.types import Fields, Model, Tree
 from lora_jax.core.weight import LoraWeight, map_leaves
 from lora_jax.folders import local_path
 from lora_jax.hf.gguf.write import FILE_TYPES, FLOAT_TYPES, GGUFTensor, check_gguf_type, write_gguf
-from lora_jax.models.decoder.gguf import pair_rows
-from lora_jax.models.decoder.gguf_form import check_form, fused_parts, name_of
+from lora_jax.models.decoder.gguf import order_rows_as_gguf
+from lora_jax.models.decoder.gguf_form import check_form, make_gguf_namer, projections_in_fused
 from lora_jax.models.decoder.keys import has_fused_experts
 from lora_jax.peft.config import INVOCATION_FIELD
 from lora_jax.peft.contents import adapter_contents
@@ -103,7 +103,7 @@ def save_gguf(
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    gguf_name = name_of(model.config)
+    gguf_name = make_gguf_namer(model.config)
     entries: list[GGUFTensor] = []
     for tensor_factors in factors:
         name = gguf_name(tensor_factors.name)
@@ -160,7 +160,7 @@ def _adapted_tensors(model: Model, params: Tree) -> Iterator[AdaptedTensor]:
             stem = key.removesuffix(end_a)
             module = stem.removeprefix(KEY_PREFIX)
             name = f"{module}.weight"
-            b = pair_rows(tensors[stem + end_b], name, config)
+            b = order_rows_as_gguf(tensors[stem + end_b], name, config)
             yield AdaptedTensor(name=name, a=a, b=b, scale=scale_of_module(fields, module))
 
 
@@ -219,5 +219,5 @@ def _adapted_expert_tensors(
     if not has_fused_experts(config):
         yield AdaptedTensor(name=f"{stem}.weight", a=a, b=b, scale=scale)
         return
-    for part, outputs in fused_parts(stem):
+    for part, outputs in projections_in_fused(stem):
         yield AdaptedTensor(name=f"{part}.weight", a=a, b=b[:, outputs], scale=scale)

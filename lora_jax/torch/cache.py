@@ -109,7 +109,7 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
             )
         updated = []
         for earlier, new in zip(earlier_keys_and_values, new_keys_and_values, strict=True):
-            slots = put_slots(earlier, new, self._placed.first, batch=0, axis=2)
+            slots = put_slots(earlier, new, self._placed.first_slot, batch=0, axis=2)
             updated.append(to_torch(slots.astype(new.dtype)))
         return tuple(updated)
 

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.models.decoder import blocks
-from lora_jax.models.decoder.blocks import settle, settle_gradient
+from lora_jax.models.decoder.blocks import put_barrier, put_barrier_on_gradient
 from lora_jax.models.families import read_config
 from lora_jax.models.layers.placement import Placement
 from tests.support import array, variables_of
@@ -77,7 +77,7 @@ def test_they_change_no_number():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("barrier", [settle, settle_gradient])
+@pytest.mark.parametrize("barrier", [put_barrier, put_barrier_on_gradient])
 def test_gradients_of_gradients(barrier):
     def cube(x):
         return jnp.sum(barrier(x) ** 3)

@@ -124,7 +124,7 @@ def test_the_narrowest_sampling_is_greedy(tiny_model: Any, limit: dict[str, Any]
     assert not np.array_equal(generated(tiny_model, 0, **hot), want)
 
 
-choose = jax.jit(choice.choose)
+choose = jax.jit(choice.choose_tokens)
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1], np.float32))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import DecoderConfig
-from lora_jax.models.decoder.experts import lay_out_blocks
+from lora_jax.models.decoder.experts import assign_rows_to_blocks
 from lora_jax.models.decoder.moe import SparseMLP, route
 from lora_jax.models.layers.blocks import ACTIVATION
 from tests.models import tiny
@@ -111,7 +111,7 @@ def test_any_choice_has_its_blocks() -> None:
     """All tokens for one expert, one pair in all, and what is between: no pair is lost."""
     rng = np.random.default_rng(0)
     choices = [np.full(50, 4), np.array([3]), np.arange(7), *rng.integers(0, 7, (40, 61))]
-    laid_out = jax.jit(lay_out_blocks, static_argnums=1)
+    laid_out = jax.jit(assign_rows_to_blocks, static_argnums=1)
     for chosen in choices:
         blocks = jax.tree.map(np.asarray, laid_out(chosen, 7))
         assert len(set(blocks.slots.tolist())) == len(chosen)

@@ -23,7 +23,7 @@ def test_places_of_patches() -> None:
     rows = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
     columns = [0, 1, 0, 1, 2, 3, 2, 3, 0, 1, 0, 1]
     np.testing.assert_array_equal(places.image[0], [0] * 8 + [1] * 4 + [2])
-    np.testing.assert_array_equal(places.at[0, :12], np.stack([rows, columns], axis=1))
+    np.testing.assert_array_equal(places.coordinates[0, :12], np.stack([rows, columns], axis=1))
     np.testing.assert_array_equal(places.sizes[0, :12], [[2, 4]] * 8 + [[2, 2]] * 4)
 
 

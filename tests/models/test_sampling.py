@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.models.sampling.choice import Sampling, choose, row_keys, token_keys
+from lora_jax.models.sampling.choice import Sampling, choose_tokens, row_keys, token_keys
 from lora_jax.models.sampling.slots import draw_tokens
 
 ROOT = pathlib.Path(lora_jax.__file__).parents[1]
@@ -53,7 +53,7 @@ def test_a_row_of_a_server_draws_what_generation_draws(number: int) -> None:
 
 
 DRAW = jax.jit(lambda logits, rows, step: draw_tokens(logits, rows, step, 4, jnp.bool_(True)))
-CHOOSE = jax.jit(lambda logits, all, step: choose(logits, all, token_keys(all.key, step)))
+CHOOSE = jax.jit(lambda logits, all, step: choose_tokens(logits, all, token_keys(all.key, step)))
 
 
 def test_top_k_draws_from_the_k_likeliest_tokens() -> None:

@@ -131,7 +131,7 @@ def test_a_row_alone_draws_what_it_does_among_others() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 61)).astype(np.float32)
     limits = np.float32(1.3), np.float32(0.9), np.int32(40)
     sampling = choice.Sampling(*limits, None)
-    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(choice.choose)
+    keys, choose = jax.random.split(jax.random.key(1), 3), jax.jit(choice.choose_tokens)
     together = choose(logits, sampling, keys)
     alone = [choose(logits[i : i + 1], sampling, keys[i])[0] for i in range(3)]
     np.testing.assert_array_equal(alone, together)

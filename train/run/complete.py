@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.adapt.activate import invocations_of
 from lora_jax.core.types import Model
 from lora_jax.models import generate, init_cache, share
-from lora_jax.models.sampling.prompts import common_prefix, pad_left
+from lora_jax.models.sampling.prompts import count_common_prefix, pad_left
 from lora_jax.training.data.rows import Conversation
 from lora_jax.training.data.templates import render_prompt
 from train.run.pretrained import ModelInfo, end_tokens
@@ -149,4 +149,4 @@ def _common_prefix_tokens(prompts: Sequence[list[int]]) -> int:
     """
     max_prefix_tokens = max(0, min(map(len, prompts)) - 2)
     # The first and the last prompt in sorted order share only the prefix that all prompts share.
-    return min(max_prefix_tokens, common_prefix(min(prompts), max(prompts)))
+    return min(max_prefix_tokens, count_common_prefix(min(prompts), max(prompts)))

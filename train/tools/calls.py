@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lora_jax.core.types import Tokenizer
-from lora_jax.models.sampling.text import partial_length
+from lora_jax.models.sampling.text import unfinished_mark_length
 from train.tools.contract import ToolCall
 from train.tools.formats import FORMATS, CallBlock, CallFormat, NoCall, WrittenCall
 from train.tools.schemas import Tools
@@ -105,7 +105,7 @@ class CallReader:
             self._unread = self._unread.lstrip()
         n_plain = len(self._unread)
         if not last:  # the last characters may begin a mark
-            n_plain -= partial_length(self._unread, self._form.marks)
+            n_plain -= unfinished_mark_length(self._unread, self._form.marks)
             n_plain = len(self._unread[:n_plain].rstrip())
         plain_text = self._unread[:n_plain]
         self._unread = self._unread[n_plain:]

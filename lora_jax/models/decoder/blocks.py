@@ -25,24 +25,24 @@ MIN_TOKENS_TO_ISOLATE_PRODUCT = 8192  # tokens on a device
 
 
 @jax.custom_jvp
-def settle(x: jax.Array) -> jax.Array:
+def put_barrier(x: jax.Array) -> jax.Array:
     """Returns x behind a barrier: x is computed as a whole first. Its gradient has no barrier."""
     settled: jax.Array = lax.optimization_barrier(x)
     return settled
 
 
-@settle.defjvp
+@put_barrier.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return settle(*primals), tangents[0]
+    return put_barrier(*primals), tangents[0]
 
 
 @jax.custom_jvp
-def settle_gradient(x: jax.Array) -> jax.Array:
+def put_barrier_on_gradient(x: jax.Array) -> jax.Array:
     """Returns x as it is, and puts a barrier behind its gradient."""
     return x
 
 
-@settle_gradient.defjvp
+@put_barrier_on_gradient.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     return primals[0], lax.optimization_barrier(tangents[0])
 
@@ -105,15 +105,15 @@ def _apply_gated_mlp(module: MLP, x: jax.Array) -> jax.Array:
     )
     isolates_product = is_on_tpu and has_many_tokens
     if isolates_product:
-        gate = settle_gradient(gate)
-        up = settle_gradient(up)
+        gate = put_barrier_on_gradient(gate)
+        up = put_barrier_on_gradient(up)
     elif is_on_tpu:
         gate, up = lax.optimization_barrier((gate, up))
     hidden = module.placement.constrain(activate(cfg.hidden_act, gate, up), "features")
     if isolates_product:
-        hidden = settle(hidden)
+        hidden = put_barrier(hidden)
     out = project(hidden, "down_proj", cfg.hidden_size)
-    return settle(out) if isolates_product else out
+    return put_barrier(out) if isolates_product else out
 
 
 def multiply(x: jax.Array, factor: float) -> jax.Array:

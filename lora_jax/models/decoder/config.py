@@ -208,8 +208,8 @@ class DecoderConfig:
         )
         # A layer that reuses keys needs an earlier layer of its own kind, with or without a window.
         kinds = [self.kind_of(layer) for layer in range(self.num_hidden_layers)]
-        needed = {kind.whole for kind in kinds if kind.reuses}
-        available = {kind.whole for kind in kinds if not kind.reuses}
+        needed = {kind.has_global_heads for kind in kinds if kind.reuses_keys}
+        available = {kind.has_global_heads for kind in kinds if not kind.reuses_keys}
         missing = needed - available
         if missing:
             raise ConfigError(
@@ -300,8 +300,8 @@ class DecoderConfig:
         return LayerKind(
             linear=layer in self.linear_layers,
             sparse=self.num_experts > 0 and layer >= self.first_k_dense_replace,
-            whole=self.global_head_dim > 0 and layer not in self.windowed_layers,
-            reuses=layer >= self.num_hidden_layers - self.num_kv_shared_layers,
+            has_global_heads=self.global_head_dim > 0 and layer not in self.windowed_layers,
+            reuses_keys=layer >= self.num_hidden_layers - self.num_kv_shared_layers,
         )
 
     @property
@@ -317,13 +317,13 @@ class DecoderConfig:
 
     def heads_of(self, kind: LayerKind) -> tuple[int, int]:
         """Returns the number of a layer's heads of keys, and the size of its heads."""
-        if not kind.whole:
+        if not kind.has_global_heads:
             return self.num_key_value_heads, self.head_dim
         return self.num_global_key_value_heads or self.num_key_value_heads, self.global_head_dim
 
     @property
     def cache_heads(self) -> tuple[int, int]:
-        """The number of heads of keys in a cache, and their size; see ``gemma4.pack``."""
+        """The number of heads of keys in a cache, and their size; see ``gemma4.pack_heads``."""
         n_global_heads = self.num_global_key_value_heads or self.num_key_value_heads
         # A wide head lies in the cache as several heads of the smaller size.
         heads_per_global_head = self.global_head_dim // self.head_dim

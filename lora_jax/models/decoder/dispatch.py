@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.decoder.experts import Experts, Gated
+from lora_jax.models.decoder.experts import Experts, GatedActivation
 
 UNEVEN = "uneven_choice_of_experts"  # scope of what runs if a part has more rows than its share
 _SLACK = 1.25  # rows of the first turn, over an equal share of the pairs
 _SUBLANES = 8  # a turn's rows are a multiple; see `experts`
 
 
-def apply_own(
+def apply_part_of_experts(
     experts: Experts,
     shares: int,
-    gated: Gated,
+    gated: GatedActivation,
     tokens: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
@@ -122,7 +122,7 @@ def _read_tokens_forward(
 def _read_tokens_backward(
     rows_of_token: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    return _add_rows(cotangent, None, rows_of_token).astype(cotangent.dtype), None, None
+    return _sum_rows_of_tokens(cotangent, None, rows_of_token).astype(cotangent.dtype), None, None
 
 
 _read_tokens.defvjp(_read_tokens_forward, _read_tokens_backward)
@@ -140,13 +140,13 @@ def _sum_rows(
       token_of_row, rows_of_token: see `_read_tokens`.
     """
     del token_of_row
-    return _add_rows(rows, weights, rows_of_token)
+    return _sum_rows_of_tokens(rows, weights, rows_of_token)
 
 
 def _sum_rows_forward(
     rows: jax.Array, weights: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _add_rows(rows, weights, rows_of_token), (rows, weights, token_of_row)
+    return _sum_rows_of_tokens(rows, weights, rows_of_token), (rows, weights, token_of_row)
 
 
 def _sum_rows_backward(
@@ -162,7 +162,9 @@ def _sum_rows_backward(
 _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 
-def _add_rows(rows: jax.Array, weights: jax.Array | None, rows_of_token: jax.Array) -> jax.Array:
+def _sum_rows_of_tokens(
+    rows: jax.Array, weights: jax.Array | None, rows_of_token: jax.Array
+) -> jax.Array:
     """Returns the sums of each token's rows, fp32; an index without a row adds zeros."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
 

@@ -36,7 +36,7 @@ _MAX_FORMED_BYTES = (
 
 
 # The products of all kernels but the last -> what the last multiplies, such as act(gate) * up.
-Gated = Callable[..., jax.Array]
+GatedActivation = Callable[..., jax.Array]
 
 
 class Experts(Protocol):
@@ -44,7 +44,7 @@ class Experts(Protocol):
 
     def __call__(
         self,
-        gated: Gated,
+        gated: GatedActivation,
         rows: jax.Array,
         chosen: jax.Array,
         /,
@@ -54,7 +54,7 @@ class Experts(Protocol):
         """Returns gated(row @ gate, row @ up) @ down of each row, with its expert's kernels.
 
         Args:
-          gated: see ``Gated``.
+          gated: see ``GatedActivation``.
           rows: [rows, d_model].
           chosen: [rows] int32, each row's expert.
           *kernels: gate and up, [experts, d_model, d_ff] each or one kernel for both, and down,
@@ -67,14 +67,14 @@ class Experts(Protocol):
 
 
 def apply_blocks(
-    gated: Gated,
+    gated: GatedActivation,
     rows: jax.Array,
     chosen: jax.Array,
     *kernels: jax.Array,
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """Applies experts to blocks of rows; see ``Experts`` for the arguments."""
-    blocks = lay_out_blocks(chosen, kernels[0].shape[0])
+    blocks = assign_rows_to_blocks(chosen, kernels[0].shape[0])
 
     def run_block(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         block_rows, expert = block
@@ -119,13 +119,13 @@ class ExpertBlocks(NamedTuple):
     slots: jax.Array
 
 
-def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
+def assign_rows_to_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
     """Lays out blocks for rows with these experts, [rows] int32.
 
     A block has a quarter of the rows that an expert gets on average, but between 8 and 512: an
     expert's kernels are read, and formed from codes, once for each of its blocks.
     """
-    block_rows, n_blocks = _size_and_number(chosen.size, n_experts)
+    block_rows, n_blocks = _block_size_and_count(chosen.size, n_experts)
     # Each expert gets as many blocks as its rows fill; the blocks follow in the experts' order.
     expert_rows = jnp.bincount(chosen, length=n_experts)
     expert_blocks = -(-expert_rows // block_rows)
@@ -144,7 +144,7 @@ def lay_out_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
     )
 
 
-def _size_and_number(n_rows: int, n_experts: int) -> tuple[int, int]:
+def _block_size_and_count(n_rows: int, n_experts: int) -> tuple[int, int]:
     """Returns the rows of a block, and the number of blocks that any choice of experts needs."""
     quarter_of_average = n_rows // (4 * n_experts)
     block_rows = min(_MAX_BLOCK_ROWS, max(8, quarter_of_average // 8 * 8))
@@ -153,7 +153,7 @@ def _size_and_number(n_rows: int, n_experts: int) -> tuple[int, int]:
 
 
 def apply_ragged(
-    gated: Gated,
+    gated: GatedActivation,
     rows: jax.Array,
     chosen: jax.Array,
     *kernels: jax.Array,
@@ -184,13 +184,13 @@ def apply_ragged(
         features = gated(*(multiply(sorted_rows, index) for index in range(n_up_kernels)))
         return multiply(features, n_up_kernels)
 
-    run = jax.checkpoint(run_experts, policy=_keeps_products, prevent_cse=False)
+    run = jax.checkpoint(run_experts, policy=_saves_products, prevent_cse=False)
     out = run(sorted_rows, *kernels)[:n_rows]
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 
 def apply_formed(
-    gated: Gated,
+    gated: GatedActivation,
     rows: jax.Array,
     chosen: jax.Array,
     *kernels: jax.Array,
@@ -203,7 +203,7 @@ def apply_formed(
     of decoding, and where blocks are so large that a product takes longer than forming its kernel.
     """
     n_experts = kernels[0].shape[0]
-    block_rows, n_blocks = _size_and_number(chosen.size, n_experts)
+    block_rows, n_blocks = _block_size_and_count(chosen.size, n_experts)
     kernel_bytes = max(kernel.size * kernel.dtype.itemsize for kernel in kernels)
     forms_often = n_blocks > 2 * n_experts  # each block would form its expert's kernels
     is_ragged = forms_often and block_rows < _LARGE_BLOCK_ROWS and kernel_bytes <= _MAX_FORMED_BYTES
@@ -211,7 +211,7 @@ def apply_formed(
     return apply(gated, rows, chosen, *kernels, biases=biases)
 
 
-def _keeps_products(primitive: Primitive, *_: object, **__: object) -> bool:
+def _saves_products(primitive: Primitive, *_: object, **__: object) -> bool:
     """Saves ragged products beside the results that ``dots_saveable`` saves."""
     return primitive.name in ("dot_general", "ragged_dot_general")
 

@@ -19,7 +19,7 @@ from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
 from lora_jax.models.layers.cache import LayerCache, NewEntries, Shared
 
 
-class KeptKeys(NamedTuple):
+class ReusedKeys(NamedTuple):
     """A layer's keys and values, for layers behind it that have none of their own.
 
     Attributes:
@@ -31,9 +31,9 @@ class KeptKeys(NamedTuple):
     cache: LayerCache | None
 
 
-def keep_last(
+def select_reused_keys(
     config: DecoderConfig, layer_indices: range, new: NewEntries, cache: LayerCache | None
-) -> tuple[KeptKeys, ...]:
+) -> tuple[ReusedKeys, ...]:
     """Returns the keys and values of the last layer with a window, and of the last one without.
 
     Args:
@@ -43,24 +43,28 @@ def keep_last(
       cache: keys and values of earlier calls, stacked in the same way.
     """
 
-    def last_of_kind(*, whole: bool) -> KeptKeys:
-        layers = [layer for layer in layer_indices if config.kind_of(layer).whole == whole]
+    def last_of_kind(*, has_global_heads: bool) -> ReusedKeys:
+        layers = [
+            layer
+            for layer in layer_indices
+            if config.kind_of(layer).has_global_heads == has_global_heads
+        ]
         last_layer = layers[-1] if layers else layer_indices[-1]
         layer_new, layer_cache = jax.tree.map(lambda stack: stack[last_layer], (new, cache))
-        return KeptKeys(new=layer_new, cache=layer_cache)
+        return ReusedKeys(new=layer_new, cache=layer_cache)
 
-    return last_of_kind(whole=False), last_of_kind(whole=True)
+    return last_of_kind(has_global_heads=False), last_of_kind(has_global_heads=True)
 
 
-def pack(x: jax.Array, config: DecoderConfig) -> jax.Array:
+def pack_heads(x: jax.Array, config: DecoderConfig) -> jax.Array:
     """Lays keys or values, [batch, seq, kv_heads, size], out as in a cache."""
     n_heads, size = config.cache_heads
     packed = x.reshape(*x.shape[:2], -1, size)
     return jnp.pad(packed, ((0, 0), (0, 0), (0, n_heads - packed.shape[2]), (0, 0)))
 
 
-def unpack(x: jax.Array, config: DecoderConfig, kind: LayerKind) -> jax.Array:
-    """Undoes ``pack`` for a layer of a kind: returns [batch, seq, kv_heads, size]."""
+def unpack_heads(x: jax.Array, config: DecoderConfig, kind: LayerKind) -> jax.Array:
+    """Undoes ``pack_heads`` for a layer of a kind: returns [batch, seq, kv_heads, size]."""
     n_heads, size = config.heads_of(kind)
     n_cache_heads = n_heads * size // config.head_dim
     return x[:, :, :n_cache_heads].reshape(*x.shape[:2], n_heads, size)
@@ -74,7 +78,7 @@ def unpack_cache(
         return None
 
     def unpack_slots(x: jax.Array) -> jax.Array:  # [batch, heads, slots, size]
-        return unpack(x.swapaxes(1, 2), config, kind).swapaxes(1, 2)
+        return unpack_heads(x.swapaxes(1, 2), config, kind).swapaxes(1, 2)
 
     shared = cache.shared
     if shared is not None:  # without a batch
@@ -89,7 +93,9 @@ def normalise_values(x: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def layer_inputs(trunk: ModelPart, token_vectors: jax.Array, embedded: jax.Array) -> jax.Array:
+def compute_layer_inputs(
+    trunk: ModelPart, token_vectors: jax.Array, embedded: jax.Array
+) -> jax.Array:
     """Computes the per-layer inputs, [layers, batch, seq, size].
 
     Args:
@@ -106,13 +112,13 @@ def layer_inputs(trunk: ModelPart, token_vectors: jax.Array, embedded: jax.Array
     return jnp.moveaxis(multiply(inputs, 2**-0.5), 2, 0)
 
 
-def add_input(layer: ModelPart, x: jax.Array, layer_input: jax.Array) -> jax.Array:
+def add_layer_input(layer: ModelPart, x: jax.Array, layer_input: jax.Array) -> jax.Array:
     """Adds a per-layer input, gated by the stream and projected, to the stream.
 
     Args:
       layer: the module that has the projections, in its compact method.
       x: the stream, [batch, seq, d_model].
-      layer_input: the layer's entry of ``layer_inputs``, [batch, seq, size].
+      layer_input: the layer's entry of ``compute_layer_inputs``, [batch, seq, size].
     """
     cfg: DecoderConfig = layer.config
     gate = dense(layer, layer_input.shape[-1], use_bias=False, name="per_layer_input_gate")(x)

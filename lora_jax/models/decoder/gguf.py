@@ -14,10 +14,10 @@ from lora_jax.hf.gguf.tokenizer import END_ROLES
 from lora_jax.hf.keys import WeightsError
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.family import DecoderFamily, Get
-from lora_jax.models.decoder.rope import frequencies
+from lora_jax.models.decoder.rope import compute_frequencies
 from lora_jax.models.decoder.rope_fields import RopeScaling
 
-_BLOCK = {
+_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -33,7 +33,7 @@ _BLOCK = {
 
 ROPE_FACTORS = "rope_freqs.weight"  # what each of RoPE's frequencies is divided by
 
-_TOP = {
+_OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -44,22 +44,22 @@ def gguf_layout(family: DecoderFamily) -> GGUFLayout | None:
     """Returns the layout of a family's GGUF files; None if these are not read."""
     if family.gguf is None or not family.reads_gguf:
         return None
-    read = functools.partial(_read, family)
-    return GGUFLayout(family.gguf, _hf_name, read, _reorder, config_tensors=(ROPE_FACTORS,))
+    read = functools.partial(_read_metadata, family)
+    return GGUFLayout(family.gguf, _hf_name, read, _order_as_hf, config_tensors=(ROPE_FACTORS,))
 
 
 def _hf_name(name: str) -> str:
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
-        return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
-    return _TOP.get(name, name)
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    return _OUTER_NAMES.get(name, name)
 
 
-def _reorder(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
+def _order_as_hf(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
     return _swap_head_halves(rows, name, config, (-1, 2))
 
 
-def pair_rows(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
+def order_rows_as_gguf(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
     """Returns the rows of one of Hugging Face's tensors, or of its B, in the order of GGUF files.
 
     Args:
@@ -82,7 +82,7 @@ def _swap_head_halves(
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _read(
+def _read_metadata(
     family: DecoderFamily,
     metadata: Fields,
     shapes: Mapping[str, tuple[int, ...]],
@@ -153,7 +153,9 @@ def _read(
     )
     if ROPE_FACTORS not in facts:
         return config
-    return dataclasses.replace(config, rope_scaling=_scaling_of(facts[ROPE_FACTORS], config))
+    return dataclasses.replace(
+        config, rope_scaling=_scaling_by_factors(facts[ROPE_FACTORS], config)
+    )
 
 
 def _check_sizes(arch: str | None, get: Get, head_dim: int) -> None:
@@ -182,7 +184,7 @@ def _read_scaling(get: Get) -> RopeScaling | None:
     return None if kind == "none" else RopeScaling(kind=kind, factor=get("rope.scaling.factor"))
 
 
-def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | None:
+def _scaling_by_factors(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | None:
     """Returns the scaling of RoPE whose frequencies are a model's own, divided by these factors.
 
     The file has the factors of Llama 3.1's formula, and not its numbers: where the published ones
@@ -195,7 +197,7 @@ def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | Non
     Raises:
       ConfigError: there are more or fewer factors than frequencies.
     """
-    unscaled_freqs = np.asarray(frequencies(config, 0))
+    unscaled_freqs = np.asarray(compute_frequencies(config, 0))
     if factors.shape != unscaled_freqs.shape:
         raise ConfigError(
             f"{ROPE_FACTORS} has {factors.size} factors, but RoPE has {unscaled_freqs.size} "
@@ -206,7 +208,7 @@ def _scaling_of(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | Non
     # Llama 3.1's formula divides the lowest frequencies by its factor, the largest one.
     largest = float(str(factors.max()))
     published = RopeScaling(kind="llama3", factor=largest)
-    published_freqs = frequencies(dataclasses.replace(config, rope_scaling=published), 0)
+    published_freqs = compute_frequencies(dataclasses.replace(config, rope_scaling=published), 0)
     if np.allclose(published_freqs, unscaled_freqs / factors, rtol=1e-6, atol=0):
         return published
     # Any other factors are those of LongRoPE, the same for short and long texts.

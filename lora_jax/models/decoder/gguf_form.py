@@ -13,9 +13,9 @@ from lora_jax.hf.gguf.write import import_gguf
 from lora_jax.hf.keys import Row, hf_tensor_of_member
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.families.registry import FAMILIES
-from lora_jax.models.decoder.gguf import ROPE_FACTORS, pair_rows
+from lora_jax.models.decoder.gguf import ROPE_FACTORS, order_rows_as_gguf
 from lora_jax.models.decoder.keys import decoder_table, has_fused_experts
-from lora_jax.models.decoder.rope import frequencies
+from lora_jax.models.decoder.rope import compute_frequencies
 
 Shape = tuple[int, ...]
 _SILU, _TANH = ("silu", "swish"), ("gelu_pytorch_tanh",)
@@ -60,7 +60,7 @@ def check_form(config: Any) -> list[str]:
             f"A {config.model_type} model cannot be written as a GGUF file; {names} can. Write "
             "safetensors (--output), and try llama.cpp's convert_hf_to_gguf.py."
         )
-    problems = list(_problems(config))
+    problems = list(_unsupported_properties(config))
     if problems:
         raise ConfigError(
             f"llama.cpp cannot run a {config.model_type} model with {'; '.join(problems)}. Write "
@@ -69,7 +69,7 @@ def check_form(config: Any) -> list[str]:
     return list(_differences(config))
 
 
-def _problems(config: DecoderConfig) -> Iterator[str]:
+def _unsupported_properties(config: DecoderConfig) -> Iterator[str]:
     """Yields the properties of a model that llama.cpp has no form for."""
     arch = config.family.gguf
     has_usual_heads = config.num_attention_heads * config.head_dim == config.hidden_size
@@ -109,19 +109,21 @@ def _problems(config: DecoderConfig) -> Iterator[str]:
         if not math.isclose(scaling.attention_factor, usual, rel_tol=1e-6):
             yield f"YaRN's attention_factor {scaling.attention_factor}, where {usual:g} is usual"
         truncate = arch != "gpt-oss" or scaling.truncate
-        if not _rotates_alike(config, beta_fast=32.0, beta_slow=1.0, truncate=truncate):
+        if not _has_same_frequencies(config, beta_fast=32.0, beta_slow=1.0, truncate=truncate):
             yield (
                 f"YaRN's beta_fast {scaling.beta_fast}, beta_slow {scaling.beta_slow} and truncate "
                 f"{scaling.truncate}: it computes 32, 1 and true"
             )
 
 
-def _rotates_alike(config: DecoderConfig, **changes: Any) -> bool:
+def _has_same_frequencies(config: DecoderConfig, **changes: Any) -> bool:
     """Returns True if RoPE's frequencies are those of its scaling with some fields changed."""
     assert config.rope_scaling is not None
     scaling = dataclasses.replace(config.rope_scaling, **changes)
     changed = dataclasses.replace(config, rope_scaling=scaling)
-    return np.allclose(frequencies(config, 0), frequencies(changed, 0), rtol=1e-6, atol=0)
+    return np.allclose(
+        compute_frequencies(config, 0), compute_frequencies(changed, 0), rtol=1e-6, atol=0
+    )
 
 
 def _gemma_scale(config: DecoderConfig) -> float:
@@ -141,7 +143,7 @@ def _differences(config: DecoderConfig) -> Iterator[str]:
         )
     scaling = config.rope_scaling
     is_yarn = scaling is not None and scaling.kind == "yarn"
-    if is_yarn and not _rotates_alike(config, truncate=True):
+    if is_yarn and not _has_same_frequencies(config, truncate=True):
         yield (
             "llama.cpp rounds the bounds of YaRN's blend to whole dimensions, which this model "
             "does not. With random weights, log-probabilities differ by 0.02 on average in texts "
@@ -224,7 +226,7 @@ def _scaling_fields(config: DecoderConfig) -> dict[str, Any]:
     return fields
 
 
-def facts_of(config: DecoderConfig) -> dict[str, np.ndarray]:
+def rope_factor_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
     """Returns the tensors of a file that are no parameters: the factors of RoPE, fp32."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "longrope"):
@@ -237,8 +239,8 @@ def facts_of(config: DecoderConfig) -> dict[str, np.ndarray]:
             "rope_factors_short.weight": np.asarray(scaling.short_factor, np.float32),
         }
     unscaled_config = dataclasses.replace(config, rope_scaling=None)
-    unscaled_frequencies = np.asarray(frequencies(unscaled_config, 0))
-    factors = unscaled_frequencies / np.asarray(frequencies(config, 0))
+    unscaled_frequencies = np.asarray(compute_frequencies(unscaled_config, 0))
+    factors = unscaled_frequencies / np.asarray(compute_frequencies(config, 0))
     # The formula leaves a frequency or divides it by the factor: rounding is taken back.
     for exact_factor in (1.0, scaling.factor):
         is_factor = np.isclose(factors, exact_factor, rtol=1e-6, atol=0)
@@ -246,7 +248,7 @@ def facts_of(config: DecoderConfig) -> dict[str, np.ndarray]:
     return {ROPE_FACTORS: factors.astype(np.float32)}
 
 
-def name_of(config: DecoderConfig) -> Callable[[str], str]:
+def make_gguf_namer(config: DecoderConfig) -> Callable[[str], str]:
     """Returns a function of Hugging Face's name of a tensor that gives GGUF's."""
     gguf = import_gguf()
     architectures = [
@@ -269,7 +271,7 @@ def name_of(config: DecoderConfig) -> Callable[[str], str]:
 
 def pieces(config: DecoderConfig) -> Iterator[Piece]:
     """Yields the tensors of a model's file that are its parameters."""
-    gguf_name = name_of(config)
+    gguf_name = make_gguf_namer(config)
     for row in decoder_table(config):
         layers: Sequence[int | None] = range(row.stack[0]) if row.stack else [None]
         for layer in layers:
@@ -285,7 +287,7 @@ def _pieces_of(
             name=gguf_name(row.hf),
             shape=row.hf_shape,
             row=row,
-            read=lambda leaf: _plain(config, row, leaf, ()),
+            read=lambda leaf: _read_plain(config, row, leaf, ()),
         )
     elif len(row.stack) == 2:  # experts, which a GGUF file has in one tensor
         n_experts = row.stack[1]
@@ -294,10 +296,10 @@ def _pieces_of(
             name=gguf_name(hf_name),
             shape=(n_experts, *row.hf_shape),
             row=row,
-            read=lambda leaf: _stacked(row, leaf, layer),
+            read=lambda leaf: _read_stacked(row, leaf, layer),
         )
     elif row.kind == "experts" and has_fused_experts(config):
-        yield from _fused(row, layer, gguf_name)
+        yield from _fused_pieces(row, layer, gguf_name)
     else:
         hf_name = row.hf.format(layer)
         if hf_name.endswith(".sinks"):
@@ -306,19 +308,19 @@ def _pieces_of(
             name=gguf_name(hf_name),
             shape=row.hf_shape,
             row=row,
-            read=lambda leaf: _plain(config, row, leaf, (layer,)),
+            read=lambda leaf: _read_plain(config, row, leaf, (layer,)),
         )
 
 
-def _plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
+def _read_plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns a member of a leaf as llama.cpp stores it, fp32."""
     array = np.asarray(hf_tensor_of_member(row, leaf, index), np.float32)
     if row.kind == "norm" and config.norm_adds_one:
         return array + np.float32(1)
-    return pair_rows(array, row.hf, config)
+    return order_rows_as_gguf(array, row.hf, config)
 
 
-def _stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
+def _read_stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
     """Returns the kernels of a layer's experts as one array, fp32."""
     n_experts = row.stack[1]
     kernels = np.empty((n_experts, *row.hf_shape), np.float32)
@@ -327,14 +329,14 @@ def _stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
     return kernels
 
 
-def _fused(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iterator[Piece]:
+def _fused_pieces(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iterator[Piece]:
     """Yields gate and up, or down, of gpt-oss's experts: [experts, out, in], or their biases."""
     hf_name = row.hf.format(layer)
     is_bias = hf_name.endswith("_bias")
     stem = hf_name.removesuffix("_bias")
     suffix = ".bias" if is_bias else ".weight"
     n_experts, *kernel_sizes = row.shape
-    projections = fused_parts(stem)
+    projections = projections_in_fused(stem)
     out_size = kernel_sizes[-1] // len(projections)
     shape = (n_experts, out_size) if is_bias else (n_experts, out_size, kernel_sizes[0])
     for name, columns in projections:
@@ -346,7 +348,7 @@ def _fused(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iterator[Pi
         yield Piece(name=gguf_name(name + suffix), shape=shape, row=row, read=read)
 
 
-def fused_parts(stem: str) -> Sequence[tuple[str, slice]]:
+def projections_in_fused(stem: str) -> Sequence[tuple[str, slice]]:
     """Returns the projections that one of gpt-oss's holds, and which of its outputs are theirs."""
     if not stem.endswith(".gate_up_proj"):
         return [(stem, slice(None))]

@@ -95,7 +95,7 @@ def _add_layer(rows: KeyTable, config: DecoderConfig, layer: str, kind: LayerKin
     if kind.sparse:
         _add_mixture(rows, config, mlp)
     else:
-        is_double_wide = kind.reuses and config.use_double_wide_mlp
+        is_double_wide = kind.reuses_keys and config.use_double_wide_mlp
         d_mlp = config.intermediate_size
         _add_mlp(rows, config, mlp, 2 * d_mlp if is_double_wide else d_mlp)
     if config.post_norms:
@@ -211,15 +211,15 @@ def _add_attention(rows: KeyTable, config: DecoderConfig, path: str, kind: Layer
     n_kv_heads, head_dim = config.heads_of(kind)
     q_size = config.num_attention_heads * head_dim
     kv_size = n_kv_heads * head_dim
-    has_projection = {"q": True, "k": not kind.reuses or config.fused_projections}
+    has_projection = {"q": True, "k": not kind.reuses_keys or config.fused_projections}
     if config.fused_projections:
         out_sizes = {"qkv": q_size + 2 * kv_size}
-    elif kind.reuses:
+    elif kind.reuses_keys:
         out_sizes = {"q": q_size}
     else:
         gated_q_size = 2 * q_size if config.attn_output_gate else q_size
         out_sizes = {"q": gated_q_size, "k": kv_size}
-        values_are_keys = config.attention_k_eq_v and kind.whole
+        values_are_keys = config.attention_k_eq_v and kind.has_global_heads
         if not values_are_keys:
             out_sizes["v"] = kv_size
     for name, out_size in out_sizes.items():
@@ -261,7 +261,7 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
         is_further_layer = layer >= config.num_hidden_layers
         if is_further_layer and family.left_out and family.left_out.fullmatch(further_name):
             return further_name
-        if config.kind_of(layer).reuses and _KEY_OR_VALUE.search(name):
+        if config.kind_of(layer).reuses_keys and _KEY_OR_VALUE.search(name):
             return f"unused.{name}"
     return f"model.{name}" if _WITHOUT_PREFIX.fullmatch(name) else name
 

@@ -11,13 +11,13 @@ from lora_jax.models.decoder.blocks import MLP, RMSNorm, multiply, rms_norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts
 from lora_jax.models.decoder.gemma4 import (
-    KeptKeys,
-    add_input,
+    ReusedKeys,
+    add_layer_input,
     normalise_values,
-    pack,
+    pack_heads,
     scale_output,
-    unpack,
     unpack_cache,
+    unpack_heads,
 )
 from lora_jax.models.decoder.linear import GatedDeltaNet
 from lora_jax.models.decoder.moe import SparseMLP
@@ -34,7 +34,7 @@ from lora_jax.models.layers.trunk import name_layer_input, name_projection
 _LATENT_EPS = 1e-6
 
 
-class Step(NamedTuple):
+class SharedLayerInput(NamedTuple):
     """The input that all layers share in one call.
 
     Attributes:
@@ -45,8 +45,8 @@ class Step(NamedTuple):
       tokens: padding and segments, for linear layers.
       cache: keys and values so far of all layers, where these are several runs; otherwise None, and
         each layer has its own.
-      kept: keys and values for layers that have none of their own: of a layer with a window, and of
-        one without; None in other runs.
+      reused_keys: keys and values for layers that have none of their own: of a layer with a
+        window, and of one without; None in other runs.
     """
 
     rope: RopeAngles
@@ -55,28 +55,28 @@ class Step(NamedTuple):
     filled: jax.Array
     tokens: RecurrentTokens
     cache: LayerCache | None = None
-    kept: tuple[KeptKeys, ...] | None = None
+    reused_keys: tuple[ReusedKeys, ...] | None = None
 
 
-class PerLayer(NamedTuple):
+class SingleLayerInput(NamedTuple):
     """The input of one layer; stacked on axis 0 for the scan.
 
     Attributes:
       windowed: [] bool, True if this layer uses the sliding window.
-      apart: [] bool, True if this layer is rotated apart.
+      is_rotated_apart: [] bool, True if this layer is rotated apart.
       cache: this layer's keys and values so far; None without a cache.
       recurrent: what this layer remembers, if it is linear and there is a cache.
-      number: [] int32, the layer's index in ``Step.cache``.
+      layer_index: [] int32, the layer's index in ``SharedLayerInput.cache``.
       inputs: [batch, seq, size], the layer's input of its own; None without one.
       routing: [batch, seq, k] int, the experts of each token, -1 for the router's choice; None
         where nobody gives or asks for them.
     """
 
     windowed: jax.Array
-    apart: jax.Array
+    is_rotated_apart: jax.Array
     cache: LayerCache | None
     recurrent: Recurrent | None
-    number: jax.Array | None = None
+    layer_index: jax.Array | None = None
     inputs: jax.Array | None = None
     routing: jax.Array | None = None
 
@@ -88,7 +88,9 @@ class Attention(ModelPart):
     kind: LayerKind = LayerKind()
 
     @nn.compact
-    def __call__(self, x: jax.Array, step: Step, layer: PerLayer) -> tuple[jax.Array, NewEntries]:
+    def __call__(
+        self, x: jax.Array, step: SharedLayerInput, layer: SingleLayerInput
+    ) -> tuple[jax.Array, NewEntries]:
         """Mixes each token with those that it sees.
 
         Args:
@@ -106,11 +108,13 @@ class Attention(ModelPart):
         gate = None
         if cfg.kv_lora_rank:
             q, k, v = project_latent(self, x, rope)
-        elif step.kept is not None:  # keys and values of an earlier layer, in a cache's layout
-            kept = step.kept[self.kind.whole]
-            cache = kept.cache
+        elif (
+            step.reused_keys is not None
+        ):  # keys and values of an earlier layer, in a cache's layout
+            reused_keys = step.reused_keys[self.kind.has_global_heads]
+            cache = reused_keys.cache
             q = rotate(self._project(x)["q"], rope)
-            k, v = (unpack(heads, cfg, self.kind) for heads in kept.new)
+            k, v = (unpack_heads(heads, cfg, self.kind) for heads in reused_keys.new)
         else:  # the layer's own queries, keys and values
             projections = self._project(x)
             gate = projections.get("gate")
@@ -122,10 +126,10 @@ class Attention(ModelPart):
         if rope.queries is not None:
             q = q * rope.queries.astype(q.dtype)
         # A cache stores the layer's keys and values; Gemma 4's are packed into heads of one size.
-        entries: NewEntries = None if self.kind.reuses else (k, v)
+        entries: NewEntries = None if self.kind.reuses_keys else (k, v)
         if cfg.global_head_dim:
             cache = unpack_cache(cache, cfg, self.kind)
-            entries = entries and tuple(pack(heads, cfg) for heads in entries)
+            entries = entries and tuple(pack_heads(heads, cfg) for heads in entries)
         mask, scope = self._mask_and_scope(step.mask, layer.windowed)
         sinks = None
         if cfg.sinks:
@@ -143,7 +147,7 @@ class Attention(ModelPart):
         with jax.named_scope(scope):
             out = attend_heads(self, inputs, cache, step.filled)  # [batch, seq, heads * head_dim]
         if cfg.kv_lora_rank:
-            out = take_values(self, out)
+            out = remove_value_padding(self, out)
         if gate is not None:
             out = out * nn.sigmoid(gate.reshape(out.shape))
         return dense(self, cfg.hidden_size, use_bias=cfg.o_bias, name="o_proj")(out), entries
@@ -157,7 +161,7 @@ class Attention(ModelPart):
         """
         cfg = self.config
         if cfg.global_head_dim:  # a stack has only layers with the window, or only layers without
-            if self.kind.whole:
+            if self.kind.has_global_heads:
                 return mask.within(None), "attention"
             return mask.within(cfg.sliding_window), "windowed_1_of_1"
         n_windowed = len(cfg.windowed_layers)
@@ -174,15 +178,15 @@ class Attention(ModelPart):
         kept in the place of the projection's.
         """
         cfg = self.config
-        return bool(cfg.qk_norm or cfg.value_norm or cfg.attn_output_gate or self.kind.reuses)
+        return bool(cfg.qk_norm or cfg.value_norm or cfg.attn_output_gate or self.kind.reuses_keys)
 
-    def _angles(self, step: Step, layer: PerLayer) -> RopeAngles:
+    def _angles(self, step: SharedLayerInput, layer: SingleLayerInput) -> RopeAngles:
         """Returns the layer's rotation."""
         if step.other_rope is None:
             return step.rope
         if self.config.global_head_dim:
-            return step.rope if self.kind.whole else step.other_rope
-        choose = functools.partial(jnp.where, layer.apart)
+            return step.rope if self.kind.has_global_heads else step.other_rope
+        choose = functools.partial(jnp.where, layer.is_rotated_apart)
         angles: RopeAngles = jax.tree.map(choose, step.other_rope, step.rope)
         return angles
 
@@ -194,9 +198,9 @@ class Attention(ModelPart):
         """
         cfg = self.config
         kv_heads, head_dim = cfg.heads_of(self.kind)
-        keys_are_values = cfg.attention_k_eq_v and self.kind.whole
+        keys_are_values = cfg.attention_k_eq_v and self.kind.has_global_heads
         heads = {"q": cfg.num_attention_heads}
-        if not self.kind.reuses:
+        if not self.kind.reuses_keys:
             heads["k"] = kv_heads
             if not keys_are_values:
                 heads["v"] = kv_heads
@@ -245,7 +249,7 @@ class DecoderLayer(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: Step, layer: PerLayer
+        self, x: jax.Array, step: SharedLayerInput, layer: SingleLayerInput
     ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``.
 
@@ -257,7 +261,7 @@ class DecoderLayer(ModelPart):
         x = name_layer_input(x, self.remat)
         if step.cache is not None:
             take = functools.partial(
-                jax.lax.dynamic_index_in_dim, index=layer.number, keepdims=False
+                jax.lax.dynamic_index_in_dim, index=layer.layer_index, keepdims=False
             )
             layer = layer._replace(cache=jax.tree.map(take, step.cache))
 
@@ -266,7 +270,7 @@ class DecoderLayer(ModelPart):
         hidden, experts = self._apply_mlp(self._normalise_input(1, x), layer.routing)
         x = self._add_output(1, x, hidden)
         if layer.inputs is not None:
-            x = add_input(self, x, layer.inputs)
+            x = add_layer_input(self, x, layer.inputs)
         if cfg.layer_scalars:
             x = scale_output(self, x)
         return self.placement.constrain(x, "residual"), (entries, experts)
@@ -291,7 +295,7 @@ class DecoderLayer(ModelPart):
 
     @nn.nowrap
     def _mix_tokens(
-        self, x: jax.Array, step: Step, layer: PerLayer
+        self, x: jax.Array, step: SharedLayerInput, layer: SingleLayerInput
     ) -> tuple[jax.Array, NewEntries]:
         """Applies attention or the linear mixer; see ``__call__`` for the entries."""
         if self.kind.linear:
@@ -318,7 +322,7 @@ class DecoderLayer(ModelPart):
             return hidden, None if routing is None else experts
         # A layer without experts.
         d_mlp = cfg.intermediate_size
-        if self.kind.reuses and cfg.use_double_wide_mlp:
+        if self.kind.reuses_keys and cfg.use_double_wide_mlp:
             d_mlp *= 2
         hidden = MLP(*self.options, inner=d_mlp, name=cfg.family.mlp_name)(x)
         return hidden, None if routing is None else routing.astype(jnp.int32)
@@ -377,7 +381,7 @@ def project_latent(
     return q, k, jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.head_dim - cfg.v_head_dim)))
 
 
-def take_values(module: ModelPart, out: jax.Array) -> jax.Array:
+def remove_value_padding(module: ModelPart, out: jax.Array) -> jax.Array:
     """Removes the padding of values from attention's output: [batch, seq, heads * v_head_dim]."""
     cfg: DecoderConfig = module.config
     heads = out.reshape(*out.shape[:2], cfg.num_attention_heads, -1)[..., : cfg.v_head_dim]

@@ -17,9 +17,9 @@ from lora_jax.models.causal import CausalLM, output_head
 from lora_jax.models.decoder.blocks import multiply, rms_norm
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import Experts, check_experts
-from lora_jax.models.decoder.gemma4 import keep_last, layer_inputs
-from lora_jax.models.decoder.layer import DecoderLayer, PerLayer, Step
-from lora_jax.models.decoder.rope import RopeAngles, rotations
+from lora_jax.models.decoder.gemma4 import compute_layer_inputs, select_reused_keys
+from lora_jax.models.decoder.layer import DecoderLayer, SharedLayerInput, SingleLayerInput
+from lora_jax.models.decoder.rope import RopeAngles, compute_rope_angles
 from lora_jax.models.layers.blocks import (
     EmbeddingNoise,
     ModelPart,
@@ -109,12 +109,12 @@ class Trunk(ModelPart):
         cfg = self.config
         self._check_routing(routing)
         rope, other_rope = self._rotations(placed, cache)
-        step = Step(
+        step = SharedLayerInput(
             rope=rope,
             other_rope=other_rope,
             mask=mask,
-            filled=placed.first,
-            tokens=RecurrentTokens(placed.present, mask.queries.segments),
+            filled=placed.first_slot,
+            tokens=RecurrentTokens(placed.is_token, mask.queries.segments),
         )
 
         x = add_noise(self.embed_tokens(input_ids), embedding_noise)
@@ -122,7 +122,7 @@ class Trunk(ModelPart):
             x = x * cfg.hidden_size**0.5
         per_layer_inputs = None
         if cfg.hidden_size_per_layer_input:
-            per_layer_inputs = layer_inputs(self, self.embed_tokens_per_layer(input_ids), x)
+            per_layer_inputs = compute_layer_inputs(self, self.embed_tokens_per_layer(input_ids), x)
         x = insert_vectors(multiply(x, cfg.embedding_multiplier), is_vector, vectors)
         x = self.placement.constrain(x, "residual")
 
@@ -133,9 +133,9 @@ class Trunk(ModelPart):
             shape = (cfg.num_hidden_layers, *input_ids.shape, cache.routing.shape[-1])
             routing = jnp.full(shape, -1, jnp.int32)
         layer_indices = np.arange(cfg.num_hidden_layers)
-        layers = PerLayer(
+        layers = SingleLayerInput(
             windowed=jnp.asarray(np.isin(layer_indices, cfg.windowed_layers)),
-            apart=jnp.asarray(np.isin(layer_indices, cfg.layers_rotated_apart)),
+            is_rotated_apart=jnp.asarray(np.isin(layer_indices, cfg.layers_rotated_apart)),
             cache=cache and cache.layers,
             recurrent=cache and cache.recurrent,
             inputs=per_layer_inputs,
@@ -151,14 +151,16 @@ class Trunk(ModelPart):
     def _rotations(
         self, placed: TokenPlaces, cache: Cache | None
     ) -> tuple[RopeAngles, RopeAngles | None]:
-        """Returns RoPE's rotations of the tokens: in most layers, and in ``Step.other_rope``'s."""
+        """Returns RoPE's rotations in most layers, and in those that differ or None."""
         cfg, positions = self.config, placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
-        rope = rotations(positions if placed.rotated is None else placed.rotated, cfg, length)
+        rope = compute_rope_angles(
+            positions if placed.rope_positions is None else placed.rope_positions, cfg, length
+        )
         if cfg.rope_free_layers:
             return rope, RopeAngles(jnp.ones_like(rope.cos), jnp.zeros_like(rope.sin))
         if cfg.rope_local_theta is not None:
-            return rope, rotations(positions, cfg, length, local=True)
+            return rope, compute_rope_angles(positions, cfg, length, local=True)
         return rope, None
 
     def _check_routing(self, routing: jax.Array | None) -> None:
@@ -185,7 +187,7 @@ class Period(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: Step, layers: PerLayer
+        self, x: jax.Array, step: SharedLayerInput, layers: SingleLayerInput
     ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
         """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``DecoderLayer``.
 
@@ -204,18 +206,18 @@ class Period(ModelPart):
         experts_of_layers: list[Any] = []
         for i, (place, layer_indices) in enumerate(self.config.runs[self.run].items()):
             kind = self.config.kind_of(layer_indices[0])
-            layer = _entry(layers._replace(cache=None, recurrent=None), i)
+            layer = _take_entry(layers._replace(cache=None, recurrent=None), i)
             if kind.linear:
-                layer = layer._replace(recurrent=_entry(layers.recurrent, len(memories)))
+                layer = layer._replace(recurrent=_take_entry(layers.recurrent, len(memories)))
             else:
-                layer = layer._replace(cache=_entry(layers.cache, len(keys_and_values)))
+                layer = layer._replace(cache=_take_entry(layers.cache, len(keys_and_values)))
             run_layer = make_layer(*self.options, experts=self.experts, kind=kind, name=place)
             x, (entries, experts) = run_layer(x, step, layer)
             entries_of_kind = memories if kind.linear else keys_and_values
             entries_of_kind.append(entries)
             experts_of_layers.append(experts)
         routing = None if layers.routing is None else jnp.stack(experts_of_layers)
-        stacked = [_stack(entries) for entries in (keys_and_values, memories) if entries]
+        stacked = [_stack_trees(entries) for entries in (keys_and_values, memories) if entries]
         # Keys and values are a pair, or None without a cache; memories are one entry.
         entries = (*(stacked[0] or ()), *stacked[1:])
         return x, (entries if jax.tree.leaves(entries) else None, routing)
@@ -229,13 +231,13 @@ class Runs(ModelPart):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, step: Step, layers: PerLayer
+        self, x: jax.Array, step: SharedLayerInput, layers: SingleLayerInput
     ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
         """Runs all layers; see ``run_layers``."""
         cfg = self.config
         # A slice of the cache for each run would be a copy: all runs see the cache of all layers.
         step = step._replace(cache=layers.cache)
-        layers = layers._replace(cache=None, number=jnp.arange(cfg.num_hidden_layers))
+        layers = layers._replace(cache=None, layer_index=jnp.arange(cfg.num_hidden_layers))
         entries_of_runs = []
         experts_of_runs = []
         for run, stacks in cfg.runs.items():
@@ -243,14 +245,14 @@ class Runs(ModelPart):
             stop = max(layer_indices[-1] for layer_indices in stacks.values()) + 1
             run_module = stack_layers(self, run, name=run)
             x, (entries, experts) = run_layers(
-                run_module, run, x, step, _entry(layers, slice(start, stop))
+                run_module, run, x, step, _take_entry(layers, slice(start, stop))
             )
             entries_of_runs.append(entries)
             experts_of_runs.append(experts)
             # Layers of the second run reuse keys and values of the first.
-            if cfg.num_kv_shared_layers and step.kept is None:
-                kept = keep_last(cfg, range(stop), entries, step.cache)
-                step = step._replace(cache=None, kept=kept)
+            if cfg.num_kv_shared_layers and step.reused_keys is None:
+                reused_keys = select_reused_keys(cfg, range(stop), entries, step.cache)
+                step = step._replace(cache=None, reused_keys=reused_keys)
         routing = None if layers.routing is None else jnp.concatenate(experts_of_runs)
         if cfg.num_kv_shared_layers:  # the second run has no keys and values
             return x, (entries_of_runs[0], routing)
@@ -258,17 +260,19 @@ class Runs(ModelPart):
         return x, (entries, routing)
 
 
-def _entry(tree: Any, index: int | slice) -> Any:
+def _take_entry(tree: Any, index: int | slice) -> Any:
     """Returns an entry, or several, of a tree that is stacked on axis 0."""
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def _stack(trees: list[Any]) -> Any:
+def _stack_trees(trees: list[Any]) -> Any:
     """Stacks trees of one structure on axis 0."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
-def run_layers(stack: nn.Module, run: str, x: jax.Array, step: Step, layers: PerLayer) -> Any:
+def run_layers(
+    stack: nn.Module, run: str, x: jax.Array, step: SharedLayerInput, layers: SingleLayerInput
+) -> Any:
     """Runs scanned layers, by periods if they are of several kinds.
 
     Args:

@@ -22,8 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.core.names import SAME_TOKENS, TOKENS
 from lora_jax.models.decoder.blocks import MLP
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.dispatch import apply_own
-from lora_jax.models.decoder.experts import Experts, Gated, implementation
+from lora_jax.models.decoder.dispatch import apply_part_of_experts
+from lora_jax.models.decoder.experts import Experts, GatedActivation, implementation
 from lora_jax.models.decoder.families.family import CORRECTION
 from lora_jax.models.layers.attention import dot_wide, wide_dtype
 from lora_jax.models.layers.blocks import ACTIVATION, ModelPart, dense
@@ -101,7 +101,7 @@ class SparseMLP(ModelPart):
         return logits
 
 
-def make_gated_activation(config: DecoderConfig) -> Gated:
+def make_gated_activation(config: DecoderConfig) -> GatedActivation:
     """Returns the gated activation of a model's experts."""
     limit = config.swiglu_limit
     activation = ACTIVATION[config.hidden_act]
@@ -180,13 +180,13 @@ def route_by_sigmoids(
     return weights * config.routed_scaling_factor, chosen
 
 
-def make_mixture(gated: Gated, experts: Experts) -> Mixture:
+def make_mixture(gated: GatedActivation, experts: Experts) -> Mixture:
     """Returns the mixture of experts with an activation and an implementation."""
     return functools.partial(_apply_mixture, gated, experts)
 
 
 def _apply_mixture(
-    gated: Gated,
+    gated: GatedActivation,
     experts: Experts,
     x: jax.Array,
     weights: jax.Array,
@@ -205,7 +205,9 @@ def _apply_mixture(
     # A caller's own function of experts may have no parameter for biases.
     bias_option = {"biases": biases} if biases else {}
     if shares > 1:  # the kernels are one of several equal parts of all experts
-        sums = apply_own(experts, shares, gated, tokens, weights, chosen, *kernels, **bias_option)
+        sums = apply_part_of_experts(
+            experts, shares, gated, tokens, weights, chosen, *kernels, **bias_option
+        )
     else:
         # Each token is a row for each of its k experts.
         rows = jnp.broadcast_to(tokens, (k, *tokens.shape)).reshape(-1, d_model)

@@ -27,7 +27,7 @@ class RopeAngles(NamedTuple):
     queries: jax.Array | None = None
 
 
-def rotations(
+def compute_rope_angles(
     positions: jax.Array, config: DecoderConfig, length: jax.Array | int, *, local: bool = False
 ) -> RopeAngles:
     """Returns cos and sin of RoPE's angles at every position.
@@ -47,7 +47,7 @@ def rotations(
         freqs = jnp.asarray(_unscaled_frequencies(config.rotary_dim, config.rope_local_theta))
         factor = 1.0
     else:
-        freqs = frequencies(config, length)
+        freqs = compute_frequencies(config, length)
         factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     if positions.ndim == 2:  # one position for all pairs
         positions = positions[..., None]
@@ -87,7 +87,7 @@ def rotate(x: jax.Array, rotation: RopeAngles, *, neighbours: bool = False) -> j
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
+def compute_frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
     """Returns the angle per position of each pair of a head's dimensions: [rotated / 2], fp32.
 
     f_i = theta^(-2i / rotated) (Su et al. 2021, RoFormer, section 3.4.2), then scaled. With L the
@@ -121,7 +121,7 @@ def frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.Array:
         is_long = length > scaling.original_max_position_embeddings
         return jnp.where(is_long, jnp.asarray(long_freqs), jnp.asarray(short_freqs))
     # The other kinds blend each frequency with the frequency divided by the factor.
-    share = _unscaled_share(config, scaling, freqs)
+    share = _undivided_share(config, scaling, freqs)
     blended = (1.0 - share) * freqs / scaling.factor + share * freqs
     return jnp.asarray(blended.astype(np.float32))
 
@@ -132,7 +132,7 @@ def _unscaled_frequencies(dim: int, theta: float | None) -> np.ndarray:
     return np.float32(1.0) / np.float32(theta) ** exponents
 
 
-def _unscaled_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarray) -> np.ndarray:
+def _undivided_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarray) -> np.ndarray:
     """Returns the share of each frequency, 0 to 1, that the factor does not divide."""
     if scaling.kind == "linear":
         return np.zeros_like(freqs)

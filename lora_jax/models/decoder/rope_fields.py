@@ -39,9 +39,9 @@ _KINDS: dict[str, tuple[list[str], list[str]]] = {
 class RopeScaling:
     """A scaling of RoPE's frequencies for contexts longer than those trained on.
 
-    ``kind`` is "linear", "llama3", "yarn", "longrope" or "proportional"; ``rope.frequencies`` gives
-    the formula of each. ``rotated_share`` is the part of the pairs that "proportional"
-    rotates. ``original_max_position_embeddings`` is the context trained on;
+    ``kind`` is "linear", "llama3", "yarn", "longrope" or "proportional"; the formula of
+    each is in ``rope.compute_frequencies``. ``rotated_share`` is the part of the pairs that
+    "proportional" rotates. ``original_max_position_embeddings`` is the context trained on;
     ``attention_factor`` multiplies queries and keys; ``short_factor`` and ``long_factor`` have one
     number for each rotated pair. Queries beyond that context are multiplied by
     1 + ``llama_4_scaling_beta`` log(1 + floor(position / context)). ``mscale_all_dim`` scales

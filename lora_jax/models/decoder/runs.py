@@ -10,14 +10,14 @@ class LayerKind(NamedTuple):
     Attributes:
       linear: a ``GatedDeltaNet`` in the place of attention.
       sparse: experts in the place of an MLP.
-      whole: it sees all tokens, by heads whose sizes are not those of layers with a window.
-      reuses: it has no keys and values of its own, but those of a layer before it.
+      has_global_heads: it sees all tokens, by heads of other sizes than in layers with a window.
+      reuses_keys: it has no keys and values of its own, but those of a layer before it.
     """
 
     linear: bool = False
     sparse: bool = False
-    whole: bool = False
-    reuses: bool = False
+    has_global_heads: bool = False
+    reuses_keys: bool = False
 
 
 def runs_of(

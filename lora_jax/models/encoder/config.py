@@ -54,7 +54,7 @@ FAMILIES: dict[str, EncoderFamily] = {
 HEADS = ("none", "masked_lm", "classification", "embedding")
 POOLINGS = ("mean", "cls")
 OPTIONS = frozenset({"head", "num_labels", "pooling", "normalize"})
-_HEAD_OF_OPTION = {
+_NEEDED_HEADS = {
     "num_labels": "classification",
     "pooling": "embedding",
     "normalize": "embedding",
@@ -180,7 +180,7 @@ class EncoderConfig:
                 "config.json lacks vocab_size. Add the field, or download the model again."
             )
         head = options.get("head") or _read_head(config)
-        for name, option_head in _HEAD_OF_OPTION.items():
+        for name, option_head in _NEEDED_HEADS.items():
             if name in options and head != option_head:
                 raise ConfigError(
                     f"{name} needs head={option_head!r}, but the head is {head!r}. Pass "

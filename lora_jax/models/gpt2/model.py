@@ -132,7 +132,7 @@ class _Trunk(ModelPart):
         x = self.placement.constrain(words + self.wpe(placed.positions), "residual")
         layer_caches = None if cache is None else cache.layers
         layers = _LayerInput(_score_scales(self.config), layer_caches)
-        x, entries = self.h(x, _SharedInput(mask, placed.first), layers)
+        x, entries = self.h(x, _SharedInput(mask, placed.first_slot), layers)
         return self.placement.constrain(self.ln_f(x), "inputs"), entries
 
 

@@ -138,7 +138,7 @@ class AttentionInputs(NamedTuple):
         return tuple(self[:-1] if self.sinks is None else self)
 
 
-class Softmax(NamedTuple):
+class SoftmaxOptions(NamedTuple):
     """The options by which scores become weights.
 
     Attributes:

@@ -20,7 +20,7 @@ from lora_jax.core.types import Tree
 from lora_jax.models.layers.attention import (
     AttentionInputs,
     Implementation,
-    Softmax,
+    SoftmaxOptions,
     add_sinks,
     soft_cap,
 )
@@ -64,7 +64,7 @@ class Blockwise(Implementation):
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
         keys = k.transpose(0, 2, 1, 3)
         values = v.transpose(0, 2, 1, 3)
-        softmax = Softmax(inputs.factor, inputs.cap, inputs.sinks)
+        softmax = SoftmaxOptions(inputs.factor, inputs.cap, inputs.sinks)
         # A device with an early and a late chunk of the row attends by pairs of tiles.
         if mask.causal and mask.split is not None and mask.split.paired:
             out = _attend_pairs(
@@ -140,7 +140,7 @@ def _attend_span(
     keys: jax.Array,
     values: jax.Array,
     mask: Mask,
-    softmax: Softmax,
+    softmax: SoftmaxOptions,
     block: int,
 ) -> jax.Array:
     """Computes attention of queries, block by block, to all of the given keys.
@@ -167,7 +167,7 @@ def _attend_pairs(
     keys: jax.Array,
     values: jax.Array,
     mask: Mask,
-    softmax: Softmax,
+    softmax: SoftmaxOptions,
     tile: int,
     block: int,
 ) -> jax.Array:
@@ -243,7 +243,7 @@ def _map_blocks(
 
 
 def _attend_block(
-    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, softmax: Softmax
+    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, softmax: SoftmaxOptions
 ) -> jax.Array:
     """Computes attention of a block; ``visible`` is [batch, block, keys]. See ``_attend_span``."""
     batch, size, kv_heads, group, head_dim = q.shape

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models.layers.attention import Softmax, add_sinks, soft_cap
+from lora_jax.models.layers.attention import SoftmaxOptions, add_sinks, soft_cap
 from lora_jax.models.layers.masks import Mask, MaskTokens
 
 _SUMS = "sums of values"
@@ -70,7 +70,7 @@ def visible_tiles(
 
 
 def attend_pair(
-    q: jax.Array, queries: MaskTokens, tiles: VisibleTiles, mask: Mask, softmax: Softmax
+    q: jax.Array, queries: MaskTokens, tiles: VisibleTiles, mask: Mask, softmax: SoftmaxOptions
 ) -> jax.Array:
     """Computes the attention of one block of queries from the early tile and one from the late.
 

@@ -51,18 +51,18 @@ class TokenPlaces(NamedTuple):
 
     Attributes:
       positions: [batch, seq] int32.
-      slots: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
-      first: [] int32, the slot of the first query; [batch] with a token a row.
-      present: [batch, seq] bool, False at padding.
-      rotated: [batch, seq, pairs] int32, the positions by which RoPE rotates each of its pairs, in
-        a row with images; None where all go by ``positions``.
+      key_positions: [batch, keys] int32, the keys' positions; -1 in slots with nothing to see.
+      first_slot: [] int32, the slot of the first query; [batch] with a token a row.
+      is_token: [batch, seq] bool, False at padding.
+      rope_positions: [batch, seq, pairs] int32, the position of each of RoPE's pairs in a row with
+        images; None where all pairs have ``positions``.
     """
 
     positions: jax.Array
-    slots: jax.Array
-    first: jax.Array
-    present: jax.Array
-    rotated: jax.Array | None = None
+    key_positions: jax.Array
+    first_slot: jax.Array
+    is_token: jax.Array
+    rope_positions: jax.Array | None = None
 
 
 def place_tokens(
@@ -88,18 +88,20 @@ def place_tokens(
             f"{seq} tokens do not fit into a cache of {cache.positions.shape[1]} slots. Make a "
             f"cache with max_len={seq} or more."
         )
-    present = jnp.ones(input_ids.shape, bool)  # [batch, seq], False at padding
+    is_token = jnp.ones(input_ids.shape, bool)  # [batch, seq], False at padding
     if attention_mask is not None:
-        present = attention_mask.astype(bool)
+        is_token = attention_mask.astype(bool)
     if positions is None:
-        positions = _count_positions(present, segment_ids, cache)
+        positions = _count_positions(is_token, segment_ids, cache)
     positions = positions.astype(jnp.int32)
-    slots = jnp.where(present, positions, -1)  # [batch, seq]
-    first = jnp.zeros((), jnp.int32)
+    key_positions = jnp.where(is_token, positions, -1)  # [batch, seq]
+    first_slot = jnp.zeros((), jnp.int32)
     if cache is not None:
-        first = cache.first
-        slots = put_slots(cache.positions, slots, first, batch=0, axis=1)
-    return TokenPlaces(positions, slots, first, present)
+        first_slot = cache.first
+        key_positions = put_slots(cache.positions, key_positions, first_slot, batch=0, axis=1)
+    return TokenPlaces(
+        positions=positions, key_positions=key_positions, first_slot=first_slot, is_token=is_token
+    )
 
 
 def causal_mask(
@@ -114,12 +116,12 @@ def causal_mask(
     counts positions, since padding may lie between the tokens of a row; with branches, since other
     completions do. Shared tokens come before a cache's slots.
     """
-    first_slot = placed.first
+    first_slot = placed.first_slot
     if first_slot.ndim:  # a token a row, which may see all tokens of its row
-        first_slot = jnp.int32(placed.slots.shape[1] - 1)
+        first_slot = jnp.int32(placed.key_positions.shape[1] - 1)
     query_slots = first_slot + jnp.arange(placed.positions.shape[1], dtype=jnp.int32)
-    key_slots = jnp.arange(placed.slots.shape[1], dtype=jnp.int32)
-    query_positions, key_positions = placed.positions, placed.slots
+    key_slots = jnp.arange(placed.key_positions.shape[1], dtype=jnp.int32)
+    query_positions, key_positions = placed.positions, placed.key_positions
     # Shared tokens stand in slots before 0.
     if cache is not None and cache.shared is not None:
         n_shared = cache.shared.n_tokens
@@ -154,17 +156,17 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
     keys, values, recurrent, experts = [*new, None, None][:4]
     routing = cache.routing
     if routing is not None:
-        routing = put_slots(routing, experts, placed.first, batch=1, axis=2)
+        routing = put_slots(routing, experts, placed.first_slot, batch=1, axis=2)
 
     def extend(cached: jax.Array, entries: jax.Array) -> jax.Array:
-        return put_slots(cached, entries.swapaxes(2, 3), placed.first, batch=1, axis=3)
+        return put_slots(cached, entries.swapaxes(2, 3), placed.first_slot, batch=1, axis=3)
 
     return Cache(
         key=jax.tree.map(extend, cache.key, keys),
         value=jax.tree.map(extend, cache.value, values),
-        positions=placed.slots,
+        positions=placed.key_positions,
         filled=cache.filled if cache.filled is None else cache.filled + placed.positions.shape[1],
-        length=jnp.maximum(cache.length, jnp.max(placed.slots, axis=1) + 1),
+        length=jnp.maximum(cache.length, jnp.max(placed.key_positions, axis=1) + 1),
         shared=cache.shared,
         recurrent=recurrent,
         routing=routing,

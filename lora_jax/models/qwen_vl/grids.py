@@ -17,12 +17,12 @@ class PatchPlaces(NamedTuple):
     Attributes:
       image: [batch, n] int32, the number of the patch's image; behind the last patch the number of
         grids.
-      at: [batch, n, 2] int32, its row and column in the image.
+      coordinates: [batch, n, 2] int32, its row and column in the image.
       sizes: [batch, n, 2] int32, the rows and columns of its image, 1 at least.
     """
 
     image: jax.Array
-    at: jax.Array
+    coordinates: jax.Array
     sizes: jax.Array
 
 
@@ -58,7 +58,7 @@ def patch_places(grids: jax.Array, n_patches: int, merge: int) -> PatchPlaces:
     row = square_row * merge + row_in_square
     column = square_column * merge + column_in_square
     coordinates = jnp.stack([row, column], axis=-1)
-    return PatchPlaces(image=cells.image, at=coordinates, sizes=sizes)
+    return PatchPlaces(image=cells.image, coordinates=coordinates, sizes=sizes)
 
 
 def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ class QwenVL(CausalLM):
         self.lm_head = output_head(self)
 
     @nn.nowrap
-    def place(
+    def find_token_places(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None,
@@ -72,7 +72,7 @@ class QwenVL(CausalLM):
             coordinates = coordinates + cache.length[:, None, None]
         positions = jnp.max(coordinates, axis=-1)
         places = place_tokens(input_ids, attention_mask, positions, cache, segment_ids)
-        return places._replace(rotated=coordinates[..., cfg.rotated_by])
+        return places._replace(rope_positions=coordinates[..., cfg.rotated_by])
 
     @nn.nowrap
     def _check_grids(self, batch: int, grids: jax.Array) -> None:

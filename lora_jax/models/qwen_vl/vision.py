@@ -60,7 +60,7 @@ class QwenVision(_QwenPart):
         x = self.placement.constrain(x + self._interpolate_positions(places), "residual")
         inputs = _LayerInputs(
             mask=_same_image_mask(places.image),
-            angles=_rotation_angles(places.at, cfg, wide_dtype(self.dtype)),
+            angles=_rotation_angles(places.coordinates, cfg, wide_dtype(self.dtype)),
         )
         layers = scan_layers(_QwenLayer, self.remat, cfg.num_hidden_layers, nn.broadcast)
         x, _ = layers(*self.options, name="blocks")(x, inputs)
@@ -75,7 +75,7 @@ class QwenVision(_QwenPart):
         max_index = cfg.side - 1
         # The corners of an image have the positions of the table's corners.
         image_steps = jnp.maximum(places.sizes - 1, 1).astype(dtype)
-        coordinates = places.at.astype(dtype) * max_index / image_steps
+        coordinates = places.coordinates.astype(dtype) * max_index / image_steps
         # Each patch lies between two rows and two columns of the table, [batch, n, 2].
         low = jnp.clip(jnp.floor(coordinates).astype(jnp.int32), 0, max_index)
         high = jnp.minimum(low + 1, max_index)

@@ -46,7 +46,7 @@ def take_block(cache: Cache, first: Number, n: int) -> CacheBlock:
     return CacheBlock(
         key=lax.dynamic_slice_in_dim(cache.key, first, n, axis=3),
         value=lax.dynamic_slice_in_dim(cache.value, first, n, axis=3),
-        recurrent=_copy(cache.recurrent),
+        recurrent=_copy_memory(cache.recurrent),
     )
 
 
@@ -74,7 +74,7 @@ def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
     cache = cache._replace(
         key=write(cache.key, block.key),
         value=write(cache.value, block.value),
-        recurrent=cache.recurrent if block.recurrent is None else _copy(block.recurrent),
+        recurrent=cache.recurrent if block.recurrent is None else _copy_memory(block.recurrent),
     )
     return with_length(cache, end)
 
@@ -89,6 +89,6 @@ def with_length(cache: Cache, n: Number) -> Cache:
     )
 
 
-def _copy(recurrent: Recurrent | None) -> Recurrent | None:
+def _copy_memory(recurrent: Recurrent | None) -> Recurrent | None:
     """Returns a copy of a memory: caches are donated to the program that runs next."""
     return recurrent and Recurrent(*(jnp.array(x, copy=True) for x in recurrent))

@@ -64,7 +64,7 @@ def token_keys(key: jax.Array, step: jax.Array) -> jax.Array:
     return keys
 
 
-def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+def choose_tokens(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     """Chooses the next tokens, [rows] int32; sorts the vocabulary for a limit only.
 
     Args:
@@ -88,24 +88,24 @@ def choose(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
         return jnp.where(is_greedy, greedy(logits), tokens)
 
     def draw_from_all(logits: jax.Array) -> jax.Array:
-        return draw(logits, scale(logits, sampling.temperature))
+        return draw(logits, scale_logits(logits, sampling.temperature))
 
     def draw_from_likely(logits: jax.Array) -> jax.Array:
-        return draw(logits, _limit(scale(logits, sampling.temperature), sampling))
+        return draw(logits, _mask_unlikely(scale_logits(logits, sampling.temperature), sampling))
 
     branch = jnp.where(jnp.all(is_greedy), 0, 1 + jnp.any(is_limited).astype(jnp.int32))
     tokens: jax.Array = lax.switch(branch, [greedy, draw_from_all, draw_from_likely], logits)
     return tokens
 
 
-def scale(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+def scale_logits(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """Returns logits divided by the temperature, fp32; undivided where it is 0."""
     return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[..., None]
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
     """Returns log p of tokens, [rows], in the whole vocabulary; at temperature 1 where it is 0."""
-    return log_probabilities(scale(logits, temperature), tokens[:, None])[:, 0]
+    return log_probabilities(scale_logits(logits, temperature), tokens[:, None])[:, 0]
 
 
 def log_probabilities(scores: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ def log_probabilities(scores: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(scores, tokens, axis=-1) - total
 
 
-def likeliest(
+def find_likeliest(
     scores: jax.Array, k: int, wanted: jax.Array | np.bool_
 ) -> tuple[jax.Array, jax.Array]:
     """Returns ids and log-probabilities of the k likeliest tokens, [..., k]; zeros if not wanted.
@@ -138,7 +138,7 @@ def likeliest(
     return ids, logps
 
 
-def _limit(scores: jax.Array, sampling: Sampling) -> jax.Array:
+def _mask_unlikely(scores: jax.Array, sampling: Sampling) -> jax.Array:
     """Returns scores, [rows, vocab], with -inf for tokens outside top_k and top_p."""
     sorted_scores = -jnp.sort(-scores, axis=-1)
     rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)

@@ -95,7 +95,7 @@ class CompiledGrammar:
         row_masks = np.zeros((len(rows), row_words), np.int32)
         indexed_matchers = [(matcher, i) for i, matcher in enumerate(matchers)]
         row_bytes = row_words * row_masks.itemsize
-        _executor().unsafe_compute_mask_ptr(
+        _mask_executor().unsafe_compute_mask_ptr(
             indexed_matchers, row_masks.ctypes.data, row_bytes, len(rows)
         )
         row_masks[[matcher.is_error() for matcher in matchers]] = 0
@@ -185,7 +185,7 @@ class GrammarCompiler:
 
     def choice(self, texts: Sequence[str]) -> CompiledGrammar:
         """Returns the grammar of some texts, of which an answer is one."""
-        return self.lark("start: " + " | ".join(map(quoted, texts)))
+        return self.lark("start: " + " | ".join(map(quote_for_lark, texts)))
 
     def lark(self, grammar: str) -> CompiledGrammar:
         """Returns the grammar that a text in Lark's notation describes."""
@@ -197,7 +197,7 @@ class GrammarCompiler:
         from llguidance.gbnf_to_lark import any_to_lark
 
         _check_size(text)
-        for schema in schemas_in(text):
+        for schema in find_schemas(text):
             _check_integers(schema)
         try:
             lark = any_to_lark(text)
@@ -216,7 +216,7 @@ class GrammarCompiler:
         names = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
         for part in re.split(f"({names})", text) if names else [text]:
             if part:
-                yield f"<[{added[part]}]>" if part in special else quoted(part)
+                yield f"<[{added[part]}]>" if part in special else quote_for_lark(part)
 
     def json_text(self, schema: Mapping[str, object]) -> str:
         """Returns a schema as the library reads it, alone or after %json in Lark's notation.
@@ -229,13 +229,13 @@ class GrammarCompiler:
         """
         _check_size(json.dumps(schema))
         _check_integers(schema)
-        formats = {*_formats(schema)}
+        formats = {*_find_formats(schema)}
         if len(formats) > _MAX_FORMATS:
             raise GrammarError(
                 f"The schema has {len(formats)} different formats, but at most {_MAX_FORMATS} are "
                 "allowed. Use fewer formats."
             )
-        unknown = {name for name in formats if not _is_known(name)}
+        unknown = {name for name in formats if not _is_known_format(name)}
         schema = _without_formats(schema, unknown) if unknown else schema
         options: dict[str, object] = {"whitespace_pattern": _WHITESPACE}
         schema_options = schema.get("x-guidance")
@@ -292,17 +292,17 @@ class GrammarCompiler:
                 return path, problem
 
 
-def _formats(part: Any) -> Iterator[str]:
+def _find_formats(part: Any) -> Iterator[str]:
     """Yields the names of formats in a part of a schema."""
     pairs: Iterable[tuple[object, Any]] = enumerate(part) if isinstance(part, list) else ()
     for key, inner in part.items() if isinstance(part, Mapping) else pairs:
         if key == "format" and isinstance(inner, str):
             yield inner
         elif key not in _NO_SCHEMAS:
-            yield from _formats(inner)
+            yield from _find_formats(inner)
 
 
-def _is_known(name: str) -> bool:
+def _is_known_format(name: str) -> bool:
     """Returns False for a format of texts that the library does not know."""
     from llguidance import LLMatcher
 
@@ -323,7 +323,7 @@ def _without_formats(part: Any, names: Collection[str]) -> Any:
     }
 
 
-def quoted(text: str) -> str:
+def quote_for_lark(text: str) -> str:
     """Returns a text as a string of Lark's notation."""
     return json.dumps(text, ensure_ascii=False)
 
@@ -396,7 +396,7 @@ def _shorten(problem: str) -> str:
 
 
 @functools.cache
-def _executor() -> Any:
+def _mask_executor() -> Any:
     """Returns the threads that compute masks."""
     import llguidance
 
@@ -416,7 +416,7 @@ def subschemas(schema: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], 
             yield (key,), value
 
 
-def schemas_in(grammar: str) -> Iterator[Mapping[str, object]]:
+def find_schemas(grammar: str) -> Iterator[Mapping[str, object]]:
     """Yields the schemas in a grammar of Lark's notation; skips those that cannot be read."""
     for text in grammar.split("%json")[1:]:
         with contextlib.suppress(ValueError):
@@ -430,7 +430,7 @@ def rounded_integers(
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yields each integer of a schema that llguidance would change, and its path."""
     for key in ("const", "enum", *_BOUNDS):
-        for number in _integers(schema.get(key)):
+        for number in _find_integers(schema.get(key)):
             if not _is_exact(number, key):
                 yield number, (*path, key)
     for keys, inner in subschemas(schema):
@@ -455,10 +455,10 @@ def _is_exact(number: int, key: str) -> bool:
     return Decimal(repr(float(number))) == number
 
 
-def _integers(value: object) -> Iterator[int]:
+def _find_integers(value: object) -> Iterator[int]:
     """Yields the integers in a value of JSON."""
     if isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _integers(inner)
+            yield from _find_integers(inner)
     elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         yield int(value)

@@ -16,7 +16,7 @@ from lora_jax.models.layers.cache import Cache, init_cache
 from lora_jax.models.sampling.adjust import mask_logits
 from lora_jax.models.sampling.choice import (
     Sampling,
-    choose,
+    choose_tokens,
     has_row_keys,
     log_probability,
     token_keys,
@@ -38,8 +38,8 @@ class Decoding(NamedTuple):
     pad: jax.Array
 
 
-class BeginKeywords(TypedDict, total=False):
-    """The keywords of ``begin``."""
+class PromptKeywords(TypedDict, total=False):
+    """The keywords of ``run_prompts``."""
 
     model: Required[Model]
     apply: Required[Forward | None]
@@ -122,16 +122,16 @@ def make_decoding(
 
 
 def prefill(
-    params: Tree, prompts: Prompts, decoding: Decoding, **static: Unpack[BeginKeywords]
+    params: Tree, prompts: Prompts, decoding: Decoding, **static: Unpack[PromptKeywords]
 ) -> DecodingState:
     """Runs the prompts and chooses the first token of each answer.
 
-    Args: see ``begin``.
+    Args: see ``run_prompts``.
     """
-    return append(*begin(params, prompts, decoding, **static), decoding)
+    return choose_next_tokens(*run_prompts(params, prompts, decoding, **static), decoding)
 
 
-def begin(
+def run_prompts(
     params: Tree,
     prompts: Prompts,
     decoding: Decoding,
@@ -203,7 +203,7 @@ def decode(
 
     def step(state: DecodingState) -> DecodingState:
         # A row that has ended feeds padding.
-        return append(*run_tokens(run, params, state), decoding)
+        return choose_next_tokens(*run_tokens(run, params, state), decoding)
 
     return lax.while_loop(is_unfinished, step, state)
 
@@ -252,7 +252,7 @@ def next_logits(
     return logits[:, 0], cache
 
 
-def append(
+def choose_next_tokens(
     state: DecodingState,
     logits: jax.Array,
     decoding: Decoding,
@@ -268,7 +268,7 @@ def append(
     """
     sampling = decoding.sampling
     masked_logits = logits if allowed is None else mask_logits(logits, allowed)
-    tokens = choose(masked_logits, sampling, token_keys(sampling.key, state.step))
+    tokens = choose_tokens(masked_logits, sampling, token_keys(sampling.key, state.step))
     tokens = jnp.where(state.done, decoding.pad, tokens)
     column = state.step % state.tokens.shape[1]
     logps = state.logps

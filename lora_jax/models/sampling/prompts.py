@@ -87,7 +87,9 @@ def pad_left(
     return ids, mask
 
 
-def common_prefix(first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray) -> int:
+def count_common_prefix(
+    first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray
+) -> int:
     """Returns the number of tokens that two prompts begin with alike."""
     n = min(len(first), len(second))
     differ = np.flatnonzero(np.asarray(first[:n]) != np.asarray(second[:n]))

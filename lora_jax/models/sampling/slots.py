@@ -19,10 +19,10 @@ from lora_jax.core.types import Forward, Model, Tree
 from lora_jax.models.layers.cache import Cache, Recurrent, init_cache
 from lora_jax.models.sampling.choice import (
     Sampling,
-    choose,
-    likeliest,
+    choose_tokens,
+    find_likeliest,
     log_probability,
-    scale,
+    scale_logits,
     token_keys,
 )
 from lora_jax.models.sampling.loop import next_logits
@@ -136,11 +136,11 @@ def draw_tokens(
       adjusted: the logits to choose from, by `adjust_logits`; by default `logits`.
     """
     adjusted = logits if adjusted is None else adjusted
-    ids = choose(adjusted, sampling, token_keys(sampling.key, step))
+    ids = choose_tokens(adjusted, sampling, token_keys(sampling.key, step))
     return DrawnTokens(
         ids=ids,
         logps=log_probability(logits, ids, sampling.temperature),
-        top=likeliest(scale(logits, sampling.temperature), top, with_top),
+        top=find_likeliest(scale_logits(logits, sampling.temperature), top, with_top),
     )
 
 

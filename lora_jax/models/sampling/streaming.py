@@ -15,11 +15,11 @@ from lora_jax.models.sampling.choice import SamplingKeywords
 from lora_jax.models.sampling.loop import (
     Decoding,
     DecodingState,
-    append,
-    begin,
+    choose_next_tokens,
     decode,
     make_decoding,
     prefill,
+    run_prompts,
     run_tokens,
 )
 from lora_jax.models.sampling.prompts import Inputs, make_prompts, params_by_prompt
@@ -154,12 +154,12 @@ def _allowed_steps(
         state = state._replace(cache=cache)
 
 
-_append_allowed = jax.jit(append)
+_append_allowed = jax.jit(choose_next_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "apply", "cache_len", "n"))
 def _begin_logits(*args: Any, **static: Any) -> tuple[DecodingState, jax.Array]:
-    state, logits = begin(*args, **static)
+    state, logits = run_prompts(*args, **static)
     return state._replace(cache=state.cache._replace(shared=None)), logits
 
 

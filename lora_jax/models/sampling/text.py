@@ -21,7 +21,7 @@ class StopTexts:
         """Takes transformers' fast tokenizer, and the texts, none of which is empty."""
         self.stops = tuple(stops)
         self._tokenizer = tokenizer
-        self._looked_at, self._skipped = _special(tokenizer, self.stops)
+        self._looked_at, self._skipped = _split_special_tokens(tokenizer, self.stops)
 
     def decoded(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Returns the text of tokens, with the special ones that stop texts hold, or with all."""
@@ -32,14 +32,14 @@ class StopTexts:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    def place(self, text: str) -> int | None:
+    def find_stop(self, text: str) -> int | None:
         """Returns the place of the first stop text in a decoded text; None if there is none."""
         places = [text.find(stop) for stop in self.stops]
         return min((place for place in places if place >= 0), default=None)
 
     def shown(self, text: str) -> str:
         """Returns a decoded text without special tokens, up to the first stop text."""
-        return self.plain(text[: self.place(text)])
+        return self.plain(text[: self.find_stop(text)])
 
     def plain(self, text: str) -> str:
         """Returns a decoded text without special tokens."""
@@ -58,12 +58,12 @@ class StopTexts:
           ids: the tokens.
           known: a number of first tokens that complete none.
         """
-        if not self.stops or self.place(self.decoded(ids)) is None:
+        if not self.stops or self.find_stop(self.decoded(ids)) is None:
             return None
         lengths = range(known + 1, len(ids) + 1)
 
         def has_stop(length: int) -> bool:
-            return self.place(self.decoded(ids[:length])) is not None
+            return self.find_stop(self.decoded(ids[:length])) is not None
 
         return lengths[bisect.bisect_left(lengths, True, key=has_stop)]
 
@@ -94,7 +94,7 @@ class TextStream:
         self.is_cut = False
         self.searches = True
         self._stops = stops
-        self._special = special
+        self._show_special = special
         self._keeps_stop = keeps_stop
         self._ids: list[int] = []  # those given out last, as the context of the next, and the rest
         self._known = 0  # those given out, of these
@@ -113,7 +113,7 @@ class TextStream:
         text = self._decoded()
         # A character whose bytes are not all there is held back, but not before a stop text.
         may_wait = len(self._ids) - self._known < _MAX_HELD_TOKENS
-        has_stop = self._place(self._held + text) is not None
+        has_stop = self._find_stop(self._held + text) is not None
         self.is_cut = text.endswith(CUT) and may_wait and not has_stop
         return "" if self.is_cut else self._release(text)
 
@@ -121,8 +121,8 @@ class TextStream:
         """Returns the text that was held back, once no more tokens come."""
         return "" if self.stopped else self._release(self._decoded(), last=True)
 
-    def _place(self, text: str) -> int | None:
-        return self._stops.place(text) if self.searches else None
+    def _find_stop(self, text: str) -> int | None:
+        return self._stops.find_stop(text) if self.searches else None
 
     def _decoded(self) -> str:
         """Returns the text since the tokens that were given out last."""
@@ -130,7 +130,7 @@ class TextStream:
         return self._text(self._ids)[len(released) :]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self._stops.decoded(ids, special=self._special)
+        return self._stops.decoded(ids, special=self._show_special)
 
     def _release(self, decoded: str, *, last: bool = False) -> str:
         """Returns the text that can be given out, and holds back what may begin a stop text.
@@ -143,23 +143,23 @@ class TextStream:
             self._ids = self._ids[self._known :]
             self._known = len(self._ids)
         text = self._held + decoded
-        stop_place = self._place(text)
+        stop_place = self._find_stop(text)
         self.stopped = stop_place is not None
         if stop_place is None:
             end = len(text)
             if self.searches and not last:
-                end -= partial_length(text, self._stops.stops)
+                end -= unfinished_mark_length(text, self._stops.stops)
         elif self._keeps_stop:
             end = self._stops.end(text, stop_place)
         else:
             end = stop_place
         self._held = text[end:]
-        released = text[:end] if self._special else self._stops.plain(text[:end])
+        released = text[:end] if self._show_special else self._stops.plain(text[:end])
         self.length += len(released)
         return released
 
 
-def partial_length(text: str, marks: Iterable[str]) -> int:
+def unfinished_mark_length(text: str, marks: Iterable[str]) -> int:
     """Returns the length of the longest end of a text that begins one of some marks."""
     longest = 0
     for mark in marks:
@@ -187,7 +187,7 @@ def ends_with_stop(
 
 
 @functools.lru_cache(maxsize=8)  # a tokenizer may have thousands, and each answer asks
-def _special(
+def _split_special_tokens(
     tokenizer: Tokenizer, stops: tuple[str, ...]
 ) -> tuple[tuple[str, ...], frozenset[int]]:
     """Returns the special tokens that stop texts hold, and the ids of the others."""

@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax.core.types import Tree
 from lora_jax.models.layers.cache import Cache
 from lora_jax.models.sampling.blocks import CacheBlock
-from lora_jax.models.sampling.prompts import common_prefix
+from lora_jax.models.sampling.prompts import count_common_prefix
 from train.serve.engine.jobs import ActiveCompletion, SampleJob
 from train.serve.engine.prefixes import PrefixScope, PrefixStore
 from train.serve.engine.programs import SamplingPrograms
@@ -201,7 +201,7 @@ class PromptRunner:
 
     def _count_shared_tokens(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
         """Returns the number of tokens, in whole chunks, that two prompts share at their start."""
-        n_tokens = common_prefix(_storable_ids(prompt), _storable_ids(other))
+        n_tokens = count_common_prefix(_storable_ids(prompt), _storable_ids(other))
         return n_tokens - n_tokens % self._chunk_tokens
 
     def _prefix_scope(self, job: SampleJob) -> PrefixScope:

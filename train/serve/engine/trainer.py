@@ -16,7 +16,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax.core.types import Tree
-from lora_jax.models.sampling.choice import likeliest, log_probabilities
+from lora_jax.models.sampling.choice import find_likeliest, log_probabilities
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses.tokens import token_values
 from train.serve.engine.adapter import Adapter, Factors, TrainingState
@@ -388,7 +388,7 @@ class Trainer:
         self.compiled += 1
 
         def score(logits: jax.Array, targets: jax.Array) -> Tree:
-            return log_probabilities(logits, targets), likeliest(logits, TOP, with_top)
+            return log_probabilities(logits, targets), find_likeliest(logits, TOP, with_top)
 
         logps, top = self._token_values(score, factors, inputs)
         return sum_loss(inputs.loss_index, logps, inputs.batch), logps, top

@@ -168,8 +168,8 @@ class Splash(Implementation):
         if mask.windowed is None or window is None:  # the mask is the same in all layers
             return make_kernel(band), visits_scope([n_visited], n_blocks)
         # Layers with and without the window are one program, which selects a table at run time.
-        windowed_band = dataclasses.replace(band, some=True)
-        full_band = dataclasses.replace(band, some=False)
+        windowed_band = dataclasses.replace(band, has_window=True)
+        full_band = dataclasses.replace(band, has_window=False)
         select = functools.partial(_select_table, mask.windowed)
         kernel = jax.tree.map(select, make_kernel(windowed_band), make_kernel(full_band))
         n_visited_without_window, _ = full_band.visits(size, key_size)
@@ -230,7 +230,7 @@ class _Band(kernels.Mask):
     Attributes:
       queries, keys: the numbers of slots, on all devices together.
       causal, window, split: see ``lora_jax.models.layers.masks.Mask``.
-      some: whether this layer has the window, where only some have; None where all do.
+      has_window: whether this layer has the window, where only some have; None where all do.
     """
 
     queries: int
@@ -238,7 +238,7 @@ class _Band(kernels.Mask):
     causal: bool
     window: int | None
     split: Split | None
-    some: bool | None = None
+    has_window: bool | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -254,11 +254,11 @@ class _Band(kernels.Mask):
     @property
     def q_sequence(self) -> np.ndarray:
         """The slot of each query, with the bit."""
-        return self.slots | np.int32(_WINDOWED) if self.some else self.slots
+        return self.slots | np.int32(_WINDOWED) if self.has_window else self.slots
 
     @property
     def mask_function(self) -> _VisibilityFunction:
-        return _VisibilityFunction(self.causal, self.window, self.some is not None)
+        return _VisibilityFunction(self.causal, self.window, self.has_window is not None)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         """Returns a block of the mask; one that is all True or all False costs nothing."""
@@ -282,7 +282,7 @@ class _Band(kernels.Mask):
 
     @property
     def _window(self) -> int | None:
-        return None if self.some is False else self.window
+        return None if self.has_window is False else self.window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,19 +291,19 @@ class _VisibilityFunction:
 
     Attributes:
       causal, window: see ``Mask``.
-      marked: whether the window holds for slots with the bit alone.
+      reads_window_bit: whether the window holds for slots with the bit alone.
     """
 
     causal: bool
     window: int | None
-    marked: bool
+    reads_window_bit: bool
 
     def __call__(self, slots: Slots, keys: Slots) -> Slots:
-        queries = slots & (_WINDOWED - 1) if self.marked else slots
+        queries = slots & (_WINDOWED - 1) if self.reads_window_bit else slots
         visible = queries >= keys if self.causal else queries == queries  # True for all queries
         if self.window is not None:
             is_in_window = queries - keys < self.window
-            if self.marked:
+            if self.reads_window_bit:
                 is_in_window = is_in_window | (slots < _WINDOWED)
             visible = visible & is_in_window
         return visible

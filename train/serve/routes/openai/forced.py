@@ -9,7 +9,7 @@ from lora_jax.models.sampling.grammar import (
     CompiledGrammar,
     GrammarCompiler,
     GrammarError,
-    quoted,
+    quote_for_lark,
 )
 from train.tools.forms import ArgumentForm, CallForm
 from train.tools.schemas import resolve_reference
@@ -105,7 +105,7 @@ class CallGrammar:
         head = self._quote_text(prefix.format(name=name))
         if not json_marker:
             return head
-        return f"{head} {quoted(json.dumps(name))} {self._quote_text(suffix.format())}"
+        return f"{head} {quote_for_lark(json.dumps(name))} {self._quote_text(suffix.format())}"
 
     def _add_argument_rules(self, call_name: str, schema: Mapping[str, Any]) -> str:
         """Adds the rules of a call's arguments; returns the name of the rule, or a JSON schema."""
@@ -161,9 +161,9 @@ class CallGrammar:
     def _write_constant(self, value: object, form: ArgumentForm) -> str:
         """Returns a value as an argument writes it: a text in the form's quotes, other JSON."""
         if not isinstance(value, str):
-            return quoted(json.dumps(value, ensure_ascii=False))
+            return quote_for_lark(json.dumps(value, ensure_ascii=False))
         quote = self._quote_text(form.quote)
-        return f"{quote} {quoted(value)} {quote}"
+        return f"{quote} {quote_for_lark(value)} {quote}"
 
     def _add_raw_text(self, rule: str, pattern: str, end: str) -> None:
         """Adds the rule of a text up to another one, which it does not hold."""
@@ -172,7 +172,7 @@ class CallGrammar:
         if is_special_token:
             self._rules.append(f"{rule}: /{pattern}/ {end_text}")
         else:
-            self._rules.append(f"{rule}[suffix={quoted(end)}]: /{pattern}/")
+            self._rules.append(f"{rule}[suffix={quote_for_lark(end)}]: /{pattern}/")
 
 
 def _alternative_schemas(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
