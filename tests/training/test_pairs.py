@@ -399,7 +399,5 @@ def test_files_of_pairs_have_their_fields_renamed_and_their_tokens_kept(tmp_path
     assert "are cached in" in capsys.readouterr().out
     with pytest.raises(TrainingError, match="line 1 has .*; a row needs `prompt`, `chosen` and"):
         find_dataset(str(path), check=check_pairs).check()
-    with pytest.raises(
-        UserError, match="names: chosen, completion, .*label, .*rejected"
-    ):
+    with pytest.raises(UserError, match="names: chosen, completion, .*label, .*rejected"):
         find_dataset(str(path), fields=["preferred=chosen"])
