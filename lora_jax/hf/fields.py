@@ -1,4 +1,4 @@
-"""The fields of Hugging Face's config.json; one that is neither read nor harmless is an error."""
+"""Checks the fields of Hugging Face's config.json; an unknown field with an effect is an error."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ class ConfigError(ValueError):
 
 
 class FieldTypeError(ConfigError):
-    """A field of a configuration that holds a value of the wrong kind, such as a text."""
+    """A field of a configuration has a value of the wrong type, such as a text for a number."""
 
 
 def read_json_fields(path: Path, owner: str, error_class: type[ValueError]) -> dict[str, Any]:
@@ -73,19 +73,27 @@ def read_json_fields(path: Path, owner: str, error_class: type[ValueError]) -> d
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error_class(f"{path} is missing: the folder of {owner} holds {path.name}") from None
+        raise error_class(
+            f"{path} is missing. The folder of {owner} must hold {path.name}. Check the path, or "
+            "copy the file."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise error_class(f"{path} cannot be read: {error}") from None
+        raise error_class(
+            f"{path} cannot be read: {error}. Copy or download the file again."
+        ) from None
     if not isinstance(fields, dict):
-        raise error_class(f"{path} holds a {type(fields).__name__}, not the fields of {owner}")
+        raise error_class(
+            f"{path} holds a {type(fields).__name__}, not the fields of {owner}. Copy or download "
+            "the file again."
+        )
     return fields
 
 
 def check_supported(name: str, value: object, known: Collection[KnownT]) -> KnownT:
-    """Returns a value that is known; raises a ConfigError that lists the known ones for others."""
+    """Returns a supported value; raises a ConfigError that lists them for any other value."""
     if value not in known:
-        listed = ", ".join(map(str, known))
-        raise ConfigError(f"{name} {value!r} is not supported; supported are {listed}")
+        listing = ", ".join(map(str, known))
+        raise ConfigError(f"{name} {value!r} is not supported. Supported values are {listing}.")
     return cast(KnownT, value)
 
 
@@ -93,7 +101,10 @@ def check_multiple(**sizes: int) -> None:
     """Raises a ConfigError unless the first of two sizes is a multiple of the second."""
     (name, size), (divisor_name, divisor) = sizes.items()
     if size % divisor:
-        raise ConfigError(f"{name} ({size}) is not a multiple of {divisor_name} ({divisor})")
+        raise ConfigError(
+            f"{name} ({size}) must be a multiple of {divisor_name} ({divisor}). Correct the "
+            "configuration."
+        )
 
 
 def read_boolean(name: str, value: object) -> bool:
@@ -105,15 +116,17 @@ def read_boolean(name: str, value: object) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise FieldTypeError(f"{name} ({value!r}) must be true or false: correct the configuration")
+        raise FieldTypeError(
+            f"{name} ({value!r}) must be true or false. Correct the configuration."
+        )
     return value
 
 
 def check_field_values(config: Any, names: Mapping[str, str] | None = None) -> None:
-    """Checks the kind and the range of each number of a configuration, and its switches.
+    """Checks the types and ranges of a configuration's numbers and booleans.
 
-    A whole number must be at least 1; or at least 0, where 0 is the default and stands for none.
-    Ids of tokens may be any whole numbers.
+    A whole number must be at least 1, or at least 0 if the default is 0, which stands for none. Ids
+    of tokens may be any whole numbers.
 
     Args:
       config: a dataclass. Fields with other values than numbers and switches are not checked.
@@ -126,7 +139,7 @@ def check_field_values(config: Any, names: Mapping[str, str] | None = None) -> N
     json_names = names or {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        kinds = get_args(field.type) or (field.type,)  # of `int | None`, of `tuple[int, ...]`
+        kinds = get_args(field.type) or (field.type,)  # such as of `int | None`
         is_absent = value is None and NoneType in kinds
         if is_absent:
             continue
@@ -140,12 +153,12 @@ def check_field_values(config: Any, names: Mapping[str, str] | None = None) -> N
 
 
 def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: object) -> None:
-    """Raises a ConfigError for a number of the wrong kind, or out of its field's range."""
+    """Raises a ConfigError for a number of the wrong type, or outside its field's range."""
     is_integer = kind is int
     is_number = isinstance(value, Integral if is_integer else Real)
     if isinstance(value, bool) or not is_number:
         kind_name = "a whole number" if is_integer else "a number"
-        raise FieldTypeError(f"{name} ({value!r}) must be {kind_name}: correct the configuration")
+        raise FieldTypeError(f"{name} ({value!r}) must be {kind_name}. Correct the configuration.")
     is_token_id = field.name.endswith(("_id", "_ids"))
     requirement = "finite"
     is_in_range = True
@@ -160,11 +173,11 @@ def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: 
         requirement = f"at least {minimum}"
         is_in_range = value >= minimum
     if not (is_in_range and math.isfinite(value)):
-        raise ConfigError(f"{name} ({value!r}) must be {requirement}: correct the configuration")
+        raise ConfigError(f"{name} ({value!r}) must be {requirement}. Correct the configuration.")
 
 
 def read_eos(config: Fields) -> tuple[int, ...]:
-    """Returns the tokens that end a text: config.json has one, several or none."""
+    """Returns the end tokens of a config.json, which has one, several or none."""
     eos = config.get("eos_token_id")
     if eos is None:
         return ()
@@ -181,7 +194,7 @@ def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
 def check_no_unknown_fields(
     config: Fields, family: str, known: Set[str], unsupported: Mapping[str, object] | None = None
 ) -> None:
-    """Refuses fields that are not read, and values that are not supported.
+    """Raises a ConfigError for unknown fields and unsupported values.
 
     Args:
       config: the parsed config.json.
@@ -199,14 +212,14 @@ def check_no_unknown_fields(
         if name in supported_values:
             is_supported = value is None or value == supported_values[name]
             if not is_supported:
-                problems.append(f"{name}={value!r} is not supported")
+                problems.append(f"{name}={value!r} is not supported.")
             continue
         is_known = name in known or name in FIELDS_WITHOUT_EFFECT
         is_off = value is None or value is False
         if not is_known and not is_off:
-            problems.append(f"{name}={value!r} is not known for {family}")
+            problems.append(f"{name}={value!r} is not known for {family}.")
     if problems:
         raise ConfigError(
-            "; ".join(problems)
-            + " (a field that does not change the logits can be removed from config.json)"
+            " ".join(problems)
+            + " If a field does not change the logits, remove it from config.json."
         )

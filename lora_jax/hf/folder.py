@@ -1,4 +1,4 @@
-"""The files of a model's folder: its weights, and what may lie there in their place."""
+"""Finds the weights in a model's folder, and describes other content of such a folder."""
 
 import json
 import re
@@ -23,23 +23,26 @@ _LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 def describe_damage(path: Path, error: object) -> str:
     """Returns the error message for a file that its reader refuses."""
-    return describe_lfs_pointer(path) or f"{path} is damaged or cut short: {error}"
+    pointer_problem = describe_lfs_pointer(path)
+    if pointer_problem is not None:
+        return pointer_problem
+    return f"{path} is damaged or cut short: {error}. Download or copy the file again."
 
 
 def describe_lfs_pointer(path: Path) -> str | None:
-    """Returns the remedy for a file that git-lfs left a pointer for; None for other files."""
+    """Returns the message for a file that is only a git-lfs pointer; None for other files."""
     with path.open("rb") as file:
         beginning = file.read(len(_LFS_POINTER_START))
     if beginning != _LFS_POINTER_START:
         return None
     return (
-        f"{path} is a git-lfs pointer, and not the file that it stands for: run `git lfs install` "
-        f"and `git lfs pull` in {path.parent}, or download the file by itself"
+        f"{path} is only a git-lfs pointer to the file. Run `git lfs install` and `git lfs pull` "
+        f"in {path.parent}, or download the file by itself."
     )
 
 
 def describe_folder_without_config(folder: Path) -> str | None:
-    """Returns the kind of a folder without config.json, and its use; None if unknown."""
+    """Returns the message for a folder of an adapter or of GGUF files; None for other folders."""
     for adapter_folder in (folder, folder / _ADAPTER_OF_RUN):
         is_peft = (adapter_folder / _PEFT_CONFIG).is_file()
         if is_peft or (adapter_folder / _ADAPTER_METADATA).is_file():
@@ -47,14 +50,14 @@ def describe_folder_without_config(folder: Path) -> str | None:
     gguf_files = sorted(folder.glob("*.gguf"))
     if gguf_files:
         return (
-            f"the folder holds {len(gguf_files)} GGUF files: name one of them, such as "
-            f"{gguf_files[0]}"
+            f"The folder holds {len(gguf_files)} GGUF files. Name one of them, such as "
+            f"{gguf_files[0]}."
         )
     return None
 
 
 def _describe_adapter_folder(folder: Path, is_peft: bool) -> str:
-    """Returns the message that a folder is an adapter, and how to name its base beside it."""
+    """Returns the message that a folder is an adapter, with the way to load it over its base."""
     base = None
     try:
         if is_peft:
@@ -65,22 +68,22 @@ def _describe_adapter_folder(folder: Path, is_peft: bool) -> str:
             about = metadata.get("about")
             base = about.get("model") if isinstance(about, dict) else None
     except ConfigError:
-        pass  # whoever loads the adapter says what is wrong with it
+        pass  # loading the adapter raises this error, too
     kind = "an adapter of PEFT" if is_peft else "an adapter"
     call = "peft.load(folder, model, params)" if is_peft else "load_adapter(folder, params)"
     base_phrase = f"its base, {base}," if base else "its base, which it does not state,"
     return (
-        f"{folder} is {kind}, and no model. Name {base_phrase} as the model, and the adapter "
-        f"beside it: --adapter {folder}, or --init-adapter {folder} to train on; in Python, "
-        f"lora_jax.{call}"
+        f"{folder} is {kind}, not a model. Name {base_phrase} as the model. Name the adapter with "
+        f"--adapter {folder}, or with --init-adapter {folder} to continue its training. In Python, "
+        f"call lora_jax.{call}."
     )
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
-    """Returns the index, tensor -> file; without one, the single file under the name "".
+    """Returns the file of each tensor by the index; without an index, {"": the single file}.
 
     Raises:
-      WeightsError: there are no weights, or the index is damaged; says what else there is.
+      WeightsError: there are no weights, or the index is damaged; says what the folder holds.
     """
     index = folder / INDEX_FILE
     if not index.exists():
@@ -95,7 +98,8 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     missing_shards = [shard for shard in shards if not (folder / shard).exists()]
     if missing_shards:
         raise WeightsError(
-            f"{folder} lacks shards that {INDEX_FILE} lists: {', '.join(missing_shards)}"
+            f"{folder} lacks shards that {INDEX_FILE} lists: {', '.join(missing_shards)}. "
+            "Download or copy these files."
         )
     return file_of_tensor
 
@@ -111,7 +115,10 @@ def _read_index(index: Path) -> dict[str, str]:
         counts = Counter(name for name, _ in pairs)
         duplicates = sorted(name for name, count in counts.items() if count > 1)
         if duplicates:
-            raise WeightsError(f"{index} lists more than once: {', '.join(duplicates)}")
+            raise WeightsError(
+                f"{index} lists more than once: {', '.join(duplicates)}. Download or copy the file "
+                "again."
+            )
         return dict(pairs)
 
     try:
@@ -123,38 +130,43 @@ def _read_index(index: Path) -> dict[str, str]:
     except WeightsError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} cannot be read: {error!r}") from None
+        raise WeightsError(
+            f"{index} cannot be read: {error!r}. Download or copy the file again."
+        ) from None
     if misplaced_tensors:
         raise WeightsError(
-            f"{index} names no file of its folder for {', '.join(misplaced_tensors)}"
+            f"{index} names no file of its folder for {', '.join(misplaced_tensors)}. Download or "
+            "copy the file again."
         )
     return file_of_tensor
 
 
 def _describe_other_files(folder: Path) -> str:
-    """Returns the files in the place of weights, and the remedy; "" for nothing known."""
+    """Returns the end of a message on missing weights: what the folder holds, and what to do."""
     problem = describe_folder_without_config(folder)
     if problem is not None:
-        return f": {problem}"
+        return f". {problem}"
+    # Weights under another name, such as model.fp16.safetensors.
     names = sorted(path.name for path in folder.glob("*.safetensors*"))
     for name in names:
         match = _VARIANT_FILE_NAME.fullmatch(name)
         common_name = match[1] + match[3] if match else None
         if common_name in (WEIGHTS_FILE, INDEX_FILE):
             command = f"mv {folder / name} {folder / common_name}"
-            return f", but a variant of them, {name}: rename it ({command})"
+            return f", but a variant of them, {name}. Rename it ({command})."
     if len(names) == 1:
         command = f"mv {folder / names[0]} {folder / WEIGHTS_FILE}"
-        return f", but {names[0]}: if it holds all of the weights, rename it ({command})"
+        return f", but {names[0]}. If it holds all of the weights, rename it ({command})."
     if names:
-        return f", which lists the tensors of {', '.join(names)}: copy it, too"
+        return f", which lists the tensors of {', '.join(names)}. Copy the index, too."
+    # Weights as a pickle, which transformers can convert.
     hub_name = name_on_other_machines(folder)
     pickles = [file for file in _PICKLE_FILES if (folder / file).exists()]
     if not pickles and hub_name is None:
-        return ""
-    pickle_phrase = ". The hub may only have pytorch_model.bin"
-    if pickles:
-        pickle_phrase = f", but only {pickles[0]}"
+        return ". Check the path."
+    pickle_phrase = (
+        f", but {pickles[0]}" if pickles else ". The hub may have only pytorch_model.bin"
+    )
     return (
         f"{pickle_phrase}, which is a pickle. A pickle can run any code when it is loaded, so "
         "lora_jax does not read it. Convert it with transformers on a machine that has torch: "

@@ -1,4 +1,4 @@
-"""A family's file format: its configuration's reader and its tensors' names, by ``model_type``."""
+"""Declares the file format of a family: the reader of its configuration, and names of tensors."""
 
 import dataclasses
 import re
@@ -32,8 +32,8 @@ class GGUFLayout:
 
     Attributes:
       architecture: the files' ``general.architecture``.
-      hf_name: a tensor's name in a file -> Hugging Face's; an unknown name stays as it is, and is
-        refused later.
+      hf_name: a tensor's name in a file -> Hugging Face's name; an unknown name stays as it is, and
+        is refused later.
       read: (a file's metadata, its shapes by Hugging Face's names, its `config_tensors`) -> the
         configuration.
       reorder: (a tensor's rows, its name, the configuration) -> the rows in Hugging Face's order.
@@ -115,5 +115,7 @@ class ModelFormats:
         format = self.format_of(model_type)
         unknown_options = sorted(set(options) - format.options)
         if unknown_options:
-            raise ConfigError(f"a {model_type} model has no option {', '.join(unknown_options)}")
+            raise ConfigError(
+                f"A {model_type} model has no option {', '.join(unknown_options)}. Remove it."
+            )
         return format.read(fields, **options)

@@ -1,4 +1,4 @@
-"""Reads generation_config.json: the tokens that end an answer, and how a model's makers sample."""
+"""Reads generation_config.json: the tokens that end an answer, and the settings of sampling."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ _IS_VALID_SAMPLING_VALUE: dict[str, Callable[[float], bool]] = {
     "top_p": lambda x: 0 < x <= 1,
     "top_k": lambda x: x >= 1 and x == int(x),
 }
-# Further fields that change what is drawn, with the values that change nothing, besides null.
+# Further fields that change the drawn tokens, with their values without an effect, besides null.
 _VALUES_WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), (1,)),
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0,)),
@@ -53,7 +53,9 @@ class Generation:
             is_token_id = isinstance(token, int) and not isinstance(token, bool)
             if not is_token_id:
                 eos = self.fields["eos_token_id"]
-                raise ConfigError(f"eos_token_id={eos!r}: token ids are needed")
+                raise ConfigError(
+                    f"eos_token_id={eos!r} is not a token id or a list of them. Correct the file."
+                )
 
     @cached_property
     def fields(self) -> Fields:
@@ -87,11 +89,13 @@ class Generation:
         for name, value in self.sampling.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and _IS_VALID_SAMPLING_VALUE[name](value)):
-                raise ConfigError(f"{name}={value!r} is nothing to sample with: correct the file")
+                raise ConfigError(
+                    f"{name}={value!r} is not a valid value for sampling. Correct the file."
+                )
 
     @property
     def others(self) -> dict[str, object]:
-        """The further fields that would change what is drawn, and are not applied here."""
+        """The further fields that change sampling, but are not applied here."""
         effective = {}
         for name, neutral_values in _VALUES_WITHOUT_EFFECT.items():
             value = self.fields.get(name)
@@ -101,9 +105,9 @@ class Generation:
 
 
 def end_token_ids(config: AnyConfig) -> tuple[int, ...]:
-    """Returns the tokens that end a text, by config.json or by generation_config.json.
+    """Returns the tokens that end a text in config.json or in generation_config.json.
 
-    In some models, the end of a turn stands in one of the two files alone.
+    In some models, only one of the two files names the end of a turn.
 
     Args:
       config: a configuration of any family. One without such fields has no end tokens.
@@ -133,10 +137,10 @@ def read_generation_config(path: Path) -> Generation:
 
 
 def add_generation_config(config: AnyConfig, folder: Path) -> AnyConfig:
-    """Returns the configuration of a folder's model with what its generation_config.json says.
+    """Adds the generation_config.json of a folder to the configuration of its model.
 
-    Models that continue no texts have no such field, and stay as they are, as do folders without
-    the file.
+    The configuration stays as it is if the folder lacks the file, or if the model does not generate
+    text and so has no such field.
 
     Raises:
       ConfigError: see `read_generation_config`.

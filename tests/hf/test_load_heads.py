@@ -219,7 +219,7 @@ def test_options_of_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json: position_embedding_type='x'"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(tiny_encoders.fields("gpt2")))
-    with pytest.raises(ConfigError, match="a gpt2 model has no option head"):
+    with pytest.raises(ConfigError, match="A gpt2 model has no option head"):
         from_pretrained(tmp_path, head="classification")
     with pytest.raises(ConfigError, match="is a GGUF file, which cannot be loaded with head"):
         from_pretrained(tmp_path / "model.safetensors", head="classification")

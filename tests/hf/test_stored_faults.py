@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "nothing said": (FP8, lost, f"{UP}.weight is F8_E4M3, and config.json names no"),
     "floats after all": (FP8, as_floats, "no tensor is in the codes of fp8"),
     "another method": (FP8, said(quant_method="aqlm"), "quant_method 'aqlm' is not supported"),
-    "hqq": (FP8, said(quant_method="hqq"), "'hqq' is not supported; supported are fp8, "),
+    "hqq": (FP8, said(quant_method="hqq"), "'hqq' is not supported. Supported values are fp8, "),
     "another fmt": (FP8, said(fmt="e3m4"), "fmt 'e3m4'"),
     "another method's tensors": (FP8, said(quant_method="mxfp4"), "no tensor is in the codes of"),
     "bnb's fp4": ("nf4", said(bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type 'fp4'"),
@@ -169,7 +169,7 @@ def test_layers_in_different_forms(tmp_path: Path) -> None:
     del tensors[SCALE]
     (tmp_path / "config.json").write_text(json.dumps(config))
     shipped.write(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(WeightsError, match=r"up_proj.* lie in different codes, .*none\) reads"):
+    with pytest.raises(WeightsError, match=r"up_proj.* quantized differently.*none\) to read"):
         from_pretrained(tmp_path)
     _, params = from_pretrained(tmp_path, quantize="none")
     np.testing.assert_array_equal(params["model"]["layers"]["mlp"]["up_proj"]["kernel"][0], 1)
@@ -191,5 +191,5 @@ def test_a_tree_in_codes_is_not_saved_as_floats(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     shipped.write(folder / "model.safetensors", tensors)
     model, params = from_pretrained(folder)
-    with pytest.raises(WeightsError, match=r"up_proj/kernel is in codes .*dequantize\(params\)"):
+    with pytest.raises(WeightsError, match=r"up_proj/kernel is quantized .*dequantize\(params\)"):
         save_pretrained(tmp_path / "saved", model, params)

@@ -51,7 +51,7 @@ def test_keys_that_no_layer_uses_are_left_out(tmp_path: Path) -> None:
     [
         ({"enable_moe_block": True}, "enable_moe_block=True is not supported"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
-        ({"global_head_dim": 15}, "global_head_dim .15. is not a multiple of head_dim"),
+        ({"global_head_dim": 15}, "global_head_dim .15. must be a multiple of head_dim"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers .7. leaves no layer without a window"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'yarn' is not supported"),
         ({"per_layer_config": {"0": {"head_dim": 12}}}, "per_layer_config .* is not supported"),

@@ -59,7 +59,7 @@ def test_defaults_are_those_of_transformers() -> None:
     [
         ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
         ({"activation_function": "xielu"}, "activation_function 'xielu' is not supported"),
-        ({"n_embd": 25}, r"n_embd \(25\) is not a multiple of n_head"),
+        ({"n_embd": 25}, r"n_embd \(25\) must be a multiple of n_head"),
         ({"tie_word_embeddings": "false"}, r"tie_word_embeddings \('false'\) must be true"),
         ({"layer_norm_epsilon": -1}, r"layer_norm_epsilon \(-1\) must be finite and at least 0"),
         ({"n_head": 0}, r"n_head \(0\) must be at least 1"),

@@ -160,12 +160,12 @@ def test_sizes_of_one_number() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"do_pad": True}, "do_pad=True: not known"),
-        ({"size": {"shortest_edge": 5}}, "gives all images one size"),
-        ({"size": {"longest_edge": 5}}, "height and width, or one number"),
-        ({"image_mean": [0.5, 0.5]}, "of 1 channel or 3"),
+        ({"do_pad": True}, "do_pad=True is not known"),
+        ({"size": {"shortest_edge": 5}}, "would keep different sizes"),
+        ({"size": {"longest_edge": 5}}, "one number, or to a height and a width"),
+        ({"image_mean": [0.5, 0.5]}, "for 1 or 3 channels"),
         ({"image_std": None}, "image_std is None"),
-        ({"resample": 7}, "none of Pillow's filters"),
+        ({"resample": 7}, "not a filter of Pillow"),
     ],
 )
 def test_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_what_is_transparent() -> None:
 @pytest.mark.parametrize(
     ("values", "kind", "said"),
     [
-        (np.array([[0, 65535]], np.uint16), "PNG", "greys of 16 .* from 0 to 65535, of which 8"),
+        (np.array([[0, 65535]], np.uint16), "PNG", "greys of 16 .* from 0 to 65535, but 8"),
         (np.array([[7, 300]], np.int32), "TIFF", "greys of 16 or 32 bits .* from 7 to 300"),
-        (np.array([[0, 0.5]], np.float32), "TIFF", "floating-point .*F. from 0 to 0.5, of which"),
+        (np.array([[0, 0.5]], np.float32), "TIFF", "floating-point .*F. from 0 to 0.5, but"),
         (np.array([[-1, 255]], np.float32), "TIFF", "floating-point .* from -1 to 255"),
         (np.array([[np.nan, 255]], np.float32), "TIFF", "floating-point numbers"),
     ],

@@ -28,42 +28,42 @@ def folder(tmp_path):
 
 def pointer(folder):
     (folder / WEIGHTS).write_text(POINTER)
-    return [f"{folder / WEIGHTS} is a git-lfs pointer", f"`git lfs pull` in {folder}"]
+    return [f"{folder / WEIGHTS} is only a git-lfs pointer", f"`git lfs pull` in {folder}"]
 
 
 def pointer_to_a_tokenizer(folder):
     (folder / "tokenizer.json").write_text(POINTER)
-    return [f"{folder / 'tokenizer.json'} is a git-lfs pointer", f"`git lfs pull` in {folder}"]
+    return [f"{folder / 'tokenizer.json'} is only a git-lfs pointer", f"`git lfs pull` in {folder}"]
 
 
 def variant(folder):
     (folder / WEIGHTS).rename(folder / "model.fp16.safetensors")
     move = f"(mv {folder / 'model.fp16.safetensors'} {folder / WEIGHTS})"
-    return [f"but a variant of them, model.fp16.safetensors: rename it {move}"]
+    return [f"but a variant of them, model.fp16.safetensors. Rename it {move}"]
 
 
 def variant_in_shards(folder):
     (folder / WEIGHTS).rename(folder / "model.fp16-00001-of-00001.safetensors")
     (folder / (index := "model.safetensors.index.fp16.json")).write_text("{}")
-    return [f"but a variant of them, {index}: rename it (mv {folder / index} {folder / INDEX})"]
+    return [f"but a variant of them, {index}. Rename it (mv {folder / index} {folder / INDEX})"]
 
 
 def shards_alone(folder):
     (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model-00002-of-00002.safetensors").touch()
-    return ["lists the tensors of model-00001-of-00002.safetensors, ", ": copy it, too"]
+    return ["lists the tensors of model-00001-of-00002.safetensors, ", "Copy the index, too"]
 
 
 def another_name(folder):
     (folder / WEIGHTS).rename(folder / "weights.safetensors")
-    return [f"rename it (mv {folder / 'weights.safetensors'} {folder / WEIGHTS})"]
+    return [f"Rename it (mv {folder / 'weights.safetensors'} {folder / WEIGHTS})"]
 
 
 def pickle(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["a'; b"]}))
     call = f"t.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}')"
-    return ["but only pytorch_model.bin, which is a pickle. A pickle can run any code", call]
+    return ["but pytorch_model.bin. A pickle can run any code", call]
 
 
 def adapter(folder):
@@ -83,7 +83,7 @@ def peft_adapter(folder):
         file.unlink()
     for file in (folder.parent / "adapter").iterdir():
         file.rename(folder / file.name)
-    said = "is an adapter of PEFT, and no model. Name its base, owner/base, as the model"
+    said = "is an adapter of PEFT, not a model. Name its base, owner/base, as the model"
     return [f"{folder} {said}", f"--init-adapter {folder} to train on"]
 
 
@@ -91,7 +91,7 @@ def bare_and_untied(folder):
     path = folder / WEIGHTS
     save_file({name.removeprefix("model."): x for name, x in load_file(path).items()}, path)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": False}))
-    return ["1 missing, 0 unexpected", "the files have no head", "save the model with its head"]
+    return ["1 missing, 0 unexpected", "The files have no head", "AutoModelForCausalLM"]
 
 
 def several_ggufs(folder):
@@ -106,7 +106,7 @@ def pointer_to_a_gguf(folder):
     for file in (WEIGHTS, "config.json"):
         (folder / file).unlink()
     (folder / "a.gguf").write_text(POINTER)
-    return [f"{folder / 'a.gguf'} is a git-lfs pointer"]
+    return [f"{folder / 'a.gguf'} is only a git-lfs pointer"]
 
 
 OF_WEIGHTS = [pointer, variant, variant_in_shards, shards_alone, another_name, pickle]
@@ -147,7 +147,7 @@ def test_an_adapter_that_git_lfs_left_a_pointer_for(folder, capsys):
     (own / "adapter_config.json").write_text(json.dumps(fields | {"target_modules": ["q_proj"]}))
     (own / "adapter_model.safetensors").write_text(POINTER)
     said = fails(capsys, generate.main, "--adapter", own, "--prompt", "hello")
-    assert f"{own / 'adapter_model.safetensors'} is a git-lfs pointer" in said
+    assert f"{own / 'adapter_model.safetensors'} is only a git-lfs pointer" in said
 
 
 def test_a_model_of_the_hub_that_has_no_safetensors(folder):

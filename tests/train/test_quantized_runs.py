@@ -184,7 +184,9 @@ def test_types_of_a_gguf_file_that_are_no_codes_here_are_named(inputs, tmp_path,
     write(tmp_path / "model.gguf", tiny.config, params, "Q5_1", tokenizer=found)
     given = ["--model", tmp_path / "model.gguf", *inputs[2:], "--output", tmp_path / "run"]
     said = fails(capsys, *map(str, given), "--quantize", "stored")
-    assert "they lie in Q5_1 (14)" in said and "the others are read as floats" in said
+    assert (
+        "the kernels of this file are Q5_1 (14)" in said and "the others are read as floats" in said
+    )
     assert not (tmp_path / "run").exists()
 
 

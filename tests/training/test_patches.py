@@ -173,7 +173,7 @@ def test_patches_by_hand() -> None:
         ({"size": {"height": 8, "width": 8}}, "size is .*; shortest_edge and longest_edge"),
         ({"do_resize": False}, "do_resize=False"),
         ({"min_pixels": -1}, "positive numbers are needed"),
-        ({"do_thumbnail": True}, "do_thumbnail=True: not known"),
+        ({"do_thumbnail": True}, "do_thumbnail=True is not known"),
     ],
 )
 def test_a_processor_that_does_not_fit(

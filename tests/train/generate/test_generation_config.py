@@ -179,13 +179,13 @@ def test_what_cannot_be_applied_is_refused(main, base, tmp_path, capsys, monkeyp
         (base[0], option, "the model has no such file. Remove"),
         (made, option, "the file contains no settings of sampling"),
         (made, [option[0], tmp_path / "no"], f"no: {tmp_path}/no is missing"),
-        (base[0], [option[0], strange], "top_p=1.5 is nothing to sample with"),
+        (base[0], [option[0], strange], "top_p=1.5 is not a valid value for sampling"),
     ):
         more = ["--prompt", PROMPT] if main is generate.main else []
         assert message in fails(capsys, main, "--model", folder, *args, *more)
     (made / FILE).write_text('{"eos_token_id": "x"}')
     said = fails(capsys, main, "--model", made, *more)
-    assert f"{made}/{FILE}: eos_token_id='x': token ids are needed" in said
+    assert f"{made}/{FILE}: eos_token_id='x' is not a token id" in said
     assert not (tmp_path / "runs").exists()
 
 

@@ -391,7 +391,7 @@ BAD = [
     (["--tokens", "-1"], "a positive number"),
     (["--price", "0"], "a positive number"),
     (["--targets", "nothing_like_it"], "selects no leaf"),
-    (["--model", "missing.json"], "neither a file or folder here nor a hub name"),
+    (["--model", "missing.json"], "neither a file or folder on this machine nor a hub name"),
     (["--model", "."], "config.json is missing"),
     (["--experts", "ragged"], "has no effect, because .* is not a mixture of experts"),
     (["--mem-fraction", "0.9"], "only applies to GPUs"),
