@@ -164,9 +164,9 @@ def _describe_other_files(folder: Path) -> str:
     pickles = [file for file in _PICKLE_FILES if (folder / file).exists()]
     if not pickles and hub_name is None:
         return ". Check the path."
-    pickle_phrase = (
-        f", but {pickles[0]}" if pickles else ". The hub may have only pytorch_model.bin"
-    )
+    pickle_phrase = ". The hub may only have pytorch_model.bin"
+    if pickles:
+        pickle_phrase = f", but only {pickles[0]}"
     return (
         f"{pickle_phrase}, which is a pickle. A pickle can run any code when it is loaded, so "
         "lora_jax does not read it. Convert it with transformers on a machine that has torch: "

@@ -150,7 +150,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported"),
         ({"logit_scale": 2.0, "sliding_window": 7}, "logit_scale=2.0.*sliding_window=7"),
-        ({"num_key_value_heads": 4}, "not a multiple"),
+        ({"num_key_value_heads": 4}, "must be a multiple"),
         ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
         ({**MOE, "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
         ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9, but"),

@@ -81,7 +81,7 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
         ({"embedding_size": 128}, "embedding_size=128 is not known for bert"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' is not supported"),
-        ({"hidden_size": 25}, r"hidden_size \(25\) is not a multiple"),
+        ({"hidden_size": 25}, r"hidden_size \(25\) must be a multiple"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"type_vocab_size": 0}, r"type_vocab_size \(0\)"),
         ({"model_type": "roberta", "pad_token_id": None}, "positions from pad_token_id"),
@@ -105,7 +105,7 @@ def test_refusals_by_name(changes: dict[str, Any], message: str) -> None:
         ({"head": "masked_lm", "pooling": "cls"}, "pooling needs head='embedding'"),
         ({"head": "embedding", "pooling": "max"}, "pooling 'max' is not supported"),
         ({"head": "classification", "num_labels": 0}, r"num_labels \(0\)"),
-        ({"layers": 3}, "a bert model has no option layers"),
+        ({"layers": 3}, "A bert model has no option layers"),
     ],
 )
 def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -114,7 +114,7 @@ def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> N
 
 
 def test_decoders_have_no_head_to_choose() -> None:
-    with pytest.raises(ConfigError, match="a gpt2 model has no option head"):
+    with pytest.raises(ConfigError, match="A gpt2 model has no option head"):
         read_config({"model_type": "gpt2"}, head="classification")
 
 

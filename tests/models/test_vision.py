@@ -58,7 +58,7 @@ def test_a_head_that_the_file_lacks_is_new(tmp_path: Path, capsys: Any) -> None:
         ({"patch_size": 21}, "is smaller than patch_size"),
         ({"qkv_bias": "false"}, r"qkv_bias \('false'\) must be true or false"),
         ({"layer_norm_eps": float("nan")}, r"layer_norm_eps \(nan\) must be finite"),
-        ({"num_attention_heads": 7}, "not a multiple"),
+        ({"num_attention_heads": 7}, "must be a multiple"),
         ({"architectures": ["Dinov2Backbone"]}, "Pass head="),
     ],
 )

@@ -56,14 +56,14 @@ def shards_alone(folder):
 
 def another_name(folder):
     (folder / WEIGHTS).rename(folder / "weights.safetensors")
-    return [f"Rename it (mv {folder / 'weights.safetensors'} {folder / WEIGHTS})"]
+    return [f"rename it (mv {folder / 'weights.safetensors'} {folder / WEIGHTS})"]
 
 
 def pickle(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["a'; b"]}))
     call = f"t.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}')"
-    return ["but pytorch_model.bin. A pickle can run any code", call]
+    return ["but only pytorch_model.bin, which is a pickle. A pickle can run any code", call]
 
 
 def adapter(folder):
@@ -72,7 +72,7 @@ def adapter(folder):
     tree = lj.lorafy(decoder()[1], [lj.LoraRule(targets=["q_proj"], rank=2)])
     lj.save_adapter(folder / "adapter", tree, about={"model": str(base)})
     own = folder / "adapter"
-    return [f"{own} is an adapter, and no model", f"Name its base, {base}, ", f"--adapter {own}"]
+    return [f"{own} is an adapter, not a model", f"Name its base, {base}, ", f"--adapter {own}"]
 
 
 def peft_adapter(folder):
@@ -84,7 +84,7 @@ def peft_adapter(folder):
     for file in (folder.parent / "adapter").iterdir():
         file.rename(folder / file.name)
     said = "is an adapter of PEFT, not a model. Name its base, owner/base, as the model"
-    return [f"{folder} {said}", f"--init-adapter {folder} to train on"]
+    return [f"{folder} {said}", f"--init-adapter {folder} to continue its training"]
 
 
 def bare_and_untied(folder):
@@ -99,7 +99,7 @@ def several_ggufs(folder):
         (folder / file).unlink()
     for name in ("a.gguf", "b.gguf"):
         (folder / name).touch()
-    return [f"holds 2 GGUF files: name one of them, such as {folder / 'a.gguf'}"]
+    return [f"holds 2 GGUF files. Name one of them, such as {folder / 'a.gguf'}"]
 
 
 def pointer_to_a_gguf(folder):
