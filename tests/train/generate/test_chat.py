@@ -85,11 +85,14 @@ def test_a_conversation_goes_on_with_another_adapter(made, talk, capsys):
     base, sql = made
     lines = ["3?", "/adapter base", "and 4?", "/adapter x", "/system Be brief.", "/adapter sql"]
     said, turns = talk("--adapter", sql, lines=[*lines, "//5?", "/reset", "3?", "/what", "/quit"])
-    assert said[:2] == ["sql answers; there are also base. /help lists the commands.", "sql> 3?"]
+    assert said[:2] == [
+        "sql answers; there are also base. Type /help for a list of the commands.",
+        "sql> 3?",
+    ]
     first = said[2]
     assert [first] == alone(capsys, "--adapter", sql) != alone(capsys, "--model", base)
-    assert "there is no adapter x; base answers; there are also sql" in said
-    assert any(line.startswith("there is no command /what; /help lists them") for line in said)
+    assert "There is no adapter x: base answers; there are also sql" in said
+    assert any(line.startswith("There is no command /what. Type /help") for line in said)
     assert [name for name, _ in turns] == ["sql", "base", "sql", "sql"]
     asked = [[(turn["role"], turn["content"]) for turn in of_one] for _, of_one in turns]
     assert asked[1] == [("user", "3?"), ("assistant", first), ("user", "and 4?")]

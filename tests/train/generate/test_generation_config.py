@@ -153,7 +153,7 @@ def test_its_sampling_is_shown_and_used_where_asked_for(base, tmp_path, capsys):
     assert (used.temperature, used.top_p, used.top_k) == (0.2, 0.9, 40)
     capsys.readouterr()
     (greedy,) = answers(made, tmp_path / "greedy.jsonl")
-    assert "samples with temperature 1.3, top_p 0.9, top_k 40: --generation-config auto" in (
+    assert "recommends temperature 1.3, top_p 0.9, top_k 40; --generation-config auto" in (
         capsys.readouterr().err
     )
     assert greedy["answer"] == tokenizer().decode(base[1], skip_special_tokens=True).strip()
