@@ -156,7 +156,7 @@ def test_nothing_is_learned_from_nothing(folder, tmp_path, reward, capsys):
     assert all(line["zero_spread"] == 1 for line in lines)
     if reward == "silent":
         assert not any("reward" in line for line in lines)
-        assert told(capsys).count("no reward has an opinion on any of 48 completions") == 1
+        assert told(capsys).count("No reward returned a number for any of 48 completions") == 1
 
 
 @over("loss", ["dapo", "grpo", "rloo"], often=[], rare=["dapo", "rloo"])

@@ -361,7 +361,7 @@ def test_what_cannot_be_described_is_named(tmp_path):
     path.write_text(BAD)
     cases = [
         (None, ["bare"], "--tools .*bad.py:bare: bare cannot be described .* docstring"),
-        (None, ["untyped"], "--tools .*bad.py:untyped: untyped needs .* type hint"),
+        (None, ["untyped"], "--tools .*bad.py:untyped: untyped cannot be described .* type hint"),
         (None, ["gone"], "--tools .*bad.py:gone: The file has no function 'gone'"),
         (None, ["NoReset"], "--tools .*bad.py:NoReset: NoReset is not a function"),
         ("NoReset", [], "--environment .*NoReset has no method `reset`"),
