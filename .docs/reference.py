@@ -107,7 +107,7 @@ def options_of(name, words):
     ((kind, default),) = asked
     page = kind.HELP
     parts = [f"```sh\nlora-jax {' '.join([name, *words])} {page.example}\n```"]
-    for title, rows in console_help._groups(kind, default):
+    for title, rows in console_help._option_groups(kind, default):
         if rows := list(rows):
             parts.append(f"## {title}")
             parts += [definition(row) for row in rows]

@@ -84,22 +84,22 @@ def help_text(kind: type, script: str, everything: bool, columns: int, default: 
     needed_names = page.first.split()
     rows_by_name: dict[str, _Row] = {}
     further_groups: dict[str, list[_Row]] = {}
-    for title, rows in _groups(kind, default):
+    for title, rows in _option_groups(kind, default):
         for row in rows:
             rows_by_name[row.name] = row
             if row.name not in needed_names:
                 further_groups.setdefault(title, []).append(row)
     needed_rows = [rows_by_name[name] for name in needed_names]
     if not everything:
-        needed_rows = [row._replace(text=_shortened(row.text)) for row in needed_rows]
+        needed_rows = [row._replace(text=_shorten_text(row.text)) for row in needed_rows]
     sections = [
         f"usage: {program(script)} [options]",
         textwrap.fill(_one_line(kind.__doc__), columns),
-        _section("The options that most people need", needed_rows, columns),
+        _format_section("The options that most people need", needed_rows, columns),
     ]
     if everything:
         for title, further_rows in further_groups.items():
-            sections.append(_section(title, further_rows, columns))
+            sections.append(_format_section(title, further_rows, columns))
     elif further_groups:
         sections.append(_list_names(further_groups, columns))
     example = program(script, *shlex.split(page.example))
@@ -107,7 +107,7 @@ def help_text(kind: type, script: str, everything: bool, columns: int, default: 
     return "\n\n".join(sections)
 
 
-def _shortened(text: str) -> str:
+def _shorten_text(text: str) -> str:
     """Returns a text's first sentences, and those about defaults."""
     first_sentence, *sentences = re.split(r"(?<=[.)]) (?=[A-Z(])", text)
     short_text = [first_sentence]
@@ -120,15 +120,15 @@ def _shortened(text: str) -> str:
     return " ".join(short_text)
 
 
-def _section(title: str, rows: Sequence[_Row], columns: int) -> str:
+def _format_section(title: str, rows: Sequence[_Row], columns: int) -> str:
     """Returns a title, and the options below it."""
     lines = [f"{title}:"]
     for row in rows:
-        lines += _lines(row, columns)
+        lines += _format_option(row, columns)
     return "\n".join(lines)
 
 
-def _lines(row: _Row, columns: int) -> Iterator[str]:
+def _format_option(row: _Row, columns: int) -> Iterator[str]:
     """Yields the lines of an option: its head, and its text beside or below it."""
     indent = " " * _TEXT_COLUMN
     fold = functools.partial(
@@ -158,29 +158,29 @@ def _list_names(groups: dict[str, list[_Row]], columns: int) -> str:
     return "\n".join(paragraphs)
 
 
-def _groups(kind: type, default: Any) -> Iterator[tuple[str, Iterator[_Row]]]:
+def _option_groups(kind: type, default: Any) -> Iterator[tuple[str, Iterator[_Row]]]:
     """Yields the titles of the groups of options, and their rows."""
     hints = typing.get_type_hints(kind)
     has_groups = any(dataclasses.is_dataclass(hint) for hint in hints.values())
     if not has_groups:
-        yield "Further options", _rows(kind, default)
+        yield "Further options", _option_rows(kind, default)
         return
     for field in dataclasses.fields(kind):
         group_default = getattr(default, field.name, None)
         group: Any = hints[field.name] if group_default is None else type(group_default)
         title = _one_line(group.__doc__).split(":")[0].rstrip(".")
-        yield title, _rows(group, group_default)
+        yield title, _option_rows(group, group_default)
 
 
-def _rows(kind: type, default: Any) -> Iterator[_Row]:
+def _option_rows(kind: type, default: Any) -> Iterator[_Row]:
     """Yields a row for each option of a dataclass."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        value_kind, annotations = _unwrapped(hints[field.name])
+        value_kind, annotations = _unwrap_annotation(hints[field.name])
         value = field.default if default is None else getattr(default, field.name)
         # Annotations may hold the text and the form of a value, as `tyro` takes them.
-        text = _one_line(_annotated(annotations, "help") or _text_below(kind, field.name))
-        form = _annotated(annotations, "metavar") or _form(value_kind)
+        text = _one_line(_first_annotation(annotations, "help") or _text_below(kind, field.name))
+        form = _first_annotation(annotations, "metavar") or _form(value_kind)
         name = field.name.replace("_", "-")
         is_positional = any("Positional" in repr(annotation) for annotation in annotations)
         if is_positional:
@@ -194,7 +194,7 @@ def _rows(kind: type, default: Any) -> Iterator[_Row]:
         yield _Row(field.name, head, text + _shown_default(text, value, is_changed))
 
 
-def _annotated(annotations: Sequence[Any], attribute: str) -> str | None:
+def _first_annotation(annotations: Sequence[Any], attribute: str) -> str | None:
     """Returns an attribute of the first annotation that has a value for it; None for none."""
     for annotation in annotations:
         value: str | None = getattr(annotation, attribute, None)
@@ -216,7 +216,7 @@ def _shown_default(text: str, value: Any, is_changed: bool) -> str:
     return f" (default: {default})"
 
 
-def _unwrapped(kind: Any) -> tuple[Any, list[Any]]:
+def _unwrap_annotation(kind: Any) -> tuple[Any, list[Any]]:
     """Returns a type without None and annotations, and these annotations."""
     annotations: list[Any] = []
     while True:
@@ -239,7 +239,7 @@ def _form(kind: Any) -> str:
         return f"{{{','.join(map(str, arguments))}}}"
     if origin is tuple:
         item_kinds = [argument for argument in arguments if argument is not Ellipsis]
-        forms = [_form(_unwrapped(item_kind)[0]) for item_kind in item_kinds]
+        forms = [_form(_unwrap_annotation(item_kind)[0]) for item_kind in item_kinds]
         return f"{forms[0]} ..." if Ellipsis in arguments else " ".join(forms)
     return _TYPE_NAMES.get(kind, "TEXT")
 

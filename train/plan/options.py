@@ -55,22 +55,22 @@ class PlanConfig:
     """The script whose run to plan. dpo: pairs, and the pass of the reference over them. grpo:
     completions, their scorer, and their sampler with its cache of keys and values."""
     batch_size: int = 8
-    """Sequences in memory at once, on all devices together; of dpo pairs."""
+    """Sequences in memory at once, on all devices together; for dpo, pairs."""
     grad_accum: int = 1
     """Batches per step."""
     seq_len: int = 1024
-    """Tokens per sequence, of grpo of a prompt and its completion. The plan assumes that the loss
-    counts all of them, or all of a completion's."""
+    """Tokens per sequence; for grpo, tokens of a prompt with its completion. The plan assumes that
+    the loss counts all of them, or all tokens of a completion."""
     group: int | None = None
     """Completions of each prompt, for grpo; by default 8."""
     max_new_tokens: int | None = None
     """Tokens of a completion, for grpo; by default 128."""
     prompt_len: int | None = None
-    """Tokens of the prompt that the completions of a pair share, for dpo: the loss then counts the
-    others. By default none, and it counts all."""
+    """Tokens of the prompt that the completions of a pair share, for dpo. The loss does not count
+    them. By default 0."""
     share_prompt: bool = True
-    """Plan a prompt for each completion. By default a prompt that a step computes once is planned,
-    where a run would compute it so, of dpo with --prompt-len; see train.dpo."""
+    """Plan a prompt for each completion. By default the plan has each prompt once where a run would
+    compute it once; dpo needs --prompt-len for that. See train.dpo."""
     images: int = 0
     """Images of each sequence, counted as the model sees them (in tiles), for models that read
     images in chats; by default the plan is of texts alone."""
@@ -81,8 +81,8 @@ class PlanConfig:
     """The dtype of the base and its activations (float32 or bfloat16). Adapters are always float32,
     and so are the weights in full fine-tuning."""
     quantize: PlannedCodes | None = None
-    """The codes to keep the base's kernels in; see train.sft. By default what config.json tells of
-    the files' own."""
+    """The format of the base's quantized kernels; see train.sft. By default the format that
+    config.json names."""
     remat: Remat = "full"
     """Activations to recompute in the backward pass; see train.sft. auto: plan the policy that a
     run takes, and, without --alone, the others of the ladder that it chooses from."""
@@ -94,16 +94,16 @@ class PlanConfig:
     """Numbers of adapters to plan for, such as 1 8 64: adapters that train side by side in one step
     over one base, sharing the --batch-size sequences evenly."""
     longest: bool = False
-    """Find the longest row that fits, up to the model's own limit, beginning with --seq-len."""
+    """Find the longest row that fits, up to the model's limit. The search starts at --seq-len."""
     largest_batch: bool = False
-    """Find the largest --batch-size that fits, beginning with that one."""
+    """Find the largest --batch-size that fits. The search starts at --batch-size."""
     decode_rows: int | None = None
     """Plan a token of decoding, too, of so many rows at once, whose caches hold --seq-len tokens:
     the time that reading codes, adapter and cache takes at the memory's rate, and the compiler's
     estimate."""
     decode_adapters: int | None = None
-    """Adapters of the rows of --decode-rows, by default 1: 0 plans the base alone; several, rows of
-    different adapters in one batch, as train.serve has them."""
+    """Number of adapters of the rows of --decode-rows, by default 1. Pass 0 for the base alone, or
+    several for one batch with rows of different adapters, as in train.serve."""
     optimizer: Name = "adamw"
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
@@ -129,7 +129,7 @@ class PlanConfig:
     """Plan only what the options ask for; without this option, LoRA with three --remat policies and
     full fine-tuning are planned for comparison."""
     json: bool = False
-    """Print JSON instead of a table."""
+    """Print JSON instead of tables."""
 
     @property
     def drawn(self) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class Reporting:
         self._other_entries = {}  # of reporters that this process does not have
         entries = {}
         for name, entry in read_json(self._path).items():
-            entries[name] = _settled(entry, lines, samples)
+            entries[name] = _close_ledger_entry(entry, lines, samples)
             if name not in reporters:
                 self._other_entries[name] = entries[name]
         for name, make in reporters.items():
@@ -151,7 +151,9 @@ class _Channel:
     def open(self, on_open: Callable[[], object]) -> None:
         """Starts the thread; `on_open` is called in it, once the run there is known."""
         name = f"report to {self.name}"
-        self._thread = threading.Thread(target=self._work, args=(on_open,), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._report_queue, args=(on_open,), name=name, daemon=True
+        )
         self._thread.start()
 
     def wait_until_open(self, seconds: float) -> None:
@@ -180,7 +182,7 @@ class _Channel:
                 "tracker lacks what was not sent; metrics.jsonl has everything."
             )
 
-    def _work(self, on_open: Callable[[], object]) -> None:
+    def _report_queue(self, on_open: Callable[[], object]) -> None:
         """Reports the lines of the queue, until the ending comes."""
         try:
             reporter = self.make(self.start)
@@ -198,7 +200,7 @@ class _Channel:
             self._ready.set()
 
     def _report(self, reporter: Reporter, line: Line) -> None:
-        """Reports the samples or the metrics of a line, but for those that were reported before."""
+        """Reports the samples or the metrics of a line that were not reported before."""
         step = line["step"]
         values = {}
         for name, value in line.items():
@@ -223,8 +225,10 @@ class _Channel:
         )
 
 
-def _settled(entry: Mapping[str, Any], lines: Sequence[Line], samples: Sequence[Line]) -> Any:
-    """Returns an entry of the ledger. One that a kill left open counts as having reported all."""
+def _close_ledger_entry(
+    entry: Mapping[str, Any], lines: Sequence[Line], samples: Sequence[Line]
+) -> Any:
+    """Returns a closed ledger entry; one that a kill left open counts as fully reported."""
     reported: Steps = dict(entry["reported"])
 
     def note(name: str, step: int) -> None:
