@@ -33,7 +33,7 @@ from lora_jax.training.run.best import BEST
 from lora_jax.training.run.checkpoints import RECORD
 
 ADAPTER, START, CHECKPOINTS = "adapter", "start", "checkpoints"
-_OURS = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)
+_RUN_FILES = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)
 
 
 class Subject(NamedTuple):
@@ -122,7 +122,7 @@ class FinetuneJob:
     def settings(self) -> dict[str, str]:
         """Returns the settings that a resumed run may not change."""
         optimizer = self.rate.optimizer
-        return settings_of(
+        return settings_as_text(
             **self.rate._replace(
                 optimizer=optimizer if isinstance(optimizer, str) else "a function"
             )._asdict(),
@@ -180,7 +180,7 @@ class NumberRange(NamedTuple):
     needed: str
 
 
-def minimum(least: int) -> NumberRange:
+def numbers_from(least: int) -> NumberRange:
     """Returns the numbers from `least` on."""
     return NumberRange(lambda x: x >= least, f"at least {least} is needed")
 
@@ -194,11 +194,11 @@ _FINITE = "at least 0 is needed, and a finite number"
 
 # The range of each number, by the names of arguments and options.
 NUMBERS = {
-    **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), minimum(1)),
-    **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), minimum(1)),
+    **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), numbers_from(1)),
+    **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), numbers_from(1)),
     "epochs": POSITIVE._replace(needed="a positive number of passes over the data is needed"),
     "lr": POSITIVE._replace(needed="a learning rate is a positive number"),
-    "warmup": minimum(0),
+    "warmup": numbers_from(0),
     "weight_decay": NOT_NEGATIVE._replace(needed=_FINITE),
     "grad_clip": NOT_NEGATIVE._replace(needed=f"{_FINITE} (0 does not clip)"),
     **dict.fromkeys(("lora_plus", "eps"), POSITIVE),
@@ -224,7 +224,7 @@ def _out_of_range(name: str, value: Any, number_range: NumberRange) -> TrainingE
     return TrainingError(lambda option: f"{option(name, value)}: {number_range.needed}")
 
 
-def check_together(values: Mapping[str, Any]) -> None:
+def check_options_agree(values: Mapping[str, Any]) -> None:
     """Raises a TrainingError for options that exclude each other, or need another option.
 
     Args:
@@ -300,7 +300,7 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
     if problem:
         raise TrainingError(f"the folder {folder} {problem}")
     path = Path(folder).expanduser()
-    if not (resume or overwrite) and any((path / name).exists() for name in _OURS):
+    if not (resume or overwrite) and any((path / name).exists() for name in _RUN_FILES):
         raise TrainingError(
             f"the folder {path} holds another run. Continue it with resume=True, delete it with "
             "overwrite=True, or pass another folder."
@@ -314,7 +314,7 @@ def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Pa
     return path
 
 
-def clear(folder: Path, names: Iterable[str] = _OURS) -> None:
+def delete_run_files(folder: Path, names: Iterable[str] = _RUN_FILES) -> None:
     """Deletes the named files and folders in a run's folder; by default all files of the run."""
     for path in (folder / name for name in names):
         if path.is_dir() and not path.is_symlink():
@@ -351,7 +351,7 @@ def check_optimizer(optimizer: object, weight_decay: float) -> None:
         )
 
 
-def settings_of(**settings: Any) -> dict[str, str]:
+def settings_as_text(**settings: Any) -> dict[str, str]:
     """Returns settings as texts that are equal in each process, to compare them on resuming."""
     return {
         name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
@@ -381,7 +381,7 @@ def check_job(
     examples = as_examples(subject.examples, "examples")
     measured = matching_examples(best.examples, examples)
     check_numbers(argument_values | {"lr": None if callable(rate.lr) else rate.lr})
-    check_together(argument_values)
+    check_options_agree(argument_values)
     check_best(best.keep, held_out=measured is not None, folder=folder.name is not None)
     check_optimizer(rate.optimizer, rate.weight_decay)
     for rows in filter(None, (examples, measured)):

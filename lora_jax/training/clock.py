@@ -1,4 +1,4 @@
-"""A clock of steps alone: it stands still while something else is done."""
+"""Measures the seconds of training steps with a clock that stops during all other work."""
 
 import contextlib
 import statistics
@@ -14,7 +14,7 @@ _COMPILE_EVENTS = "/jax/core/compile/"  # the prefix of JAX's events that trace,
 
 
 class StepClock:
-    """Counts the seconds of steps: none while a pause lasts, and none while a program compiles.
+    """Counts the seconds of steps, without pauses and without compilations.
 
     It is used in a `with`, in the thread that takes the steps. Runs side by side share a clock, so
     that a measurement of one is no step of another.
@@ -27,7 +27,8 @@ class StepClock:
     def __init__(self) -> None:
         self.compile_seconds = 0.0
         self.under_way: Any = ()
-        self._pause_seconds, self._is_paused = 0.0, False
+        self._pause_seconds = 0.0
+        self._is_paused = False
         self._compilations: list[tuple[float, float]] = []  # begin and end, in order
         self._thread = threading.get_ident()
 
@@ -39,27 +40,29 @@ class StepClock:
         jax.monitoring.unregister_event_duration_listener(self._note_compilation)
 
     def now(self) -> float:
-        """Returns the time, in seconds from a point of its own."""
+        """Returns the seconds of steps since an arbitrary point."""
         return time.perf_counter() - self._pause_seconds - self.compile_seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock within this context, once the steps under way have ended."""
+        """Waits until the steps under way have ended, and stops the clock within a block."""
         jax.block_until_ready(self.under_way)
-        began, self._is_paused = time.perf_counter(), True
+        pause_start = time.perf_counter()
+        self._is_paused = True
         try:
             yield
         finally:
-            self._pause_seconds += time.perf_counter() - began
+            self._pause_seconds += time.perf_counter() - pause_start
             self._is_paused = False
 
     def _note_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:
-        """Counts a compilation that has just ended; what it traced within itself counts once."""
-        is_other = self._is_paused or threading.get_ident() != self._thread
-        if is_other or not event.startswith(_COMPILE_EVENTS):
+        """Counts a compilation that has just ended; an event within another one counts once."""
+        is_not_of_steps = self._is_paused or threading.get_ident() != self._thread
+        if is_not_of_steps or not event.startswith(_COMPILE_EVENTS):
             return
         end = time.perf_counter()
         begin = end - duration_secs
+        # Earlier events that lie within this one are part of it: remove their seconds.
         while self._compilations and self._compilations[-1][1] > begin:
             inner_begin, inner_end = self._compilations.pop()
             self.compile_seconds -= inner_end - inner_begin
@@ -80,11 +83,11 @@ class StepTimes(NamedTuple):
     high: float
 
 
-def times_of_steps(seconds: Sequence[float]) -> StepTimes | None:
+def quartiles_of_seconds(seconds: Sequence[float]) -> StepTimes | None:
     """Returns the median and the quartiles of the seconds of steps; None without any."""
     if not seconds:
         return None
     if len(seconds) == 1:
-        return StepTimes(*seconds, *seconds, *seconds)
+        return StepTimes(median=seconds[0], low=seconds[0], high=seconds[0])
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return StepTimes(median=median, low=low, high=high)

@@ -1,4 +1,4 @@
-"""Attention on a mesh: each device has its own batch, heads and, of a long row, queries.
+"""Shards attention over a mesh: by batch, by heads and, for long rows, by queries.
 
 A row is cut into equal chunks along the axis ``sequence``. Keys and values are gathered over it, a
 layer at a time: with grouped heads they are a fraction of the queries, and linear in the length.
@@ -24,10 +24,10 @@ from lora_jax.models.layers.placement import Attention
 from lora_jax.models.specs import BATCH
 from lora_jax.sharding import sharding_for
 
-AXIS = "sequence"
+SEQUENCE_AXIS = "sequence"
 
 
-def split_of(seq: int, parts: int, *, causal: bool) -> Split | None:
+def split_queries(seq: int, parts: int, *, causal: bool) -> Split | None:
     """Returns the split of queries over devices.
 
     Args:
@@ -41,16 +41,16 @@ def split_of(seq: int, parts: int, *, causal: bool) -> Split | None:
     """
     if parts == 1 or seq % parts:
         return None
-    return Split(AXIS, parts, paired=causal and seq % (2 * parts) == 0)
+    return Split(SEQUENCE_AXIS, parts, paired=causal and seq % (2 * parts) == 0)
 
 
-def shared_out(local: Attention, mesh: Mesh) -> Attention:
-    """Returns attention that each device of a mesh computes a part of, by ``local``.
+def shard_attention(local: Attention, mesh: Mesh) -> Attention:
+    """Returns attention that is sharded over a mesh; each device computes its part by ``local``.
 
-    Heads are sharded over the axis ``tensor``: where keys and values have too few, each is repeated
-    for the devices that share it. An axis of the mesh that does not divide an axis of the arrays is
-    left out there, and its devices repeat each other's work. Queries that look into a cache are
-    not split.
+    Heads are sharded over the axis ``tensor``. If there are too few heads of keys and values, each
+    is repeated for the devices that share it. An axis of the mesh that does not divide an axis of
+    the arrays is not used there, and its devices repeat each other's work. Queries that look into a
+    cache are not split.
     """
 
     def attend_mesh(*arguments: Any) -> jax.Array:
@@ -59,7 +59,7 @@ def shared_out(local: Attention, mesh: Mesh) -> Attention:
         split = None
         # Queries that look into a cache are not split.
         if inputs.mask.aligned and n_queries == inputs.k.shape[1]:
-            split = split_of(n_queries, mesh.shape[AXIS], causal=inputs.mask.causal)
+            split = split_queries(n_queries, mesh.shape[SEQUENCE_AXIS], causal=inputs.mask.causal)
         head_devices = mesh.shape["tensor"]
         inputs = inputs._replace(
             k=_repeat_heads(inputs.k, n_heads, head_devices),
@@ -91,7 +91,7 @@ def _input_specs(arrays: AttentionInputs, split: Split | None, mesh: Mesh) -> At
     """Returns the specs of the arrays among attention's inputs; None for those that are missing."""
     has_divisible_heads = arrays.k.shape[2] % mesh.shape["tensor"] == 0
     head_axis = "tensor" if has_divisible_heads else None
-    query_axis = None if split is None else AXIS
+    query_axis = None if split is None else SEQUENCE_AXIS
     qkv_spec = sharding_for((BATCH, query_axis, head_axis, None), arrays.q.shape, mesh).spec
 
     def mask_spec(array: Any) -> P:
@@ -117,8 +117,8 @@ def _attend_split(local: Attention, inputs: AttentionInputs, split: Split) -> ja
     # The mask's integers of all queries are on each device, which takes its own.
     queries = split.take(inputs.mask.queries)
     inputs = inputs._replace(
-        k=lax.all_gather(inputs.k, AXIS, axis=1, tiled=True),
-        v=lax.all_gather(inputs.v, AXIS, axis=1, tiled=True),
+        k=lax.all_gather(inputs.k, SEQUENCE_AXIS, axis=1, tiled=True),
+        v=lax.all_gather(inputs.v, SEQUENCE_AXIS, axis=1, tiled=True),
         mask=dataclasses.replace(inputs.mask, queries=queries, aligned=False, split=split),
     )
     if not split.paired:
@@ -128,7 +128,7 @@ def _attend_split(local: Attention, inputs: AttentionInputs, split: Split) -> ja
 
 
 def _repeat_heads(x: jax.Array, n_heads: int, head_devices: int) -> jax.Array:
-    """Returns keys or values with as many heads as devices can share, if that is possible.
+    """Repeats the heads of keys or values so that they divide among devices, if that is possible.
 
     Args:
       x: [batch, keys, kv_heads, head_dim].
@@ -175,7 +175,7 @@ def _join_swapped(left: jax.Array, right: jax.Array, split: Split) -> jax.Array:
 
 
 def _chunk_moves(n_devices: int, parity: int) -> list[tuple[int, int]]:
-    """Returns (device that has it, device that works on it) of all even (0) or odd (1) chunks."""
+    """Returns (owning device, working device) of all chunks of parity 0 (even) or 1 (odd)."""
     n_chunks = 2 * n_devices
     moves = []
     for device in range(n_devices):

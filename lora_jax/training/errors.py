@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 # Returns how a reader writes an option, from its name and perhaps its value.
-Written = Callable[..., str]
+OptionWriter = Callable[..., str]
 
 
 def as_argument(name: str, *value: Any) -> str:
@@ -20,7 +20,7 @@ class TrainingError(Exception):
         gives its options the names of the library's arguments.
     """
 
-    def __init__(self, message: str | Callable[[Written], str]) -> None:
+    def __init__(self, message: str | Callable[[OptionWriter], str]) -> None:
         self.said = message if callable(message) else lambda written: message
         super().__init__(self.said(as_argument))
 

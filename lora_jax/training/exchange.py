@@ -30,7 +30,7 @@ from lora_jax.models.specs import AXES, BATCH
 from lora_jax.sharding import sharding_for
 
 CHUNK_BYTES = 2**30  # of a chunk's tokens, of all devices that share experts
-_TOKENS = P(BATCH, "sequence")
+_TOKENS_SPEC = P(BATCH, "sequence")
 
 
 class _MixtureSpecs(NamedTuple):
@@ -45,8 +45,8 @@ class _MixtureSpecs(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def shared_out(mixed: Mixture, mesh: Mesh) -> Mixture:
-    """Returns a mixture that each device of a mesh computes a part of, by ``mixed``.
+def shard_experts(mixed: Mixture, mesh: Mesh) -> Mixture:
+    """Returns a mixture that is sharded over a mesh; each device computes its part by ``mixed``.
 
     Where an axis of the mesh does not divide the tokens or the inner features, the compiler places
     what ``mixed`` computes. Where ``expert`` does not divide the experts, kernels are gathered over
@@ -69,7 +69,9 @@ def shared_out(mixed: Mixture, mesh: Mesh) -> Mixture:
             sums: jax.Array = lax.psum(device_sums, "tensor")
             return sums
 
-        run = jax.shard_map(mix_on_device, mesh=mesh, in_specs=specs.arguments, out_specs=_TOKENS)
+        run = jax.shard_map(
+            mix_on_device, mesh=mesh, in_specs=specs.arguments, out_specs=_TOKENS_SPEC
+        )
         out: jax.Array = run(*args)
         return out
 
@@ -92,7 +94,9 @@ def _mixture_specs(args: tuple[Any, ...], mesh: Mesh) -> _MixtureSpecs:
     bias_specs: tuple[P, ...] = ()
     if biases:
         bias_specs = (P(expert_axis, "tensor"),) * n_up_kernels + (P(expert_axis),)
-    return _MixtureSpecs(expert_shards, (_TOKENS, _TOKENS, _TOKENS, kernel_specs, bias_specs))
+    return _MixtureSpecs(
+        expert_shards, (_TOKENS_SPEC, _TOKENS_SPEC, _TOKENS_SPEC, kernel_specs, bias_specs)
+    )
 
 
 def _divides_evenly(shape: tuple[int, ...], spec: P, mesh: Mesh) -> bool:
@@ -111,9 +115,9 @@ def _mix_shards(
     kernels: tuple[jax.Array, ...],
     biases: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Returns a device's addend to the sums of its tokens; see `shared_out`."""
+    """Returns a device's addend to the sums of its tokens; see `shard_experts`."""
     args = (x, weights, expert_indices, kernels, biases)
-    x, weights, expert_indices, kernels, biases = jax.tree.map(_varying, args)
+    x, weights, expert_indices, kernels, biases = jax.tree.map(_vary_over_all_axes, args)
     if biases:
         # Devices along "tensor" are summed later: only the first one adds the last bias.
         is_first_device = lax.axis_index("tensor") == 0
@@ -140,11 +144,11 @@ def _mix_shards(
     return _apply_chunks(mix_gathered, n_chunks, x, weights, expert_indices)
 
 
-def _varying(array: jax.Array) -> jax.Array:
-    """Returns an array typed to differ over all axes: devices add up its derivatives here, once.
+def _vary_over_all_axes(array: jax.Array) -> jax.Array:
+    """Marks an array as different on each device, so that its derivatives are summed here, once.
 
-    Further inside, they would add them for each chunk, and in turns that not all devices take: the
-    others would wait for ever.
+    Further inside, the devices would sum them for each chunk, in loops that some devices do not
+    run. The other devices would wait forever.
     """
     unvaried_axes = tuple(sorted({*AXES} - varying_mesh_axes(array)))
     if not unvaried_axes:

@@ -25,7 +25,7 @@ from lora_jax.training import arguments
 from lora_jax.training.data.batches import Examples
 from lora_jax.training.errors import TrainingError, as_argument
 from lora_jax.training.held_out import held_out_loss
-from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.layout import Layout, layout_of_one_device
 from lora_jax.training.loop import Pace, train
 from lora_jax.training.losses import HELD_OUT, Loss, Sums
 from lora_jax.training.optimizer import takes_from_base
@@ -187,7 +187,7 @@ def finetune(
             examples=examples,
             rules=rules,
             loss=loss,
-            layout=layout or one_device(),
+            layout=layout or layout_of_one_device(),
         ),
         arguments.LengthOptions(
             steps=steps, epochs=epochs, batch_size=batch_size, grad_accum=grad_accum
@@ -213,12 +213,12 @@ def finetune(
         if job.path is not None and is_first():
             run_lock.enter_context(RunLock(FolderLock(job.path)))
             arguments.check_folder(job.path, resume, overwrite)  # another run may just have ended
-        start, summary, start_folder = _begin(job, params)
+        start, summary, start_folder = _prepare_run(job, params)
         del params
-        return _train(job, start, summary, start_folder, Recorder(log))
+        return _train_to_end(job, start, summary, start_folder, Recorder(log))
 
 
-class _Beginning(NamedTuple):
+class _PreparedRun(NamedTuple):
     """The beginning of a run.
 
     Attributes:
@@ -233,7 +233,7 @@ class _Beginning(NamedTuple):
     start_folder: Path | None
 
 
-def _begin(job: arguments.FinetuneJob, params: Tree) -> _Beginning:
+def _prepare_run(job: arguments.FinetuneJob, params: Tree) -> _PreparedRun:
     """Returns the state before the first step, or after the last checkpoint."""
     path, folder = job.path, job.folder
     model, rules, layout = job.subject.model, job.subject.rules, job.subject.layout
@@ -267,14 +267,14 @@ def _begin(job: arguments.FinetuneJob, params: Tree) -> _Beginning:
         start = resume_start(start, job.steps)
     elif folder.overwrite and path is not None:
         if is_first():
-            arguments.clear(path)
+            arguments.delete_run_files(path)
         wait_for_all("the folder is cleared")
     if has_start or rules is None or not takes_from_base(params):
         start_folder = None
-    return _Beginning(start, lj.summary(params, in_training=True), start_folder)
+    return _PreparedRun(start, lj.summary(params, in_training=True), start_folder)
 
 
-def _train(
+def _train_to_end(
     job: arguments.FinetuneJob,
     start: TrainingStart,
     summary: str,
@@ -284,7 +284,7 @@ def _train(
     """Trains a run to its end and saves its adapter; returns the trained tree and the report."""
     path, loss = job.path, job.loss
     compile_start = time.perf_counter()
-    forward = _forward(job.subject.model, start)
+    forward = _adapt_forward(job.subject.model, start)
     step = compile_step(start, forward, loss)
     compile_seconds = time.perf_counter() - compile_start
     if start_folder is not None:  # so that a resumed run decomposes nothing again
@@ -363,7 +363,7 @@ def _adapt_params(
     return lj.join(jax.tree.map(jnp.copy, adapter), base)  # the step donates them
 
 
-def _forward(model: Any, ready: TrainingStart) -> Forward:
+def _adapt_forward(model: Any, ready: TrainingStart) -> Forward:
     """Returns the adapted function that the loss calls.
 
     A model of the library has its activations placed on the mesh.

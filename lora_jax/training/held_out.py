@@ -53,14 +53,14 @@ def held_out_loss(
       examples: are taken in batches of the run's size, none twice.
       every: steps between two measurements.
       stop: tells of a signal, which cuts a measurement short.
-      evaluation: what `compiled_evaluation` returned, for runs that share it.
+      evaluation: what `compile_evaluation` returned, for runs that share it.
       formed: runs the examples in place of `forward`.
     """
     layout = ready.setup.layout
     loss = loss.held_out
     if formed is not None:
         forward = formed.forward
-    evaluate = evaluation or compiled_evaluation(layout, forward, loss)
+    evaluate = evaluation or compile_evaluation(layout, forward, loss)
 
     def evaluated_trees(state: State) -> tuple[Adapter, Tree]:
         """Returns the adapter and the base; of a formed tree an empty adapter and the tree."""
@@ -89,12 +89,12 @@ def held_out_loss(
                 sums_of_batches.append(jax.tree.map(float, batch_sums))
             if stop.agreed(agreement):
                 return None
-        return means(loss, jax.tree.map(lambda *values: sum(values), *sums_of_batches))
+        return average_sums(loss, jax.tree.map(lambda *values: sum(values), *sums_of_batches))
 
     return PeriodicMeasure(every=every, prefix=HELD_OUT, take=take)
 
 
-def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callable[..., Sums]:
+def compile_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callable[..., Sums]:
     """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape.
 
     The sums are those of the loss's `held_out`.
@@ -106,7 +106,7 @@ def compiled_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callabl
     )
 
 
-def means(loss: Loss, sums: Sums) -> dict[str, float]:
+def average_sums(loss: Loss, sums: Sums) -> dict[str, float]:
     """Returns the loss, in the sense of its reduction, and its logs divided by their counts.
 
     Returns {} where nothing counts: what was not measured is no loss of 0.

@@ -24,7 +24,7 @@ from lora_jax.training.losses.chunks import ON_CPU
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.sharded_products import COMPILER_OPTIONS, Form
 
-_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+_ACTIVATION_AXES: dict[str, tuple[Any, ...]] = {
     "residual": (BATCH, ("sequence", "tensor"), None),
     "inputs": (BATCH, "sequence", None),
     "heads": (BATCH, "sequence", "tensor", None),
@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def one_device() -> "Layout":
+def layout_of_one_device() -> "Layout":
     """Returns the layout of anything on the first device."""
     return Layout(make_mesh(jax.devices()[:1]), ())
 
@@ -175,7 +175,7 @@ class Layout(Placement):
 
     def split(self, seq: int) -> Split | None:
         """Returns the split of causal queries over devices; None where each has them all."""
-        return context.split_of(seq, self.sequence_parts, causal=True)
+        return context.split_queries(seq, self.sequence_parts, causal=True)
 
     def jitted(self, function: Callable[..., Any], out: Any = None, **options: Any) -> OnMesh:
         """Returns a function compiled for the mesh.
@@ -263,7 +263,7 @@ class Layout(Placement):
         if self.mesh.size == 1:
             return x
         placed: jax.Array = jax.lax.with_sharding_constraint(
-            x, self._fitting(x.shape, _ACTIVATIONS[kind])
+            x, self._fitting(x.shape, _ACTIVATION_AXES[kind])
         )
         return placed
 
@@ -271,11 +271,11 @@ class Layout(Placement):
         """Returns a mixture that each device computes a part of; see `exchange`."""
         if self.mesh.size == 1 or not self.sorts_apart:
             return mixed
-        return exchange.shared_out(mixed, self.mesh)
+        return exchange.shard_experts(mixed, self.mesh)
 
     def attention(self, local: Attention) -> Attention:
         """Returns attention that each device computes for its batch, heads and queries."""
-        return local if self.mesh.size == 1 else context.shared_out(local, self.mesh)
+        return local if self.mesh.size == 1 else context.shard_attention(local, self.mesh)
 
     def batch(self, batch: HostBatch, *, parts: bool) -> dict[str, jax.Array]:
         """Returns a batch on the mesh: all processes have it, each gives what its devices need.

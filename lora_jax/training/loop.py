@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax.core.types import Tree
-from lora_jax.training.clock import StepClock, StepTimes, times_of_steps
+from lora_jax.training.clock import StepClock, StepTimes, quartiles_of_seconds
 from lora_jax.training.errors import Diverged, Dropped, Interrupted, TrainingError
 from lora_jax.training.losses import Reduction
 from lora_jax.training.processes import Agreement, broadcast_values
@@ -211,7 +211,7 @@ class _Window:
         if not metrics["skipped"]:
             self.skipped = 0
             return False
-        if metrics["count"] == 0 and step.lost is None:  # no fault: nothing was to be learned
+        if metrics["count"] == 0 and step.lost is None:  # no error: the batch had no counted token
             self._log.skipped(step.done, {**metrics, "lost": NO_TOKENS})
             return True
         self.skipped += 1
@@ -219,7 +219,7 @@ class _Window:
         self._log.skipped(step.done, {**metrics, **reason})
         if self.skipped == self._run.max_skipped:
             rows = self._hooks.rows(step.done - 1)
-            raise _diverged(step, metrics, self._run.max_skipped, rows)
+            raise _make_diverged(step, metrics, self._run.max_skipped, rows)
         return True
 
 
@@ -306,7 +306,7 @@ def training_steps(
         owed: Sequence[PeriodicMeasure] = [m for m in hooks.measures if m.prefix in hooks.owed]
         scores, owed = _take_measures(owed, current_state, first_step, log)
         if owed and first_step < steps:  # the checkpoint names them already
-            raise _stopped(first_step, hooks, stop)
+            raise _make_stopped(first_step, hooks, stop)
         if hooks.judge(state, scores):
             return None
         del state  # the driver may donate it
@@ -321,8 +321,8 @@ def training_steps(
             window.read()
             if number > first_step and number % run.save_every and not window.skipped:
                 hooks.save(current_state(), ())
-            stopped = _stopped(number, hooks, stop)
-            if dropped.args:
+            stopped = _make_stopped(number, hooks, stop)
+            if dropped.args:  # an error, and no signal
                 raise TrainingError(f"{dropped}. The run {stopped}") from None
             raise stopped from None
         done = number + 1
@@ -359,10 +359,10 @@ def training_steps(
             if (is_last or done % run.save_every == 0) and not window.skipped:
                 hooks.save(current_state(), [measure.prefix for measure in owed])
             if is_stopping and done < steps:
-                raise _stopped(done, hooks, stop)
+                raise _make_stopped(done, hooks, stop)
         if is_ended_by_judge:
             break
-    return times_of_steps(window.seconds)
+    return quartiles_of_seconds(window.seconds)
 
 
 def _take_measures(
@@ -384,16 +384,16 @@ def _take_measures(
     return scores, ()
 
 
-def _stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
-    """Returns the exception that ends a run after a signal; its last step was saved."""
+def _make_stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
+    """Makes the exception that ends a run after a signal, once its last step is saved."""
     hooks.settle()
     return Stopped(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
 
 
-def _diverged(
+def _make_diverged(
     step: _UnreadStep, metrics: Mapping[str, float], max_skipped: int, rows: str
 ) -> Diverged:
-    """Returns the exception that ends a run after too many skipped steps in a row.
+    """Makes the exception that ends a run after too many skipped steps in a row.
 
     Args:
       step: the last of them.

@@ -10,10 +10,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from lora_jax.models.specs import AXES
-from lora_jax.training.errors import TrainingError, Written
+from lora_jax.training.errors import OptionWriter, TrainingError
 
 SLICE_AXIS = "data"  # by default, what goes between slices is gradients alone
-_TYPES = (AxisType.Auto,) * len(AXES)
+_AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(
@@ -55,25 +55,30 @@ def make_mesh(
     slices = group_by_slice(devices)
     if len(slices) == 1:
         try:
-            return jax.make_mesh(shape, AXES, axis_types=_TYPES, devices=devices)
-        except NotImplementedError:  # no axes of the slice multiply to the mesh's: they are split
+            return jax.make_mesh(shape, AXES, axis_types=_AXIS_TYPES, devices=devices)
+        except NotImplementedError:  # the mesh's sizes need physical axes of the slice to be split
             split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-            return Mesh(split, AXES, axis_types=_TYPES)
+            return Mesh(split, AXES, axis_types=_AXIS_TYPES)
     _check_slices(slices, slice_axis, dict(zip(AXES, shape, strict=True)))
-    across = AXES.index(slice_axis)
-    within = tuple(n // len(slices) if i == across else n for i, n in enumerate(shape))
-    placed = [
-        mesh_utils.create_device_mesh(within, slices[number], allow_split_physical_axes=True)
+    # Make a mesh within each slice, and join these meshes along the axis of the slices.
+    slice_axis_index = AXES.index(slice_axis)
+    shape_in_slice = list(shape)
+    shape_in_slice[slice_axis_index] //= len(slices)
+    meshes_of_slices = [
+        mesh_utils.create_device_mesh(
+            tuple(shape_in_slice), slices[number], allow_split_physical_axes=True
+        )
         for number in sorted(slices)
     ]
-    return Mesh(np.concatenate(placed, axis=across), AXES, axis_types=_TYPES)
+    joined_mesh = np.concatenate(meshes_of_slices, axis=slice_axis_index)
+    return Mesh(joined_mesh, AXES, axis_types=_AXIS_TYPES)
 
 
 def slice_of(device: Any) -> int:
     """Returns the number of a device's slice, whose devices are joined by a fast network.
 
-    That is a TPU slice; of GPUs a host, or the hosts that NVLink joins. All devices of other
-    platforms are of slice 0.
+    A slice is a TPU slice, or for GPUs a host or the hosts that NVLink joins. All devices of other
+    platforms belong to slice 0.
     """
     number = int(getattr(device, "slice_index", 0))
     if number == 0 and device.platform == "gpu":
@@ -107,7 +112,7 @@ def _check_slices(
         return
     divisible = [name for name in ("fsdp", *AXES) if shape[name] % n == 0]
 
-    def message(option: Written) -> str:
+    def message(option: OptionWriter) -> str:
         parts = [
             f"the devices belong to {n} slices (TPU slices, or hosts of GPUs), and the mesh's axis "
             f"{slice_axis} crosses from slice to slice, but {slice_axis}={shape[slice_axis]} is no "

@@ -13,7 +13,7 @@ from lora_jax.core.paths import fold_in_path
 from lora_jax.core.types import Forward, Tree
 from lora_jax.models.layers.blocks import EmbeddingNoise
 
-_KEY = "neftune"  # so that the noise is drawn with none of dropout's keys
+_KEY_NAME = "neftune"  # so that the noise is drawn with none of dropout's keys
 
 
 def neftune(forward: Forward, alpha: float) -> Forward:
@@ -57,16 +57,16 @@ def neftune(forward: Forward, alpha: float) -> Forward:
         # A call of another method has no tokens to embed.
         if dropout_key is not None and options.get("method") is None:
             mask = args[0] if args else options.get("attention_mask")
-            lengths = _lengths(ids, mask, options.get("segment_ids"))
+            lengths = _lengths_of_sequences(ids, mask, options.get("segment_ids"))
             bound = jnp.where(lengths > 0, alpha / jnp.sqrt(jnp.maximum(lengths, 1.0)), 0.0)
-            noise = EmbeddingNoise(fold_in_path(dropout_key, _KEY), bound)
+            noise = EmbeddingNoise(fold_in_path(dropout_key, _KEY_NAME), bound)
             options = {**options, "embedding_noise": noise}
         return forward(variables, ids, *args, dropout_key=dropout_key, **options)
 
     return noisy
 
 
-def _lengths(
+def _lengths_of_sequences(
     ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None
 ) -> jax.Array:
     """Returns the real tokens of the sequence that each token is of, 0 at padding.

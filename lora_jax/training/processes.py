@@ -1,4 +1,4 @@
-"""Many processes as one run: who writes files, and where all of them wait for one another."""
+"""Coordinates the processes of a run: which one writes files, and where all of them wait."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def wait_for_all(what: str) -> None:
 
 
 def broadcast_values(values: dict[str, float]) -> dict[str, float]:
-    """Returns the first process's values, which have the same names in all, in every process."""
+    """Returns the first process's values in every process; all have the same names."""
     if jax.process_count() == 1:
         return values
     # As bytes: JAX would round them to 32 bits.
@@ -42,10 +42,10 @@ def broadcast_values(values: dict[str, float]) -> dict[str, float]:
 
 
 class Agreement:
-    """Tells all processes in the same turn a number that one of them has, such as a signal's.
+    """Tells all processes a number that one of them has, such as a signal, in the same turn.
 
-    Asking the others takes about a millisecond. Where turns are short, they are asked about once a
-    second, and at least every ten turns.
+    An exchange takes about a millisecond. If turns are short, the processes exchange their numbers
+    about once a second, and at least every ten turns.
     """
 
     def __init__(self) -> None:

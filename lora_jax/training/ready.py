@@ -141,20 +141,20 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
         raise
     done = int(state.step)
     if saved["data"] != ready.facts["data"] or not ready.feed.seek(saved["cursor"], done):
-        raise _not_resumed(
+        raise _resume_error(
             "the training data differ from those that the run began with. Use the same data, or "
             "start another run."
         )
     different_weights = keys_that_differ(saved["base"], ready.facts["base"])
     if different_weights:
-        raise _not_resumed(
+        raise _resume_error(
             "the base differs from the base that the run began with: "
             f"{len(different_weights)} of its weights differ, for example {different_weights[0]}. "
             "Load the same base, or start another run."
         )
     _check_settings(saved, ready)
     if done > steps:
-        raise _not_resumed(
+        raise _resume_error(
             f"{done} steps are done, more than the {steps} asked for. Pass a larger number of "
             "steps."
         )
@@ -172,17 +172,17 @@ def _check_settings(saved: Fields, ready: TrainingStart) -> None:
         if saved_settings.get(name) != value
     ]
     if changes:
-        raise _not_resumed(
+        raise _resume_error(
             f"the run began with other settings: {'; '.join(changes)}. Use the same settings, or "
             "start another run."
         )
 
 
-def _not_resumed(why: str) -> TrainingError:
+def _resume_error(why: str) -> TrainingError:
     return TrainingError(lambda option: f"{option('resume', True)}: {why}")
 
 
-def not_finite(params: Tree) -> list[str]:
+def paths_not_finite(params: Tree) -> list[str]:
     """Returns the paths of a plain tree whose arrays hold a NaN or an infinity.
 
     Of a quantized weight, the scales are checked: nothing is decoded.
@@ -281,7 +281,7 @@ def open_log(log: Log, ready: TrainingStart) -> Iterator[None]:
         with log:
             yield
     except Diverged as error:
-        paths = not_finite(ready.base)
+        paths = paths_not_finite(ready.base)
         if paths:
             raise Diverged(
                 f"{len(paths)} weights of the base hold values that are not finite, for example "

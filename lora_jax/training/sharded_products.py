@@ -1,9 +1,9 @@
-"""The form of products with kernels that lie over the devices of a TPU.
+"""Chooses the form of products with kernels that are sharded over TPUs.
 
-XLA for TPUs knows two. Windowed (a collective matmul; Wang et al., ASPLOS 2023), a product is a
-loop: a device multiplies by the part of the kernel that it has, while the next part comes from its
-neighbour. Whole, a kernel is gathered beside other work, and multiplied at once. Both send the
-same. Windows hide a product's own transfer, but their products are small, and take longer than one.
+XLA for TPUs has two forms. A windowed product (a collective matmul; Wang et al., ASPLOS 2023) is a
+loop: a device multiplies by its part of the kernel while the next part comes from its neighbour. A
+whole product gathers the kernel during other work, and multiplies at once. Both transfer the same
+number of bytes. Windows hide the transfer, but many small products take longer than one.
 
 By the estimate of a TPU v5e's compiler, whole products were the faster ones at both sizes that were
 tried. These are ms a step, of two layers of Llama-3.1-8B and a small head on 4x4 chips, with LoRA
@@ -42,7 +42,7 @@ class ChosenForm(NamedTuple):
 def choose_form(
     mesh: Mapping[str, int], platform: str, asked: Form | None = None
 ) -> ChosenForm | None:
-    """Returns the form of products with sharded kernels; None where there is nothing to choose.
+    """Chooses the form of products with sharded kernels; None if no kernel is sharded over TPUs.
 
     Args:
       mesh: sizes of the mesh's axes.
@@ -52,15 +52,17 @@ def choose_form(
     Raises:
       TrainingError: a form was asked for where it has no effect.
     """
-    shared = math.prod(mesh[name] for name in (*SHARDS, "tensor"))
-    if platform != "tpu" or shared == 1:
+    kernel_shards = math.prod(mesh[name] for name in (*SHARDS, "tensor"))
+    if platform != "tpu" or kernel_shards == 1:
         if asked is None:
             return None
-        why = f"the devices are {platform}s" if platform != "tpu" else "each device has all kernels"
+        reason = "each device has all kernels"
+        if platform != "tpu":
+            reason = f"the devices are {platform}s"
         raise TrainingError(
             lambda option: (
-                f"{option('collective_matmul', asked)} is about kernels that several TPUs share, "
-                f"and here {why}: leave it out"
+                f"{option('collective_matmul', asked)} only has an effect on kernels that several "
+                f"TPUs share, but here {reason}. Remove {option('collective_matmul')}."
             )
         )
     if asked is not None:

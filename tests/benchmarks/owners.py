@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import models
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
@@ -78,7 +78,7 @@ def main() -> None:
     given = parser.parse_args()
     sizes = Sizes(max_length=given.length, tokens=given.length, sequences=given.rows, chunk=64)
     how = {"eos": (), "text_of": lambda ids: "", "slots": given.slots}
-    engine = Engine(made_base(given.rank, given.layers), sizes, one_device(), **how)
+    engine = Engine(made_base(given.rank, given.layers), sizes, layout_of_one_device(), **how)
     engine.warm_up()
     engine.start()
     rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from train.serve.engine.adapter import Adapter, TrainingState
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
@@ -57,7 +57,9 @@ def asked(engine: Engine, requests: Sequence[SampleRequest]) -> tuple[float, flo
 def started(base: ServedBase, folders: Sequence[Path], slots: int, rows: int) -> Engine:
     """Returns an engine that computes, with an adapter of each folder, a0 and so on."""
     sizes = Sizes(max_length=512, tokens=512, sequences=rows, chunk=64)
-    engine = Engine(base, sizes, one_device(), eos=(), text_of=lambda ids: "", slots=slots)
+    engine = Engine(
+        base, sizes, layout_of_one_device(), eos=(), text_of=lambda ids: "", slots=slots
+    )
     engine.start()
     for i, folder in enumerate(folders):
         engine.adopt(f"a{i}", folder, lambda result: None)

@@ -22,7 +22,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.sampling.choice import row_keys
 from lora_jax.models.sampling.text import StopTexts
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from lora_jax.training.run.stop import Stop
 from tests.benchmarks.shapes import SMOLLM2
 from train.live.turns.episodes import Listener
@@ -73,7 +73,7 @@ def ways(
     """Returns functions of a number of tokens that draw so many of each row, [rows, n]."""
     model, params, apply = made
     rows, seq = prompts.shape
-    programs = TurnPrograms(model, apply, one_device())
+    programs = TurnPrograms(model, apply, layout_of_one_device())
     keys = row_keys(KEY, np.arange(rows))
 
     def generated(n: int) -> np.ndarray:

@@ -278,9 +278,9 @@ def test_one_run_at_a_time_writes_to_a_folder(runs, proxy, monkeypatch):
         assert {*proxy.objects("locked/")} == {"locked/run.lock"}
     assert not proxy.objects("locked/")
     # That of a host that is gone is taken over, once it was not touched for a while.
-    monkeypatch.setattr(lock, "_STALE", 1.0)
-    monkeypatch.setattr(lock, "_LOOK", 0.1)
-    monkeypatch.setattr(lock, "_BEAT", 0.2)
+    monkeypatch.setattr(lock, "_STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "_TOUCH_SECONDS", 0.2)
     elsewhere, told = {"pid": 1, "host": "elsewhere"}, []
     proxy.put("locked/run.lock", json.dumps(elsewhere).encode())
     with RunLock(BucketLock(bucket_path("gs://bucket/locked")), told.append):

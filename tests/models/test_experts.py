@@ -23,7 +23,7 @@ from lora_jax.models.decoder.moe import SparseMLP
 from lora_jax.models.families import module_of
 from lora_jax.quantized import quantize
 from lora_jax.sharding import place
-from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.layout import Layout, layout_of_one_device
 from tests.models import tiny
 from tests.support import assert_close, draw, lorafied, over, with_random_factors
 from train.plan.flops.jaxpr import count_flops
@@ -211,17 +211,23 @@ class OnTPU(Layout):
 
 def test_the_choice() -> None:
     """Ragged products where a placement says that there is a kernel for them."""
-    there = OnTPU(one_device().mesh, ())
-    assert implementation("auto") is implementation("auto", one_device()) is apply_blocks
+    there = OnTPU(layout_of_one_device().mesh, ())
+    assert implementation("auto") is implementation("auto", layout_of_one_device()) is apply_blocks
     assert implementation("auto", there) is apply_ragged
     assert implementation("auto", dataclasses.replace(there, sorts_apart=False)) is apply_blocks
     assert (
         implementation("ragged") is apply_ragged and implementation("blocks", there) is apply_blocks
     )
     assert implementation(loop) is loop
-    assert implementation(IN_CODES) is implementation(IN_CODES, one_device()) is apply_blocks
+    assert (
+        implementation(IN_CODES) is implementation(IN_CODES, layout_of_one_device()) is apply_blocks
+    )
     assert implementation(IN_CODES, there) is apply_formed
-    assert there.compiler_options == models.compiler_options("tpu") != one_device().compiler_options
+    assert (
+        there.compiler_options
+        == models.compiler_options("tpu")
+        != layout_of_one_device().compiler_options
+    )
     with pytest.raises(ValueError, match="'gmm'. Use one of auto, blocks, ragged"):
         implementation("gmm")
 
@@ -237,9 +243,11 @@ def test_the_choice_reaches_the_model(tmp_path: Any) -> None:
 
     assert program(model).count("ragged_dot_general") == 3
     assert "ragged_dot_general" not in program(model.clone(experts="auto"))
-    alone = one_device().constrained(model.clone(experts="auto"))
+    alone = layout_of_one_device().constrained(model.clone(experts="auto"))
     assert "ragged_dot_general" not in program(alone), "a CPU"
-    alone = OnTPU(one_device().mesh, ()).constrained(model.clone(experts="auto"), dropout=True)
+    alone = OnTPU(layout_of_one_device().mesh, ()).constrained(
+        model.clone(experts="auto"), dropout=True
+    )
     assert program(alone).count("ragged_dot_general") == 3
 
 
@@ -249,13 +257,13 @@ def test_experts_in_codes_are_formed_where_that_is_less_work(monkeypatch: Any) -
     model, params = tiny.decoder("mixtral")
     config, coded = model.config, jax.eval_shape(quantize, params)
     module = module_of(config, jnp.float32, jnp.float32, params=coded)
-    there = OnTPU(one_device().mesh, ()).constrained(module)
+    there = OnTPU(layout_of_one_device().mesh, ()).constrained(module)
 
     def is_ragged(model: Any, seq: int) -> bool:
         forward = lj.adapt(lambda params, ids: model.apply({"params": params}, ids))
         return "ragged_dot" in str(jax.make_jaxpr(forward)(coded, tiny.tokens(0, 1, seq)))
 
-    assert is_ragged(there, 64) and not is_ragged(one_device().constrained(module), 64)
+    assert is_ragged(there, 64) and not is_ragged(layout_of_one_device().constrained(module), 64)
     assert not is_ragged(there, 1), "a token of decoding"
     size = config.num_experts * config.hidden_size * config.moe_intermediate_size * 4
     for most in (size, size - 1):
@@ -296,7 +304,7 @@ def test_only_a_tpu_is_given_the_compiler_option() -> None:
         run = jax.jit(lambda x: x + 1, compiler_options=models.compiler_options(**options))
         return run.lower(1.0).compile()
 
-    assert models.compiler_options() == one_device().compiler_options == {}
+    assert models.compiler_options() == layout_of_one_device().compiler_options == {}
     compiled()
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_tpu_enable_ragged_dot_kernel"):
         compiled(platform="tpu")

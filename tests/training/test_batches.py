@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training.data.batches import pack, round_up
-from lora_jax.training.data.mixture import order
+from lora_jax.training.data.mixture import draw_row_order
 from lora_jax.training.data.order import Order
 from lora_jax.training.data.sequences import TokenSequence
 
@@ -62,7 +62,7 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order():
     epochs = rows.reshape(3, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-    assert tuple(order(3, 0, 10)) != tuple(order(4, 0, 10))
+    assert tuple(draw_row_order(3, 0, 10)) != tuple(draw_row_order(4, 0, 10))
 
 
 def test_the_rows_of_a_step_depend_on_seed_and_step_only():

@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.training.data.batches import Examples
-from lora_jax.training.held_out import FormedTree, held_out_loss, means
+from lora_jax.training.held_out import FormedTree, average_sums, held_out_loss
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.run.stop import Stop
@@ -34,8 +34,8 @@ def squares(forward, params, batch, dropout_key):
 
 
 def test_a_loss_of_which_nothing_counts_is_not_measured():
-    assert means(squares, Sums(0.0, 0.0, {"rows": 0.0})) == {}
-    assert means(squares, Sums(3.0, 2.0, {"rows": 2.0})) == {"loss": 1.5, "rows": 1.0}
+    assert average_sums(squares, Sums(0.0, 0.0, {"rows": 0.0})) == {}
+    assert average_sums(squares, Sums(3.0, 2.0, {"rows": 2.0})) == {"loss": 1.5, "rows": 1.0}
 
 
 @pytest.mark.slow

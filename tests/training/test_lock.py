@@ -34,7 +34,7 @@ def test_a_second_run_is_refused_and_the_third_begins(tmp_path):
 
 def test_a_dead_process_and_one_that_took_its_number_hold_nothing(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    while not os.path.exists(f"/proc/{dead.pid}") or lock._process(dead.pid):
+    while not os.path.exists(f"/proc/{dead.pid}") or lock._describe_process(dead.pid):
         pass  # until it is a zombie
     for changed in ({"pid": dead.pid}, {"started": "1"}):
         write(tmp_path, **changed)

@@ -16,7 +16,7 @@ from lora_jax.models.layers.blocks import add_noise
 from lora_jax.models.specs import AXES
 from lora_jax.training.layout import Layout
 from lora_jax.training.losses import summed_loss
-from lora_jax.training.neftune import _lengths, neftune
+from lora_jax.training.neftune import _lengths_of_sequences, neftune
 from lora_jax.training.setup import Setup
 from tests.models import tiny, tiny_encoders
 from tests.support import array, over
@@ -37,7 +37,7 @@ def of_family(family):
 
 
 def test_the_length_is_that_of_the_own_sequence():
-    lengths = jax.jit(_lengths)
+    lengths = jax.jit(_lengths_of_sequences)
     np.testing.assert_array_equal(lengths(IDS, None, SEGMENTS), LENGTHS)
     np.testing.assert_array_equal(lengths(IDS, SEGMENTS > 0, None)[0], [10] * 10 + [0] * 2)
     np.testing.assert_array_equal(lengths(IDS, None, None), np.full(IDS.shape, 12))

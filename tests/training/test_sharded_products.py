@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.models.specs import AXES
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from lora_jax.training.sharded_products import COMPILER_OPTIONS, choose_form
 from tests.models.test_experts import OnTPU
 
@@ -33,7 +33,7 @@ def test_there_is_a_choice_where_kernels_are_sharded(axis):
 def test_a_form_without_effect_is_refused(mesh, platform, why):
     assert choose_form(mesh, platform) is None
     for form in COMPILER_OPTIONS:
-        with pytest.raises(TrainingError, match=f"^collective_matmul='{form}' .*{why}: leave"):
+        with pytest.raises(TrainingError, match=f"^collective_matmul='{form}' .*{why}. Remove"):
             choose_form(mesh, platform, form)
 
 
@@ -44,8 +44,11 @@ def test_a_form_that_was_asked_for_is_taken():
 
 
 def test_a_layout_compiles_with_its_form_on_tpus():
-    windowed = OnTPU(one_device().mesh, ())
+    windowed = OnTPU(layout_of_one_device().mesh, ())
     whole = dataclasses.replace(windowed, collective_matmul="whole")
     assert whole.compiler_options == windowed.compiler_options | COMPILER_OPTIONS["whole"]
     assert whole.compiler_options != windowed.compiler_options
-    assert dataclasses.replace(one_device(), collective_matmul="whole").compiler_options == {}
+    assert (
+        dataclasses.replace(layout_of_one_device(), collective_matmul="whole").compiler_options
+        == {}
+    )

@@ -25,7 +25,7 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.core.types import Forward, Tokenizer, Tree
-from lora_jax.training.arguments import clear
+from lora_jax.training.arguments import delete_run_files
 from lora_jax.training.processes import write_text
 from lora_jax.training.run.lock import FolderLock, RunLock
 from lora_jax.training.run.log import duration
@@ -199,7 +199,7 @@ def compare(
     tokenizer = inputs.read.outline.tokenizer
     outside_loss = _make_outside_loss(outside_text, compare_config, tokenizer, console)
     if not config.run.resume:
-        clear(folder, _COMPARISON_FILES)
+        delete_run_files(folder, _COMPARISON_FILES)
     write_text(folder / CONFIG, options_file(config, f"train.compare {script.kind}"))
     record = read_progress(folder, datetime.now().astimezone().isoformat(timespec="seconds"))
     n_settings = len({trial.arm for trial in trials})

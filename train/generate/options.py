@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.training.arguments import NOT_NEGATIVE, SEED, NumberRange, check_numbers, minimum
+from lora_jax.training.arguments import NOT_NEGATIVE, SEED, NumberRange, check_numbers, numbers_from
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors, flag
 from train.console.help import HelpPage
@@ -18,7 +18,7 @@ from train.run.sampling import GenerationOption
 BASE = "base"  # the name of the base alone among the adapters
 _NUMBERS = {
     "seed": SEED,
-    **dict.fromkeys(("max_new_tokens", "batch_size", "num_samples", "top_k"), minimum(1)),
+    **dict.fromkeys(("max_new_tokens", "batch_size", "num_samples", "top_k"), numbers_from(1)),
     "temperature": NOT_NEGATIVE,
     "top_p": NumberRange(lambda x: 0 < x <= 1, "a probability above 0 and at most 1"),
 }

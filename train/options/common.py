@@ -8,7 +8,7 @@ import tyro
 from tyro.conf import arg
 
 from lora_jax.training import arguments
-from lora_jax.training.arguments import NumberRange, minimum
+from lora_jax.training.arguments import NumberRange, numbers_from
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
@@ -63,9 +63,9 @@ AUTO = "auto"  # a policy that compilers decide
 
 # The numbers that the options of all scripts take.
 _NUMBERS = arguments.NUMBERS | {
-    **dict.fromkeys(("eval_every", "score_every"), minimum(0)),
-    "num_processes": minimum(1),
-    "heartbeat_timeout": minimum(10),
+    **dict.fromkeys(("eval_every", "score_every"), numbers_from(0)),
+    "num_processes": numbers_from(1),
+    "heartbeat_timeout": numbers_from(10),
     "warmup_ratio": NumberRange(lambda x: 0 <= x < 1, "a share of the steps, from 0 to below 1"),
     "min_lr": NumberRange(lambda x: 0 <= x <= 1, "a share of the peak learning rate, from 0 to 1"),
     "decay": NumberRange(lambda x: 0 < x <= 1, "a share of the steps, above 0 and at most 1"),
@@ -394,7 +394,7 @@ def check_shared(options: Options, **numbers: NumberRange) -> None:
         values |= vars(group)
     with as_user_errors(TrainingError):
         arguments.check_numbers(values, _NUMBERS | numbers)
-        arguments.check_together(values)
+        arguments.check_options_agree(values)
     measuring_option = {"loss": "eval_every", "score": "score_every"}.get(run.keep_best or "")
     if measuring_option and not getattr(run, measuring_option):
         raise UserError(

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lora_jax.training.arguments import POSITIVE, check_numbers, minimum
+from lora_jax.training.arguments import POSITIVE, check_numbers, numbers_from
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from train.console.errors import UserError, as_user_errors, flag
@@ -167,10 +167,10 @@ def _check_numbers(config: PlanConfig) -> None:
     counts_or_zero = ("loss_chunk", "images", "decode_adapters")
     amounts = ("tokens", "price", "capacity_gib", "peak_tflops", "link_gbytes")
     ranges = {
-        **dict.fromkeys(counts, minimum(1)),
-        **dict.fromkeys(counts_or_zero, minimum(0)),
+        **dict.fromkeys(counts, numbers_from(1)),
+        **dict.fromkeys(counts_or_zero, numbers_from(0)),
         **dict.fromkeys(amounts, POSITIVE),
-        "group": minimum(2),
+        "group": numbers_from(2),
     }
     with as_user_errors(TrainingError):
         check_numbers(vars(config), ranges)

@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_jax.buckets.copies import folder_with_files, is_copy, replace_copy_paths
 from lora_jax.buckets.mirror import FolderMirror
 from lora_jax.buckets.store import BucketError, BucketPath, bucket_path
-from lora_jax.training.arguments import CHECKPOINTS, START, clear
+from lora_jax.training.arguments import CHECKPOINTS, START, delete_run_files
 from lora_jax.training.processes import is_first, write_json, write_text
 from lora_jax.training.run.best import BEST
 from lora_jax.training.run.bucket_lock import BucketLock
@@ -244,7 +244,7 @@ def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict
     folder = output.path
     if not config.run.resume:
         output.clear()
-        clear(folder, _RUN_FILES)
+        delete_run_files(folder, _RUN_FILES)
     seconds = read_json(folder / FACTS).get(PROCESS_SECONDS, {})
     write_json(folder / FACTS, {**facts, PROCESS_SECONDS: seconds})
     write_text(folder / CONFIG, options_file(config, script))
@@ -254,7 +254,7 @@ def begin(folder: OutputFolder | Path, config: Options, script: str, facts: dict
 def clear_copy(folder: Path, config: Options) -> None:
     """Deletes an earlier run in the working copy of any process except the first."""
     if is_copy(folder) and not config.run.resume:
-        clear(folder, _RUN_FILES)
+        delete_run_files(folder, _RUN_FILES)
 
 
 def folder_bytes(folder: Path) -> int:

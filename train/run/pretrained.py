@@ -32,7 +32,7 @@ from lora_jax.quantized import is_coded
 from lora_jax.saving.checkpoint import TEMPLATE_FIELD
 from lora_jax.training.data.templates import tells_today, with_date
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.ready import not_finite
+from lora_jax.training.ready import paths_not_finite
 from train.adapters.template import read_template
 from train.console.errors import UserError, as_user_errors
 from train.options.rope import rope_scaling_text
@@ -420,7 +420,7 @@ def read_model(
 
 def check_weights(outline: ModelInfo, params: Any) -> None:
     """Raises a UserError if weights are not finite, because such a model cannot be trained."""
-    paths = not_finite(params)
+    paths = paths_not_finite(params)
     if paths:
         raise UserError(
             f"{outline.option} {outline.name}: {len(paths)} weights contain values that are not "

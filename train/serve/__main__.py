@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lora_jax import models
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.layout import Layout, layout_of_one_device
 from lora_jax.training.run.lock import LOCK, FolderLock, RunLock
 from train.adapters.source import find_adapter
 from train.adapters.template import read_template
@@ -123,7 +123,7 @@ def run(options: ServeOptions) -> None:
 def _layout(options: ServeOptions, outline: ModelInfo) -> Layout:
     """Returns the layout of arrays: the first device, or the mesh that was asked for."""
     if options.mesh is None:
-        return one_device()
+        return layout_of_one_device()
     return Layout.of(make_mesh(options.mesh, options.sequences), outline.config)
 
 

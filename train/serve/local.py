@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from lora_jax.core.types import Model, Tree
-from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.layout import Layout, layout_of_one_device
 from train.serve.app import make_app
 from train.serve.engine.base import ServedBase
 from train.serve.engine.engine import Engine
@@ -61,7 +61,7 @@ def make_engine(
       layout: the mesh; by default the first device.
       tokenizer: name of the tokenizer, if it is not the model's own.
     """
-    layout = layout or one_device()
+    layout = layout or layout_of_one_device()
     base = ServedBase(model, params, name, limits.max_rank, layout, tokenizer)
     sizes = Sizes(
         max_length=limits.max_length,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lora_jax.training.arguments import NOT_NEGATIVE, NumberRange, check_numbers, minimum
+from lora_jax.training.arguments import NOT_NEGATIVE, NumberRange, check_numbers, numbers_from
 from lora_jax.training.errors import TrainingError
 from train.console.errors import UserError, as_user_errors
 from train.console.help import HelpPage
@@ -23,9 +23,9 @@ from train.serve.routes.origins import is_loopback, read_origin
 _LENGTH = 1024
 _NUMBERS = {
     **dict.fromkeys(
-        ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), minimum(1)
+        ("tenants", "tenants_per_key", "slots", "max_rank", "sequences", "tokens"), numbers_from(1)
     ),
-    "max_length": minimum(2),
+    "max_length": numbers_from(2),
     "prefix_memory": NOT_NEGATIVE,
     **dict.fromkeys(
         ("session_idle", "missing_timeout"),

@@ -11,7 +11,7 @@ from lora_jax.bank.together.side_by_side import DrivenRun
 from lora_jax.core.types import Tree
 from lora_jax.training.clock import StepClock
 from lora_jax.training.data.batches import HostBatch
-from lora_jax.training.held_out import FormedTree, compiled_evaluation, held_out_loss
+from lora_jax.training.held_out import FormedTree, compile_evaluation, held_out_loss
 from lora_jax.training.loop import Pace, training_steps
 from lora_jax.training.losses import Loss, Sums
 from lora_jax.training.processes import is_first
@@ -90,7 +90,7 @@ def drive(
     # Runs with the same loss share the compiled evaluation.
     if loss.held_out not in evaluations:
         evaluated_forward = driver.forward if formed_tree is None else formed_tree.forward
-        evaluations[loss.held_out] = compiled_evaluation(layout, evaluated_forward, loss)
+        evaluations[loss.held_out] = compile_evaluation(layout, evaluated_forward, loss)
     held_out = functools.partial(
         held_out_loss,
         start,

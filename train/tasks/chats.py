@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.hf.packaged import SMOLLM2
 from lora_jax.hf.vision.readers import reads_images
 from lora_jax.training.data.batches import Further, Packs, pack, pack_mixture
-from lora_jax.training.data.chats import add_pictures, check_lengths, pictures_of
+from lora_jax.training.data.chats import add_pictures, check_lengths, read_images_of_rows
 from lora_jax.training.data.image_parts import has_images
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Sequences
@@ -265,7 +265,9 @@ def _read_images(
     reader = outline.images if has_any_image else None
     if reader is None:
         return read_datasets, []
-    pictures = [pictures_of(dataset.rows(), reader, dataset.name) for dataset in read_datasets]
+    pictures = [
+        read_images_of_rows(dataset.rows(), reader, dataset.name) for dataset in read_datasets
+    ]
     return read_datasets, pictures
 
 

@@ -12,7 +12,7 @@ from lora_jax.training.data.comparisons import comparisons, texts_of
 from lora_jax.training.data.pairs import check_pairs
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.turns import shown
-from lora_jax.training.held_out import means
+from lora_jax.training.held_out import average_sums
 from lora_jax.training.losses import COMPARISONS
 from lora_jax.training.losses.classes import pair_margins
 from lora_jax.training.processes import write_json
@@ -105,7 +105,7 @@ class RewardModelEvaluation:
         batches = test.parts(self.context.config.optim.batch_size)
         batch_sums = [_sums(evaluated.forward, evaluated.params, batch) for batch in batches]
         totals = jax.tree.map(lambda *values: float(sum(values)), *batch_sums)
-        return means(COMPARISONS, totals)
+        return average_sums(COMPARISONS, totals)
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:
         """Measures the trained model, and writes and prints the scores."""

@@ -183,10 +183,12 @@ def _read_sequences(
         )
         cut_sequences = sequences.cut(data.seq_len)
         with_predictions = np.flatnonzero(cut_sequences.predicted)
-        return tokenising.as_json(cut_sequences.select(with_predictions), origin=file_index)
+        return tokenising.sequences_to_json(
+            cut_sequences.select(with_predictions), origin=file_index
+        )
 
     block_sequences = hosts.map_over_processes(tokenize_block, chunk.tolist())
-    return Sequences.concatenate(map(tokenising.from_json, block_sequences))
+    return Sequences.concatenate(map(tokenising.sequences_from_json, block_sequences))
 
 
 # Streamed rows have no images, so the outline needs no image encoder.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lora_jax.training.data.mixture import Shares, shares_of
+from lora_jax.training.data.mixture import Shares, allot_rows
 from lora_jax.training.data.sequences import Sequences, TokenSequence, few_lengths, first_fit
 
 HostBatch = dict[str, np.ndarray]
@@ -312,7 +312,7 @@ def pack(
     row_tokens = seq_len * a_unit
     rows = _row_members(table, row_tokens, packing, a_unit)
     if like is None:
-        return _packs(table, rows, row_tokens, packing=packing)
+        return _make_packs(table, rows, row_tokens, packing=packing)
     return dataclasses.replace(like, table=table.select(rows.members), firsts=rows.firsts)
 
 
@@ -342,7 +342,7 @@ def pack_mixture(
     names = tuple(parts)
     if weights is None:
         rows = _row_members(joined_table, seq_len, packing)
-        packs = _packs(joined_table, rows, seq_len, packing=packing)
+        packs = _make_packs(joined_table, rows, seq_len, packing=packing)
         return dataclasses.replace(packs, sources=names)
     rows_of_tables = [_row_members(table, seq_len, packing) for table in tables]
     joined_members = []
@@ -355,9 +355,9 @@ def pack_mixture(
         counts=np.concatenate([rows.counts for rows in rows_of_tables]),
     )
     return dataclasses.replace(
-        _packs(joined_table, joined_rows, seq_len, packing=packing),
+        _make_packs(joined_table, joined_rows, seq_len, packing=packing),
         sources=names,
-        mixture=shares_of(
+        mixture=allot_rows(
             names,
             weights,
             rows=[len(np.unique(table.rows)) for table in tables],
@@ -396,7 +396,7 @@ def _row_members(table: Sequences, row_tokens: int, packing: bool, a_unit: int =
     return _RowMembers(members=sequences_of_units[units].ravel(), counts=counts)
 
 
-def _packs(table: Sequences, rows: _RowMembers, row_tokens: int, *, packing: bool) -> Packs:
+def _make_packs(table: Sequences, rows: _RowMembers, row_tokens: int, *, packing: bool) -> Packs:
     """Returns the rows with the lengths that batches are padded to, none above `row_tokens`."""
     table = table.select(rows.members)
     firsts = rows.firsts

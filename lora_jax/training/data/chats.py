@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lora_jax.core.types import Tokenizer
 from lora_jax.hf.vision.readers import AnyReader
 from lora_jax.training.data.batches import Packs, pack
-from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, drafts_of
+from lora_jax.training.data.drafts import Draft, Drafts, TrainOn, draft_sequences
 from lora_jax.training.data.image_parts import TEXTS_ONLY, has_images
 from lora_jax.training.data.rows import Row, check_rows, conversation, name_of
 from lora_jax.training.data.sequences import MapFunction, Sequences, TokenSequence, map_serially
@@ -72,15 +72,17 @@ def chats(
     if not rows:
         raise TrainingError(f"{source} is empty. Give data with at least one row.")
     check_rows(rows, source)
-    pictures = None if images is None else pictures_of(rows, images, source)
-    tokens = tokenize(rows, tokenizer, source, train_on=train_on, say=warn, pictures=pictures)
+    pictures = None if images is None else read_images_of_rows(rows, images, source)
+    tokens = tokenize(
+        rows, tokenizer, source, train_on=train_on, say=warn_caller, pictures=pictures
+    )
     has_pixels = pictures is not None and len(pictures.pixels) > 0
     sequences = check_lengths(tokens, seq_len, truncate=truncate, images=has_pixels)
     packs = pack(sequences, seq_len, packing=packing)
     return packs if pictures is None else add_pictures(packs, [pictures], packing=packing)
 
 
-def pictures_of(rows: Sequence[Row], reader: AnyReader, source: str) -> Pictures:
+def read_images_of_rows(rows: Sequence[Row], reader: AnyReader, source: str) -> Pictures:
     """Returns the images of chats; see `read_pictures`."""
     names = [name_of(row, source, number) for number, row in enumerate(rows, start=1)]
     images = [conversation(row, name).images for row, name in zip(rows, names, strict=True)]
@@ -112,7 +114,7 @@ def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> P
     return dataclasses.replace(packs, further=PixelValues(parts, rows))
 
 
-def warn(lines: Sequence[str], above: int = 1) -> None:
+def warn_caller(lines: Sequence[str], above: int = 1) -> None:
     """Warns the caller of the function that calls `tokenize`, or of one `above` it."""
     warnings.warn("; ".join(lines), stacklevel=3 + above)
 
@@ -150,7 +152,7 @@ def tokenize(
     Raises:
       TrainingError: a row is not usable; names the first one.
     """
-    drafted = drafted or functools.partial(drafts_of, train_on=train_on)
+    drafted = drafted or functools.partial(draft_sequences, train_on=train_on)
     numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
     def tokenize_block(start: int) -> dict[str, Any]:
@@ -167,10 +169,10 @@ def tokenize(
             drafts += row_drafts.sequences
             for field, left_out in row_drafts.left_out.items():
                 counts.update({f"{kind} {field}": n for kind, n in left_out._asdict().items()})
-        sequences = _encode(drafts, tokenizer)
+        sequences = _encode_drafts(drafts, tokenizer)
         if pictures is not None:
             sequences = _expand_images(sequences, pictures, names)
-        return {**as_json(sequences), "left_out": counts}
+        return {**sequences_to_json(sequences), "left_out": counts}
 
     blocks = mapped(tokenize_block, range(0, len(rows), BLOCK))
     if say is not None:
@@ -180,7 +182,7 @@ def tokenize(
         lines = _left_out_lines(total_counts, source)
         if lines:
             say(lines)
-    return Sequences.concatenate(map(from_json, blocks))
+    return Sequences.concatenate(map(sequences_from_json, blocks))
 
 
 def _expand_images(
@@ -222,7 +224,7 @@ def _left_out_lines(counts: Mapping[str, int], source: str) -> list[str]:
     return lines
 
 
-def _encode(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence]:
+def _encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence]:
     """Returns drafts as tokens; the tokenizer sees many texts at once."""
     plain_texts: list[str] = []
     special_texts: list[str] = []
@@ -275,14 +277,14 @@ def _encode_texts(
             yield ids, np.array([begin for begin, _ in spans], np.int64)
 
 
-def as_json(sequences: Sequence[TokenSequence], origin: int = 0) -> dict[str, Any]:
+def sequences_to_json(sequences: Sequence[TokenSequence], origin: int = 0) -> dict[str, Any]:
     """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
     content = b"".join(Sequences.from_list(sequences).as_bytes())
     return {"origin": origin, "sequences": base64.b64encode(content).decode()}
 
 
-def from_json(block: Mapping[str, Any]) -> Sequences:
-    """Returns the sequences that `as_json` wrote, all of one origin."""
+def sequences_from_json(block: Mapping[str, Any]) -> Sequences:
+    """Returns the sequences that `sequences_to_json` wrote, all of one origin."""
     return Sequences.from_bytes(base64.b64decode(block["sequences"]), block["origin"])
 
 

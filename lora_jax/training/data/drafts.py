@@ -46,7 +46,9 @@ class Drafts(NamedTuple):
     left_out: Mapping[str, templates.LeftOut] = {}
 
 
-def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: TrainOn) -> Drafts:
+def draft_sequences(
+    row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: TrainOn
+) -> Drafts:
     """Returns the sequences of a row; see `lora_jax.training.data.chats.tokenize`.
 
     Raises:
@@ -58,8 +60,8 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
         text = CountedText(chat.text, [(0, len(chat.text))], special=True)
         return Drafts([Draft(number, [text], end=True)])
     if tokenizer.chat_template is None:
-        return Drafts([Draft(number, plain_parts(chat, name, train_on), end=True)])
-    with errors_of(name):
+        return Drafts([Draft(number, prompt_and_completion(chat, name, train_on), end=True)])
+    with name_row_in_errors(name):
         template = templates.template_of(tokenizer, chat)
         templates.check_variables(chat, template)
         if templates.marks_answers(template):
@@ -68,7 +70,7 @@ def drafts_of(row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: 
 
 
 @contextlib.contextmanager
-def errors_of(name: str) -> Iterator[None]:
+def name_row_in_errors(name: str) -> Iterator[None]:
     """Raises a template's error as a TrainingError that names the row."""
     try:
         yield
@@ -81,7 +83,7 @@ def errors_of(name: str) -> Iterator[None]:
         ) from error
 
 
-def plain_parts(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
+def prompt_and_completion(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
     """Returns a prompt and its completion in a row, for a model without a chat template."""
     turns = chat.messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
@@ -110,7 +112,7 @@ def _drafts_by_text(
     chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
 ) -> Drafts:
     """Returns the drafts of a chat; finds each answer by rendering the turns up to it."""
-    answers = answers_of(chat, tokenizer)
+    answers = find_answers(chat, tokenizer)
     learned = [answer for answer in answers if is_learned(chat.messages[answer.turn])]
     if train_on != "all":  # the turns after the last that is learned are dropped
         answers = [answer for answer in answers if answer.turn <= learned[-1].turn]
@@ -130,10 +132,12 @@ def _drafts_by_text(
         # then learned as it was said, after what the model saw at that point.
         drafts = [Draft(row, [CountedText(answer.text, [answer.span])]) for answer in learned]
         return Drafts(drafts, left_out)
-    return Drafts([Draft(row, [CountedText(text, spans)])], count_as_never(left_out))
+    return Drafts([Draft(row, [CountedText(text, spans)])], count_partial_as_never(left_out))
 
 
-def count_as_never(left_out: Mapping[str, templates.LeftOut]) -> dict[str, templates.LeftOut]:
+def count_partial_as_never(
+    left_out: Mapping[str, templates.LeftOut],
+) -> dict[str, templates.LeftOut]:
     """Counts turns that lose a field once others follow as turns that never show it."""
     return {
         field: templates.LeftOut(turns=counts.turns, later=0, never=counts.later + counts.never)
@@ -146,7 +150,7 @@ def is_learned(turn: Message) -> bool:
     return turn.get("weight") != 0
 
 
-def answers_of(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list[AnswerSpan]:
+def find_answers(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list[AnswerSpan]:
     """Returns each assistant turn, from turn `first` on, with the text up to its end.
 
     Raises:
@@ -242,7 +246,7 @@ def _drafts_by_marks(
         n_turns = answer_indices[-1] + 1
         rendered = templates.Rendered(chat, len(turns), text, tokenizer)
         rendered.check(n_turns)
-        left_out = count_as_never(rendered.left_out(n_turns, {}))
+        left_out = count_partial_as_never(rendered.left_out(n_turns, {}))
     encoding = templates.render(
         chat,
         len(turns),
@@ -258,7 +262,7 @@ def _drafts_by_marks(
             "the model's chat template marks no token of this chat as generated. Use a template "
             "that marks what the assistant says."
         )
-    runs = _run_bounds(counts)
+    runs = _bounds_of_runs(counts)
     end = int(runs[-1][1])
     if train_on == "all":
         counts[:] = True
@@ -273,11 +277,11 @@ def _drafts_by_marks(
         begin, stop = runs[answer_indices.index(index)]
         counts[begin:stop] = False
     if train_on == "last":
-        counts[: _run_bounds(counts)[-1][0]] = False
+        counts[: _bounds_of_runs(counts)[-1][0]] = False
     return Drafts([Draft(row, [], marked=TokenSequence(ids[:end], counts[:end], row))], left_out)
 
 
-def _run_bounds(counts: np.ndarray) -> np.ndarray:
+def _bounds_of_runs(counts: np.ndarray) -> np.ndarray:
     """Returns the bounds of each run of tokens that count: [runs, 2]."""
     edges = np.diff(counts.astype(np.int8), prepend=0, append=0)
     return np.flatnonzero(edges).reshape(-1, 2)

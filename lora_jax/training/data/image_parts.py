@@ -37,7 +37,7 @@ def has_images(row: Mapping[str, Any]) -> bool:
     return bool(row.get(IMAGES)) or any(images_in(turn.get("content")) for turn in turns)
 
 
-def _located(image: Any, row: Any) -> Any:
+def _resolve_image_path(image: Any, row: Any) -> Any:
     """Returns the path of an image, resolved beside the row's file; any other image unchanged."""
     place = getattr(row, "place", None)
     if place is None or not isinstance(image, str) or Path(image).exists():
@@ -80,7 +80,7 @@ def shown_images(
     for part in image_parts:
         held_images = [part[field] for field in _IMAGE_FIELDS if part.get(field) is not None]
         image = held_images[0] if held_images else next(unused_images, None)
-        images.append(_located(image, row))
+        images.append(_resolve_image_path(image, row))
     is_image_missing = any(image is None for image in images)
     if is_image_missing or next(unused_images, None) is not None:
         raise TrainingError(

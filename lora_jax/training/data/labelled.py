@@ -218,7 +218,7 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
         for option, field in field_of_option.items():
             text = row.get(field)
             if not isinstance(text, str) or not text.strip():
-                raise no_field(row, name, option, field, "a text")
+                raise missing_field_error(row, name, option, field, "a text")
             if not text.isascii():
                 check_text(text, name)
         check_label(row, name, fields.label)
@@ -227,10 +227,12 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
 def check_label(row: Row, where: str, field: str) -> None:
     """Raises TrainingError where a row has no label; `where` names the row."""
     if not isinstance(row.get(field), str | int) or row[field] == "":
-        raise no_field(row, where, "label", field, "a name or a whole number")
+        raise missing_field_error(row, where, "label", field, "a name or a whole number")
 
 
-def no_field(row: Row, where: str, option: str, field: str, needed: str) -> TrainingError:
+def missing_field_error(
+    row: Row, where: str, option: str, field: str, needed: str
+) -> TrainingError:
     """Returns the error of a row without a field, or with another value than is needed there.
 
     Args:

@@ -10,7 +10,7 @@ from lora_jax.training.errors import TrainingError
 _DATA_SET_STREAM = 2  # of draws within a data set; other streams draw orders of an epoch
 
 
-def order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
+def draw_row_order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
     """Returns the order of `n` rows in an epoch, [n]: a permutation that depends on the stream."""
     return np.random.Generator(np.random.PCG64([seed, epoch, *stream])).permutation(n)
 
@@ -53,20 +53,22 @@ class Shares:
         for data_set, (end, size, n_drawn) in enumerate(
             zip(self.ends, self.sizes, self.drawn, strict=True)
         ):
-            # Draws are counted from the first epoch on; each pass over the data set has `size`.
+            # Draws are counted from the first epoch on; a pass over the data set has `size` draws.
             first_draw = epoch * n_drawn
             end_draw = first_draw + n_drawn
             passes = range(first_draw // size, -(-end_draw // size))
-            orders = [order(seed, number, size, _DATA_SET_STREAM, data_set) for number in passes]
+            orders = [
+                draw_row_order(seed, number, size, _DATA_SET_STREAM, data_set) for number in passes
+            ]
             pass_draw = passes.start * size
             draws = np.concatenate(orders)[first_draw - pass_draw : end_draw - pass_draw]
             rows_of_data_sets.append(end - size + draws)
         all_rows = np.concatenate(rows_of_data_sets)
-        drawn_rows: np.ndarray = all_rows[order(seed, epoch, self.n_rows)]
+        drawn_rows: np.ndarray = all_rows[draw_row_order(seed, epoch, self.n_rows)]
         return drawn_rows
 
 
-def shares_of(
+def allot_rows(
     names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
 ) -> Shares:
     """Returns the number of rows that an epoch draws of each data set; in all as many as exist.

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from lora_jax.training.data.batches import Examples, HostBatch
-from lora_jax.training.data.mixture import Shares, order
+from lora_jax.training.data.mixture import Shares, draw_row_order
 
 Item = TypeVar("Item")
 
@@ -31,7 +31,7 @@ def order_by_group(
       rows: [m], the rows of the epoch, drawn; by default a permutation of all.
     """
     if rows is None:
-        rows = order(seed, epoch, len(groups))
+        rows = draw_row_order(seed, epoch, len(groups))
     first = -epoch * len(rows) % rows_a_step  # the rows before it end the last epoch's last step
     draw = np.random.Generator(np.random.PCG64([seed, epoch, 1]))
     sort_by_group(rows, groups, rows_a_step, first, draw.permutation, largest_first=epoch == 0)
@@ -133,7 +133,7 @@ class Order:
             rows = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
             if self.groups is not None:
                 return order_by_group(self.seed, epoch, self.groups, self.rows_a_step, rows)
-            return order(self.seed, epoch, self.n_rows) if rows is None else rows
+            return draw_row_order(self.seed, epoch, self.n_rows) if rows is None else rows
 
         return functools.lru_cache(maxsize=2)(draw_epoch)
 

@@ -19,11 +19,11 @@ from lora_jax.training.data.drafts import (
     CountedText,
     Draft,
     Drafts,
-    answers_of,
-    count_as_never,
-    errors_of,
+    count_partial_as_never,
+    find_answers,
     is_learned,
-    plain_parts,
+    name_row_in_errors,
+    prompt_and_completion,
 )
 from lora_jax.training.data.rows import (
     Conversation,
@@ -206,13 +206,13 @@ def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled:
                 "into the texts, and remove the field."
             )
         if is_plain:
-            prompt_part, completion_part = plain_parts(chat, name, "last")
+            prompt_part, completion_part = prompt_and_completion(chat, name, "last")
             prompt_text = prompt_part.text
             text = prompt_text + completion_part.text
             counted_text = CountedText(text, [(0, len(text))], special=True)
         else:
             n_prompt = len(prompt.messages)
-            with errors_of(name):
+            with name_row_in_errors(name):
                 prompt_text, counted_text = _render_chat(chat, n_prompt, tokenizer, left_out)
         if labelled or not drafts:
             drafts.append(Draft(number, [CountedText(prompt_text, [], special=is_plain)]))
@@ -234,7 +234,7 @@ def _render_chat(
       left_out: gets the fields that the template shows in some turns only.
     """
     templates.check_variables(chat, templates.template_of(tokenizer, chat))
-    answers = answers_of(chat, tokenizer, n_prompt)
+    answers = find_answers(chat, tokenizer, n_prompt)
     n_turns = len(chat.messages)
     text: str = templates.render(chat, n_turns, tokenizer)
     if not all(text.startswith(answer.text) for answer in answers):
@@ -245,7 +245,7 @@ def _render_chat(
         )
     rendered = templates.Rendered(chat, n_turns, text, tokenizer)
     rendered.check(n_turns)
-    left_out |= count_as_never(rendered.left_out(n_turns, {}))
+    left_out |= count_partial_as_never(rendered.left_out(n_turns, {}))
     spans = [answer.span for answer in answers]
     prompt_end, first_end = spans[0]
     spans[0] = (0, first_end)  # only tokens that differ from the prompt's count
@@ -325,10 +325,10 @@ def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> 
         check_text(json.dumps(chat, ensure_ascii=False, default=repr), name)
         if is_plain:
             chat.messages.append({"role": "assistant", "content": ""})
-            prompt, _ = plain_parts(chat, name, "last")
+            prompt, _ = prompt_and_completion(chat, name, "last")
             texts.append(prompt.text)
             continue
-        with errors_of(name):
+        with name_row_in_errors(name):
             texts.append(templates.render_prompt(chat, tokenizer))
     ids: list[list[int]]
     ids = tokenizer(texts, add_special_tokens=is_plain, verbose=False)["input_ids"]

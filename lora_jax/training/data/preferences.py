@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.core.types import Tokenizer
 from lora_jax.training.data.batches import HostBatch, Packs, pack
-from lora_jax.training.data.chats import check_lengths, warn
+from lora_jax.training.data.chats import check_lengths, warn_caller
 from lora_jax.training.data.pairs import check_pairs, tokenize_pairs
 from lora_jax.training.data.rows import Row
 from lora_jax.training.data.sequences import Sequences, TokenSequence
@@ -301,7 +301,7 @@ def pairs(
     if not rows:
         raise TrainingError(f"{source} is empty. Give data with at least one row.")
     check_pairs(rows, source, labelled=labelled)
-    say = functools.partial(warn, above=2)
+    say = functools.partial(warn_caller, above=2)
     tokens = tokenize_pairs(rows, tokenizer, source, labelled=labelled, say=say)
     sequences = check_lengths(tokens, seq_len, truncate=truncate, a_unit=1 if labelled else 2)
     return pack_pairs(

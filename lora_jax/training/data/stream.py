@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.training.data.batches import HostBatch, Packs, pack
-from lora_jax.training.data.mixture import order
+from lora_jax.training.data.mixture import draw_row_order
 from lora_jax.training.data.order import list_rows, sort_by_group
 from lora_jax.training.data.sequences import Sequences
 from lora_jax.training.errors import TrainingError
@@ -58,7 +58,7 @@ class Chunks:
 
     def blocks_of_epoch(self, epoch: int) -> list[np.ndarray]:
         """Returns the blocks of each chunk, in a drawn order."""
-        blocks = order(self.seed, epoch, len(self.sizes))
+        blocks = draw_row_order(self.seed, epoch, len(self.sizes))
         sizes = self.sizes[blocks]
         starts = np.cumsum(sizes) - sizes
         chunk_of_block = starts // self.room

@@ -312,18 +312,18 @@ def distillation_loss(
     log_teacher = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
     log_teacher = jax.lax.stop_gradient(log_teacher)
     if beta == 0:
-        losses = _kl(log_teacher, log_student)
+        losses = _kl_divergence(log_teacher, log_student)
     elif beta == 1:
-        losses = _kl(log_student, log_teacher)
+        losses = _kl_divergence(log_student, log_teacher)
     else:
         log_mixture = jnp.logaddexp(log_student + jnp.log1p(-beta), log_teacher + jnp.log(beta))
-        teacher_kl = _kl(log_teacher, log_mixture)
-        student_kl = _kl(log_student, log_mixture)
+        teacher_kl = _kl_divergence(log_teacher, log_mixture)
+        student_kl = _kl_divergence(log_student, log_mixture)
         losses = beta * teacher_kl + (1 - beta) * student_kl
     total = jnp.sum(jnp.where(mask, losses, 0.0))
     return Sums(total=total, count=jnp.sum(mask.astype(jnp.float32)), logs={})
 
 
-def _kl(p: jax.Array, q: jax.Array) -> jax.Array:
+def _kl_divergence(p: jax.Array, q: jax.Array) -> jax.Array:
     """Returns KL(p‖q) of log-probabilities, [...]."""
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)

@@ -66,29 +66,29 @@ def _log_sigmoid(x: jax.Array) -> jax.Array:
     return log_sigmoid
 
 
-def _smoothed(logits: jax.Array, smoothing: float) -> jax.Array:
+def _smooth_log_sigmoid(logits: jax.Array, smoothing: float) -> jax.Array:
     """Returns -(1 - ε) log σ(x) - ε log σ(-x)."""
     return -(1 - smoothing) * _log_sigmoid(logits) - smoothing * _log_sigmoid(-logits)
 
 
-def _delta(chosen: Completions, rejected: Completions) -> jax.Array:
+def _log_ratio_margin(chosen: Completions, rejected: Completions) -> jax.Array:
     """Returns DPO's log-ratio of the chosen completion minus that of the rejected one, [pairs]."""
     return chosen.ratio - rejected.ratio
 
 
 def _sigmoid(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    return _smoothed(o.beta * _delta(w, r), o.smoothing)
+    return _smooth_log_sigmoid(o.beta * _log_ratio_margin(w, r), o.smoothing)
 
 
 def _robust(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    logits = o.beta * _delta(w, r)
+    logits = o.beta * _log_ratio_margin(w, r)
     chosen_term = (1 - o.smoothing) * _log_sigmoid(logits)
     rejected_term = o.smoothing * _log_sigmoid(-logits)
     return (-chosen_term + rejected_term) / (1 - 2 * o.smoothing)
 
 
 def _exo_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    logits = o.beta * _delta(w, r)
+    logits = o.beta * _log_ratio_margin(w, r)
     # KL of the policy's two probabilities from the labels' 1 - ε and ε.
     chosen_log_ratio = _log_sigmoid(logits) - jnp.log1p(-o.smoothing)
     rejected_log_ratio = _log_sigmoid(-logits) - jnp.log(o.smoothing)
@@ -97,7 +97,7 @@ def _exo_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array
 
 
 def _discopop(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
-    logits = o.beta * _delta(w, r)
+    logits = o.beta * _log_ratio_margin(w, r)
     exponential_share = jax.nn.sigmoid(logits / o.temperature)
     logistic_term = -_log_sigmoid(logits) * (1 - exponential_share)
     return logistic_term + jnp.exp(-logits) * exponential_share
@@ -117,12 +117,12 @@ def _aot(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
         )
     policy_margins = _sort_counted(w.policy - r.policy, w)
     reference_margins = _sort_counted(w.reference - r.reference, w)
-    return _smoothed(o.beta * (policy_margins - reference_margins), o.smoothing)
+    return _smooth_log_sigmoid(o.beta * (policy_margins - reference_margins), o.smoothing)
 
 
 def _aot_unpaired(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
     margins = _sort_counted(w.ratio, w) - _sort_counted(r.ratio, w)
-    return _smoothed(o.beta * margins, o.smoothing)
+    return _smooth_log_sigmoid(o.beta * margins, o.smoothing)
 
 
 def _sort_counted(values: jax.Array, completions: Completions) -> jax.Array:
@@ -152,7 +152,8 @@ PREFERENCES: dict[str, Preference] = {
     "sigmoid": Preference(_sigmoid, "DPO (arXiv 2305.18290); smoothed, cDPO", smooths=True),
     "robust": Preference(_robust, "DPO for labels of which ε are wrong (2403.00409)", smooths=True),
     "hinge": Preference(
-        lambda w, r, o: jax.nn.relu(1 - o.beta * _delta(w, r)), "SLiC's hinge (2305.10425)"
+        lambda w, r, o: jax.nn.relu(1 - o.beta * _log_ratio_margin(w, r)),
+        "SLiC's hinge (2305.10425)",
     ),
     "ipo": Preference(
         lambda w, r, o: (w.ratio / w.tokens - r.ratio / r.tokens - 1 / (2 * o.beta)) ** 2,
@@ -176,7 +177,7 @@ PREFERENCES: dict[str, Preference] = {
     ),
     "apo_down": Preference(
         lambda w, r, o: (
-            jax.nn.sigmoid(o.beta * w.ratio) + 1 - jax.nn.sigmoid(o.beta * _delta(w, r))
+            jax.nn.sigmoid(o.beta * w.ratio) + 1 - jax.nn.sigmoid(o.beta * _log_ratio_margin(w, r))
         ),
         "APO where they are worse (2408.06266)",
     ),
@@ -190,13 +191,13 @@ PREFERENCES: dict[str, Preference] = {
         _aot_unpaired, "AOT, of sorted completions", smooths=True, coupled=True
     ),
     "cpo": Preference(
-        lambda w, r, o: _smoothed(o.beta * (w.policy - r.policy), o.smoothing),
+        lambda w, r, o: _smooth_log_sigmoid(o.beta * (w.policy - r.policy), o.smoothing),
         "CPO without a reference; adds the chosen completions' cross-entropy (2401.08417)",
         smooths=True,
         nll=1.0,
     ),
     "simpo": Preference(
-        lambda w, r, o: _smoothed(o.beta * (w.mean - r.mean) - o.margin, o.smoothing),
+        lambda w, r, o: _smooth_log_sigmoid(o.beta * (w.mean - r.mean) - o.margin, o.smoothing),
         "SimPO without a reference, on means over tokens (2405.14734)",
         smooths=True,
         nll=0.0,

@@ -24,10 +24,12 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
       logits: fp32 [..., vocab].
       targets: int32 [...].
     """
-    return _normalised(logits, targets)[0]
+    return _cross_entropy_and_log_divisor(logits, targets)[0]
 
 
-def _normalised(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cross_entropy_and_log_divisor(
+    logits: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns the cross entropy of each target and the log of the softmax's divisor, [...] each."""
     log_divisor: jax.Array = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -43,7 +45,7 @@ def _cross_entropy_jvp(
     The gradient of a look-up would be one more array of logits.
     """
     logits, targets = primals
-    losses, log_divisor = _normalised(logits, targets)
+    losses, log_divisor = _cross_entropy_and_log_divisor(logits, targets)
     onehot = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     gradient = jnp.exp(logits - log_divisor[..., None]) - onehot.astype(logits.dtype)
     return losses, jnp.sum(gradient * tangents[0], axis=-1)
@@ -206,7 +208,7 @@ def _head_values(
     variables = {"params": params}
     targets = batch["targets"]
     options = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-    options |= _dropout(dropout_key)
+    options |= _dropout_options(dropout_key)
     if parts == 1:
         options["logits_at"] = batch["predict_at"]
     else:  # padding has weight 0; it is all at place 0
@@ -228,7 +230,7 @@ def _head_values(
     def chunk_values(inputs: Any, index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
         params, key = inputs
         key = None if key is None else jax.random.fold_in(key, index)
-        logits = forward({"params": params}, hidden, method="head", **_dropout(key))
+        logits = forward({"params": params}, hidden, method="head", **_dropout_options(key))
         return each(logits.astype(jnp.float32), targets)  # of [batch, c, vocab]
 
     return map_chunks(
@@ -242,7 +244,7 @@ def _head_values(
     )
 
 
-def _dropout(key: jax.Array | None) -> dict[str, jax.Array]:
+def _dropout_options(key: jax.Array | None) -> dict[str, jax.Array]:
     return {} if key is None else {"dropout_key": key}
 
 

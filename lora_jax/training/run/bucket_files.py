@@ -75,7 +75,7 @@ class BucketFiles:
         written: Callable[[], None],
     ) -> None:
         """Begins to write a checkpoint; see `CheckpointFiles.save`."""
-        state_copy = jax.tree.map(_copied, args["state"].item)
+        state_copy = jax.tree.map(_copy_to_host, args["state"].item)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state_copy), run=args["run"])
 
         def write() -> None:
@@ -200,7 +200,7 @@ def checkpoint_writer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=processes)
 
 
-def _copied(leaf: Any) -> Any:
+def _copy_to_host(leaf: Any) -> Any:
     """Returns a copy of an array that the next step may not donate, in the host's memory.
 
     Of an array over several processes, each copies its own part.

@@ -17,7 +17,7 @@ from lora_jax.buckets.store import (
     read_object,
     write_object,
 )
-from lora_jax.training.run.lock import LOCK, HeldLock, holder_here, parse_holder
+from lora_jax.training.run.lock import LOCK, HeldLock, describe_this_process, parse_holder
 
 
 class BucketLock:
@@ -26,7 +26,7 @@ class BucketLock:
     def __init__(self, folder: BucketPath) -> None:
         self.folder = folder
         self._path = folder / LOCK
-        self._holder = holder_here() | {"token": uuid.uuid4().hex}
+        self._holder = describe_this_process() | {"token": uuid.uuid4().hex}
         self._generation = ABSENT
 
     def place(self) -> bool:

@@ -23,7 +23,7 @@ from lora_jax.buckets.copies import bucket_address_of, replace_copy_paths
 from lora_jax.buckets.store import BucketError
 from lora_jax.core.types import Fields
 from lora_jax.folders import local_path
-from lora_jax.training.errors import DamagedCheckpoint, Written
+from lora_jax.training.errors import DamagedCheckpoint, OptionWriter
 from lora_jax.training.processes import is_first
 from lora_jax.training.run.bucket_files import BucketFiles
 from lora_jax.training.run.disk_files import CheckpointFiles, Digests, DiskFiles
@@ -107,7 +107,7 @@ class Checkpoints:
             self._remove_all_but(earlier_steps)
             free_bytes = self._files.free_bytes()
             if free_bytes is not None:
-                _check_room(self.folder.parent, free_bytes, state)
+                _check_free_space(self.folder.parent, free_bytes, state)
 
         def written() -> None:
             self._record_files(step, kept_steps)
@@ -156,7 +156,9 @@ class Checkpoints:
         whole_step = self._newest_whole(earlier_steps, like)
         if whole_step is None:
             raise DamagedCheckpoint(
-                lambda option: f"{message}No earlier checkpoint is whole. {_begin_again(option)}"
+                lambda option: (
+                    f"{message}No earlier checkpoint is whole. {_start_again_remedy(option)}"
+                )
             )
         raise DamagedCheckpoint(
             lambda option: (
@@ -217,7 +219,7 @@ class Checkpoints:
                 lambda option: (
                     f"{replace_copy_paths(self._record)} is missing or cannot be read, and only "
                     f"this file tells which checkpoints in {replace_copy_paths(self.folder)} are "
-                    f"whole. Put the file back. Otherwise: {_begin_again(option)}"
+                    f"whole. Put the file back. Otherwise: {_start_again_remedy(option)}"
                 )
             ) from error
 
@@ -251,7 +253,7 @@ class Checkpoints:
         self._files.close()
 
 
-def _check_room(folder: Path, free_bytes: int, state: State) -> None:
+def _check_free_space(folder: Path, free_bytes: int, state: State) -> None:
     """Raises an OSError, shorter than Orbax's, if this process's part of a state does not fit.
 
     A limit on the size of files applies to a file of Orbax's, which holds 2 GiB at most.
@@ -273,7 +275,7 @@ def _check_room(folder: Path, free_bytes: int, state: State) -> None:
         raise OSError(errno.EFBIG, message, str(folder))
 
 
-def _begin_again(option: Written) -> str:
+def _start_again_remedy(option: OptionWriter) -> str:
     return f"Start again with {option('overwrite', True)} in place of {option('resume', True)}."
 
 

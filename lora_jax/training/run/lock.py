@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, Protocol
 from lora_jax.training.errors import TrainingError
 
 LOCK = "run.lock"
-_BEAT = 10.0  # seconds between touches
-_STALE = 60.0  # seconds without a touch
-_LOOK = 1.0  # seconds between looks at a lock that may be stale
+_TOUCH_SECONDS = 10.0  # seconds between touches
+_STALE_SECONDS = 60.0  # seconds without a touch
+_POLL_SECONDS = 1.0  # seconds between looks at a lock that may be stale
 
 
 Holder = dict[str, Any]  # a process, as a lock names it
@@ -93,23 +93,23 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._released.set()
-        self._thread.join(_BEAT)  # a touch may be under way
+        self._thread.join(_TOUCH_SECONDS)  # a touch may be under way
         self._file.remove()
 
     def _is_stale(self, lock: HeldLock) -> bool:
         """Returns True if the holder is gone; may wait to see whether it touches the lock."""
-        is_dead = is_gone(lock.holder)
+        is_dead = is_dead_process(lock.holder)
         if is_dead is not None:
             return is_dead
-        if lock.age > _STALE:
+        if lock.age > _STALE_SECONDS:
             return True
         self._notice(
             f"{name_of_holder(lock.holder)} holds {self._file.folder / LOCK}. Waiting up to "
-            f"{_STALE:.0f} s to see whether that process still runs"
+            f"{_STALE_SECONDS:.0f} s to see whether that process still runs"
         )
-        deadline = time.monotonic() + _STALE - lock.age
+        deadline = time.monotonic() + _STALE_SECONDS - lock.age
         while time.monotonic() < deadline:
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
             latest = self._file.read()
             if latest is None:
                 return True
@@ -118,7 +118,7 @@ class RunLock:
         return True
 
     def _beat(self) -> None:
-        while not self._released.wait(_BEAT):
+        while not self._released.wait(_TOUCH_SECONDS):
             self._file.touch()
 
 
@@ -128,7 +128,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / LOCK
-        self._holder = holder_here()
+        self._holder = describe_this_process()
 
     def place(self) -> bool:
         """Places the lock, with its content at once; returns False where there is one."""
@@ -151,7 +151,7 @@ class FolderLock:
             file_system_time = file.stat().st_mtime
         try:
             touch_time = self._path.stat().st_mtime
-            holder = _read(self._path)
+            holder = _read_holder(self._path)
         except FileNotFoundError:
             return None
         return HeldLock(holder=holder, version=touch_time, age=file_system_time - touch_time)
@@ -168,13 +168,13 @@ class FolderLock:
         removed_path = self._path.with_name(f".{LOCK}.{self._holder['host']}.{os.getpid()}")
         with contextlib.suppress(OSError):
             os.rename(self._path, removed_path)
-            if _read(removed_path) != expected_holder:
+            if _read_holder(removed_path) != expected_holder:
                 # Another run took the lock over in the meantime: give the lock back to that run.
                 os.link(removed_path, self._path)
             removed_path.unlink()
 
 
-def _read(path: Path) -> Holder:
+def _read_holder(path: Path) -> Holder:
     """Returns the holder that a file names; {} where the file cannot be read."""
     try:
         return parse_holder(path.read_bytes())
@@ -205,9 +205,9 @@ def _temporary_file(path: Path, content: Holder) -> Any:
         os.unlink(name)
 
 
-def _process(pid: int) -> Holder:
-    """Returns a process's number and when it started, where that is known; {} if there is none."""
-    if os.name != "posix":  # where a signal of 0 is none
+def _describe_process(pid: int) -> Holder:
+    """Returns a process's number and its start, if known; {} if there is no such process."""
+    if os.name != "posix":  # elsewhere, a signal of 0 would end the process
         return {"pid": pid, "started": None}
     try:
         os.kill(pid, 0)
@@ -216,7 +216,7 @@ def _process(pid: int) -> Holder:
     except PermissionError:  # another user's
         pass
     started = None
-    with contextlib.suppress(OSError, IndexError):  # Linux alone tells it so
+    with contextlib.suppress(OSError, IndexError):  # only Linux has this file
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] in "ZX":  # it ended, and only its parent was not told yet
             return {}
@@ -224,7 +224,7 @@ def _process(pid: int) -> Holder:
     return {"pid": pid, "started": started}
 
 
-def _here() -> Holder:
+def _describe_host() -> Holder:
     """Returns the host, boot and container, without which a process number says nothing."""
     boot = container = None
     with contextlib.suppress(OSError):
@@ -233,17 +233,17 @@ def _here() -> Holder:
     return {"host": socket.gethostname(), "boot": boot, "container": container}
 
 
-def holder_here() -> Holder:
-    """Returns this process, as a lock names its holder."""
-    return {**_here(), **_process(os.getpid())}
+def describe_this_process() -> Holder:
+    """Returns the fields by which a lock names this process as its holder."""
+    return {**_describe_host(), **_describe_process(os.getpid())}
 
 
-def is_gone(holder: Holder) -> bool | None:
+def is_dead_process(holder: Holder) -> bool | None:
     """Returns True for a dead process of this host; None for one of another host."""
-    is_of_this_host = {**holder, **_here()} == holder
+    is_of_this_host = {**holder, **_describe_host()} == holder
     if os.name != "posix" or "pid" not in holder or not is_of_this_host:
         return None
-    process = _process(holder["pid"])
+    process = _describe_process(holder["pid"])
     # A later process may have the number: it started at another time.
     return not process or {**holder, **process} != holder
 

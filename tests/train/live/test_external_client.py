@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from tests.adapted_trees import adapted
 from tests.train.live.stub_server import EOS, StubServer
 from train import grpo
@@ -180,7 +180,7 @@ def test_versions_are_written_where_the_server_reads_them(tmp_path, monkeypatch)
     monkeypatch.setattr(versions.peft, "save", lambda folder, *_, **__: written.append(folder))
     data = SimpleNamespace(sampler_folder=str(shared), sampler_mount="/mnt/there/")
     of = SimpleNamespace(config=SimpleNamespace(data=data), folder=tmp_path / "run")
-    of.layout, of.model, of.outline = one_device(), None, SimpleNamespace(name="base")
+    of.layout, of.model, of.outline = layout_of_one_device(), None, SimpleNamespace(name="base")
     rule = lj.LoraRule(targets=["kernel"], rank=1, alpha=1.0)
     tree = adapted({"kernel": np.ones((3, 2), np.float32)}, rule)
     version = versions.Publisher(of).publish(tree, "step1")

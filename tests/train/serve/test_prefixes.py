@@ -6,7 +6,7 @@ import re
 import pytest
 from starlette.testclient import TestClient
 
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from tests.train.serve.engine.engines import running, tell, unused
 from tests.train.tiny import decoder, tokenizer
 from train.serve.app import make_app
@@ -60,7 +60,7 @@ def served(request):
     model, params = decoder()
     sizes = Sizes(max_length=request.param, tokens=64, sequences=2, chunk=CHUNK)
     base, made = ServedBase(model, params, "tiny", 2), tokenizer()
-    engine = Engine(base, sizes, one_device(), eos=[258], text_of=made.decode, slots=2)
+    engine = Engine(base, sizes, layout_of_one_device(), eos=[258], text_of=made.decode, slots=2)
     with contextlib.ExitStack() as held:
         held.enter_context(running(engine))
         app = make_app(engine, made, access=Access({"tml-one": "anna", "tml-two": "ben"}))

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from lora_jax.training.arguments import minimum
+from lora_jax.training.arguments import numbers_from
 from train.console.errors import UserError
 from train.console.help import HelpPage
 from train.options import field
@@ -176,8 +176,8 @@ def check(config: Config) -> None:
         raise UserError("--lr-rule was fitted to language models only. Pass --lr instead.")
     check_shared(
         config,
-        intrinsic=minimum(1),
-        rows=minimum(1),
-        eval_rows=minimum(1),
-        seq_len=minimum(3),
+        intrinsic=numbers_from(1),
+        rows=numbers_from(1),
+        eval_rows=numbers_from(1),
+        seq_len=numbers_from(3),
     )

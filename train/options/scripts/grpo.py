@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, minimum
+from lora_jax.training.arguments import NOT_NEGATIVE, POSITIVE, numbers_from
 from lora_jax.training.losses import ONLINE, Online, dr_grpo
 from lora_jax.training.losses.online import Divergence, Scale
 from train.console.errors import UserError, flag
@@ -193,8 +193,8 @@ def check(config: Config) -> None:
         config,
         **dict.fromkeys(("reward_timeout", "tool_timeout", "bound"), POSITIVE),
         **dict.fromkeys(("clip", "clip_high", "beta"), NOT_NEGATIVE),
-        **dict.fromkeys(("reward_workers", "max_turns", "max_tool_output"), minimum(1)),
-        redraw=minimum(0),
+        **dict.fromkeys(("reward_workers", "max_turns", "max_tool_output"), numbers_from(1)),
+        redraw=numbers_from(0),
         **sampler.NUMBERS,
     )
     sampler.check(config)

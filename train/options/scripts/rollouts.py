@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TypeVar
 
-from lora_jax.training.arguments import POSITIVE, NumberRange, minimum
+from lora_jax.training.arguments import POSITIVE, NumberRange, numbers_from
 from train.console.errors import UserError
 from train.options import field
 from train.options.defaults import Defaults
@@ -96,7 +96,7 @@ def check(config: RolloutOptions, **numbers: NumberRange) -> None:
     data, optim, run = config.data, config.optim, config.run
     sft_options.check(
         config,
-        **dict.fromkeys(("max_new_tokens", "top_k", "updates", "group"), minimum(1)),
+        **dict.fromkeys(("max_new_tokens", "top_k", "updates", "group"), numbers_from(1)),
         sampling_temperature=POSITIVE,
         top_p=_SHARE,
         **numbers,

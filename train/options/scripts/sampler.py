@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-from lora_jax.training.arguments import POSITIVE, minimum
+from lora_jax.training.arguments import POSITIVE, numbers_from
 from train.console.errors import UserError, flag
 from train.options import field
 from train.options.conditions import NoEffect
@@ -15,7 +15,7 @@ NUMBERS = {
     **dict.fromkeys(
         ("sampler_timeout", "max_mismatch", "importance_cap", "importance_floor"), POSITIVE
     ),
-    "staleness": minimum(0),
+    "staleness": numbers_from(0),
 }
 CAP = 3.0  # TRL's
 

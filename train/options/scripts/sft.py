@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lora_jax.hf.packaged import SMOLLM2
-from lora_jax.training.arguments import SEED, NumberRange, minimum
+from lora_jax.training.arguments import SEED, NumberRange, numbers_from
 from lora_jax.training.losses import DEFAULT, TOKEN_LOSSES
 from train.console.errors import UserError
 from train.console.help import HelpPage
@@ -156,8 +156,8 @@ def check(config: LanguageOptions, **numbers: NumberRange) -> None:
       config: the options of this script, or of another that trains language models.
       **numbers: the ranges of the numbers that further options take.
     """
-    counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), minimum(1))
-    counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), minimum(0))
+    counted = dict.fromkeys(("seq_len", "rows", "sample_tokens"), numbers_from(1))
+    counted |= dict.fromkeys(("eval_questions", "sample_every", "loss_chunk"), numbers_from(0))
     check_shared(config, held_out_seed=SEED, **counted, **numbers)
     if bool(config.run.sample_prompts) != bool(config.run.sample_every):
         raise UserError(

@@ -30,7 +30,7 @@ from lora_jax.core.weight import LoraWeight, Node
 from lora_jax.folders import new_folder
 from lora_jax.lorafy import map_nodes, nodes_of
 from lora_jax.peft.experts import list_experts
-from lora_jax.training.layout import Layout, one_device
+from lora_jax.training.layout import Layout, layout_of_one_device
 from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.run.costs import tree_bytes
@@ -75,7 +75,9 @@ class ServedBase:
         self.name = name
         self.max_rank = max_rank
         # New adapters lie where trained ones do: others would have all functions compile again.
-        self._device_put = functools.partial(jax.device_put, device=(layout or one_device()).whole)
+        self._device_put = functools.partial(
+            jax.device_put, device=(layout or layout_of_one_device()).whole
+        )
         kind_of_path = models.kinds(model.config)
         self._paths_of_target: dict[str, list[str]] = {}
         for target, kinds in _KINDS_OF_TARGET.items():

@@ -11,7 +11,12 @@ import numpy as np
 
 from lora_jax.hf.images import ImageError, ImageProcessor
 from lora_jax.training.data.batches import HostBatch, Padded
-from lora_jax.training.data.labelled import check_label, label_indices, label_names, no_field
+from lora_jax.training.data.labelled import (
+    check_label,
+    label_indices,
+    label_names,
+    missing_field_error,
+)
 from lora_jax.training.data.rows import Row, name_of
 from lora_jax.training.data.vision.pictures import check_read
 
@@ -117,7 +122,7 @@ def check_rows(rows: Sequence[Row], source: str, image: str, label: str | None) 
         row_name = name_of(row, source, number)
         if row.get(image) in (None, ""):
             description = "an image, by its path or as its file's bytes,"
-            raise no_field(row, row_name, "image", image, description)
+            raise missing_field_error(row, row_name, "image", image, description)
         if label is not None:
             check_label(row, row_name, label)
 

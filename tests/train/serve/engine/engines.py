@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models, peft
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from tests.models import tiny
 from tests.support import thorough
 from train.serve.engine.base import ServedBase
@@ -92,7 +92,9 @@ def made_base(tied=True, max_rank=8, fields=FIELDS):
 def made_engine(base, *, tokens=128, slots=3, **options):
     """An engine that is not started."""
     sizes = Sizes(max_length=LENGTH, tokens=tokens, sequences=8, chunk=CHUNK)
-    return Engine(base, sizes, one_device(), eos=[1], text_of=text_of, slots=slots, **options)
+    return Engine(
+        base, sizes, layout_of_one_device(), eos=[1], text_of=text_of, slots=slots, **options
+    )
 
 
 @contextlib.contextmanager

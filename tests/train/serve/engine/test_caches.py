@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from tests.train.serve.engine.engines import SECONDS, begun, ids, running, sampled, text_of
 from train.serve.engine.engine import Engine
 from train.serve.engine.sizes import Sizes
@@ -29,7 +29,7 @@ def test_steps_between_caches():
 
 @pytest.mark.slow
 def test_rows_keep_their_tokens_while_caches_grow_and_shrink(base):
-    engine = Engine(base, SIZES, one_device(), eos=(), text_of=text_of, slots=1)
+    engine = Engine(base, SIZES, layout_of_one_device(), eos=(), text_of=text_of, slots=1)
     engine.warm_up()
     before, places, lengths = engine.status().compiled, engine._sampler._rows, []
     resize = places._resize

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from tests.train.serve.engine.engines import (
     CHUNK,
     LENGTH,
@@ -27,7 +27,7 @@ SIZES = Sizes(max_length=LENGTH, tokens=LENGTH, sequences=8, chunk=CHUNK, fast_p
 @pytest.fixture(scope="module")
 def fast(world, base):
     """An engine that is warm, with the adapters of the world, and an account of its calls."""
-    engine = Engine(base, SIZES, one_device(), eos=[], text_of=text_of, slots=3)
+    engine = Engine(base, SIZES, layout_of_one_device(), eos=[], text_of=text_of, slots=3)
     engine.warm_up()
     for name in NAMES[1:]:
         engine._commands.adapters.add(name, None, world.engine._commands.adapters.find(name))

@@ -15,7 +15,7 @@ from lora_jax.bank.writing import add_slots
 from lora_jax.models.layers.cache import init_cache
 from lora_jax.models.sampling.blocks import take_row_block
 from lora_jax.models.sampling.slots import empty_rows
-from lora_jax.training.layout import one_device
+from lora_jax.training.layout import layout_of_one_device
 from tests.train.tiny import decoder
 from train.serve.engine.prefixes import PrefixScope, PrefixStore
 from train.serve.engine.programs import SamplingPrograms
@@ -267,7 +267,7 @@ def test_programs_take_the_memory_of_the_caches_that_they_change():
     """Else a cache would be in memory twice at each call."""
     model, params = decoder()
     tree = add_slots(params, [lj.LoraRule(targets=["q_proj"], rank=2)], 2)
-    programs = SamplingPrograms(model, one_device(), 4)
+    programs = SamplingPrograms(model, layout_of_one_device(), 4)
     cache, one = programs.prompt_cache(8), np.ones(1, np.int32)
     ids = np.zeros((1, 4), np.int32)
     calls = {
