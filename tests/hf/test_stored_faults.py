@@ -66,7 +66,7 @@ def as_floats(config: Any, tensors: shipped.Tensors) -> None:
 
 SCALE = f"{UP}.weight_scale_inv"
 FAULTS: dict[str, tuple[str, Any, str]] = {
-    "no scale": (FP8, replaced(SCALE, lambda x: None), f"{UP}.weight is in codes, .*{SCALE}"),
+    "no scale": (FP8, replaced(SCALE, lambda x: None), f"{UP}.weight is quantized, .*{SCALE}"),
     "rows of scales lost": (FP8, replaced(SCALE, lambda x: x[:2]), rf"{SCALE} is \[2, 2\], .*3, 2"),
     "columns of scales lost": (FP8, replaced(SCALE, lambda x: x[:, :1]), rf"{SCALE} is \[3, 1\]"),
     "scales of integers": (FP8, replaced(SCALE, np.int32), f"{SCALE} is I32"),
@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "another fmt": (FP8, said(fmt="e3m4"), "fmt 'e3m4'"),
     "another method's tensors": (FP8, said(quant_method="mxfp4"), "no tensor is in the codes of"),
     "bnb's fp4": ("nf4", said(bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type 'fp4'"),
-    "bnb in 8 bits": ("nf4", said(load_in_4bit=False, load_in_8bit=True), "not 8 bits"),
+    "bnb in 8 bits": ("nf4", said(load_in_4bit=False, load_in_8bit=True), "8-bit bitsandbytes"),
     "bnb's other table": (
         "nf4",
         replaced(f"{UP}.weight.quant_map", lambda x: x + np.float32(1e-6)),
@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "bnb's state": (
         "nf4",
         replaced(f"{UP}.weight.quant_state.bitsandbytes__nf4", lambda x: None),
-        f"{UP}.weight is in codes.*quant_state",
+        f"{UP}.weight is quantized.*quant_state",
     ),
     "bnb's state cut": (
         "nf4",
@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "bnb's state of codes in bf16": (
         "nf4 nested, in bf16",
         replaced(f"{UP}.weight.quant_state.bitsandbytes__nf4", lambda x: None),
-        f"{UP}.weight is in codes.*quant_state",
+        f"{UP}.weight is quantized.*quant_state",
     ),
     "fewer absmax": ("nf4", replaced(f"{UP}.weight.absmax", lambda x: x[:-1]), "absmax is"),
     "order of activations": ("w4a16", of_weights(actorder="group"), "actorder 'group'"),
@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     ),
     "gptq of 3 bits": ("gptq", said(bits=3), "bits 3"),
     "gemv": ("awq", said(version="gemv"), "version 'gemv'"),
-    "no zeros": ("awq", replaced(f"{UP}.qzeros", lambda x: None), f"{UP}.qweight is in.*qzeros"),
+    "no zeros": ("awq", replaced(f"{UP}.qzeros", lambda x: None), f"{UP}.qweight is.*qzeros"),
     "no second scale": (
         "compressed nvfp4",
         replaced(f"{UP}.weight_global_scale", lambda x: None),

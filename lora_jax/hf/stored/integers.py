@@ -173,7 +173,9 @@ def find_bnb_nf4(name: str, files: FolderTensors) -> CodedTensor | None:
     state = f"{name}.quant_state.bitsandbytes__nf4"
     if state not in files.tensors:
         if f"{name}.absmax" in files.tensors:
-            raise WeightsError(f"{name} is in codes, and no file holds its {state}")
+            raise WeightsError(
+                f"{name} is quantized, but no file holds its {state}. Download it again."
+            )
         return None
     sizes, block = _read_quant_state(files, state, "shape", "blocksize")
     shape = tuple(sizes)

@@ -149,7 +149,10 @@ def _read_mxfp4(config: Fields) -> Method:
 
 def _read_bitsandbytes(config: Fields) -> Method:
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
-        raise ConfigError("only load_in_4bit is kept in codes, not 8 bits")
+        raise ConfigError(
+            "8-bit bitsandbytes weights cannot stay quantized. Use a checkpoint with "
+            "load_in_4bit=True."
+        )
     _check_fields({"bnb_4bit_quant_type": "fp4", **config}, "", bnb_4bit_quant_type=("nf4",))
     return Method("bitsandbytes", (find_bnb_nf4,))
 

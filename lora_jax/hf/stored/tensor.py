@@ -130,7 +130,10 @@ class FolderTensors(NamedTuple):
         """
         stored_names = [name for name in names if name in self.tensors]
         if not stored_names:
-            raise WeightsError(f"{owner} is in codes, and no file holds its {names[0]}")
+            raise WeightsError(
+                f"{owner} is quantized, but no file holds its {names[0]}. Download the checkpoint "
+                "again."
+            )
         name = stored_names[0]
         dtype = self.tensors[name].dtype
         if dtype not in dtypes:
