@@ -255,7 +255,7 @@ def test_what_is_recomputed_is_the_same(remat: bool | str, float64: None) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"linear_num_value_heads": 8}, r"linear_num_value_heads \(8\) is not a multiple"),
+        ({"linear_num_value_heads": 8}, r"linear_num_value_heads \(8\) must be a multiple"),
         ({"layer_types": ["linear_attention"] * 6}, "All layers are linear"),
         ({"layer_types": ["sliding_attention"] * 6}, "do not describe 6 layers"),
         ({"linear_conv_kernel_dim": 0}, "need a linear_conv_kernel_dim of at least 1"),

@@ -111,7 +111,7 @@ def test_a_configuration_is_read_back() -> None:
     config = models.read_config(tiny_qwen.fields(), images=True)
     assert models.read_config(config.to_hf(), images=True) == config
     np.testing.assert_array_equal(config.rotated_by, [0, 1, 2, 0, 1, 0])
-    with pytest.raises(models.ConfigError, match="a llama model has no option images"):
+    with pytest.raises(models.ConfigError, match="A llama model has no option images"):
         models.read_config(tiny.fields("llama2"), images=True)
     with pytest.raises(models.ConfigError, match="which reads images, is not scaled"):
         models.with_rope_scaling(config, {"rope_type": "yarn", "factor": 2.0})

@@ -191,7 +191,7 @@ def test_given_experts_are_weighed_by_the_router(case):
 
 def test_what_cannot_be_replayed_is_refused(folder, tmp_path, capsys):
     line = line_of(folder, tmp_path / "run", "--no-replay-routing", model="dense")
-    assert "--no-replay-routing: the model" in fails(capsys, grpo.main, *line)
+    assert "--no-replay-routing has no effect, because the model" in fails(capsys, grpo.main, *line)
     model, params = models.from_pretrained(folder / "dense")
     ids = np.ones((1, 3), np.int32)
     with pytest.raises(ValueError, match="routing has the experts of"):

@@ -194,7 +194,7 @@ def test_where_only_texts_are_read(folder: Path) -> None:
     [
         ({"max_image_size": {"longest_edge": 8}}, r"makes tiles of \(3, 8, 8\)"),
         ({"size": {"height": 8, "width": 8}}, "size is .*; longest_edge is needed"),
-        ({"do_thumbnail": True}, "do_thumbnail=True: not known"),
+        ({"do_thumbnail": True}, "do_thumbnail=True is not known"),
     ],
 )
 def test_a_processor_that_does_not_fit(
