@@ -167,8 +167,8 @@ def _tell_ending(
         tell(
             console,
             f"{replace_copy_paths(run.folder)} is finished after step {last_step}, and nothing was "
-            f"changed. For going on after step {last_step}, give more {flag('steps')} or "
-            f"{flag('patience')}",
+            f"changed. To continue after step {last_step}, increase {flag('steps')} or "
+            f"{flag('patience')}.",
         )
         return
     time_line = f"this part of the run took {duration(seconds)}"

@@ -194,7 +194,7 @@ def test_the_reference_is_read_once(folder, tmp_path, monkeypatch, capsys):
             run(folder, tmp_path / "run", *kept, *args)
         out = capsys.readouterr().out
         found = "log-probabilities come from an earlier run" in out
-        assert found != ("the reference reads 8 rows" in out)
+        assert found != ("the reference scores 8 rows" in out)
         return not found
 
     others = write_jsonl(tmp_path / "rows.jsonl", [*PAIRS[1:], PAIRS[0] | {"chosen": "cx"}])

@@ -112,7 +112,7 @@ def test_a_finished_run_is_left_as_it_is(inputs, whole, capsys, monkeypatch):
     options = ["--steps", 6, "--lr", 3e-3, "--schedule", "constant", "--warmup", 1]
     run(inputs, whole, *options, "--dropout", 0.1, "--resume")
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{whole} is finished after step 6" in said and "give more --steps" in said
+    assert f"{whole} is finished after step 6" in said and "increase --steps" in said
     assert files_of(whole) == before
 
 
