@@ -238,7 +238,7 @@ def test_what_cannot_stay_in_codes_is_refused(tmp_path: Path) -> None:
     folder, out = ship(tmp_path / "in", "fp8 blocks, fp32", num_hidden_layers=1), tmp_path / "out"
     model, params = from_pretrained(folder)
     with pytest.raises(
-        WeightsError, match=r"down_proj/kernel is in codes \(fp8\): .*codes_from=.*"
+        WeightsError, match=r"down_proj/kernel is quantized \(fp8\)\. .*codes_from=.*"
     ):
         save_pretrained(out, model, params)
     own = lj.quantized.quantize(dequantize(params), "int8")
@@ -261,7 +261,7 @@ def test_what_no_config_can_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"mlp\.experts lies in codes in part, .*dequantize"):
         save_pretrained(out, model, whole, codes_from=folder)
     write_gguf(tmp_path / "model.gguf", "llama2", decoder("llama2")[1])
-    with pytest.raises(WeightsError, match="model.gguf: codes are kept of safetensors files alone"):
+    with pytest.raises(WeightsError, match="model.gguf is not a folder with safetensors files"):
         save_pretrained(out, model, whole, codes_from=tmp_path / "model.gguf")
     with pytest.raises(WeightsError, match="is a LoraWeight, not an array"):
         save_pretrained(out, model, tree, codes_from=folder)

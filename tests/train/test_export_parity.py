@@ -102,7 +102,7 @@ def test_a_classifier_of_peft_on_a_base_without_its_head(tmp_path, capsys):
     named = ["--base-name", tmp_path / "base", "--output", tmp_path / "again"]
     main([str(arg) for arg in [*args, *named]])
     assert lp.serving_problems(tmp_path / "again") == []
-    line = re.findall(r"load it with: (.*)", capsys.readouterr().out)[-1]
+    line = re.findall(r"Load it with: (.*)", capsys.readouterr().out)[-1]
     shown = eval(line, {"PeftModel": peft.PeftModel, auto.__name__: auto})
     assert_close(logits_of(shown.eval()), expected, 1e-4)
     again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "again", num_labels=3)

@@ -197,7 +197,7 @@ def test_a_batch_is_as_wide_as_its_own_prompts_need(folder, tmp_path, monkeypatc
     lines = run(folder, tmp_path / "run", *args)
     assert compiled == [160, 56], "the widest first, and each once"
     assert {*drawn} == {40, 144} and drawn.count(144) == 1
-    assert "as its longest prompt needs: 2 widths, 56, 160 tokens" in told(capsys)
+    assert "batches have 2 widths, 56, 160 tokens" in told(capsys)
     monkeypatch.setattr("train.live.prompts.few_lengths", lambda rows, *_, **__: (int(max(rows)),))
     drawn.clear()
     whole = run(folder, tmp_path / "whole", *args)

@@ -109,4 +109,4 @@ def test_a_table_of_runs(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     tiny_decoder.write_jsonl(table, [{"name": "a"}, {"name": "b", "dataset": [texts]}])
     with pytest.raises(SystemExit):
         run(made, tmp_path / "mixed", "--steps", 2, "--many", table)
-    assert "the rows of a have images, and those of b have none" in capsys.readouterr().err
+    assert "The rows of a have images, but the rows of b" in capsys.readouterr().err

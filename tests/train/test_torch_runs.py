@@ -192,4 +192,4 @@ def test_a_model_that_cannot_pack_trains_on_rows_of_one_sequence(kind, tmp_path,
     for script, options in ((sft, ["--packing"]), (dpo, ["--dataset", pairs])):
         with pytest.raises(SystemExit):
             script([*map(str, [*line, *options])])
-        assert "would see each other" in " ".join(capsys.readouterr().err.split())
+        assert "would attend to each other" in " ".join(capsys.readouterr().err.split())

@@ -269,7 +269,7 @@ def test_a_server_that_ends_leaves_what_was_learned(folder, serving, tmp_path, c
     assert [line["step"] for line in lines] == [1, 2, 3]
     line = line_of(folder, tmp_path / "run", *args[: -len(sampler)], "--resume")
     message = fails(capsys, grpo.main, *line)
-    assert "without --sampler (--resume needs it again" in message
+    assert "needs it again with --resume" in message
 
 
 @pytest.mark.slow

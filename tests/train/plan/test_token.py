@@ -110,12 +110,12 @@ def test_a_plan_says_why_no_kernel_reads_the_codes(tmp_path, monkeypatch):
     reasons = [token_of(tmp_path, FIELDS, rows, codes="int8").without_kernel for rows in (ROWS, 33)]
     assert reasons == [
         "no kernel takes int8 in these shapes and dtypes",
-        "a kernel takes 32 rows at most",
+        "the kernel takes 32 rows at most",
     ]
     shown = io.StringIO()
     made = Token(rows=33, cached=8, bytes=7, floor_seconds=None, without_kernel=reasons[1])
     print_token(Console(file=shown, width=200), made)
-    assert "XLA's form reads the codes: a kernel takes 32 rows at most." in shown.getvalue()
+    assert "without a kernel, because the kernel takes 32 rows at most." in shown.getvalue()
     program[0] = KERNEL_NAME
     assert token_of(tmp_path, FIELDS, codes="int8").without_kernel is None
 

@@ -309,7 +309,7 @@ def test_the_others_and_itself_are_told_of_a_process_that_is_frozen(who, process
     place = f"process {os.getpid()} of {socket.gethostname()}"
     for ending, *_ in told:
         assert (ending.process, ending.code, ending.unannounced) == (who, 1, True)
-        assert re.match(r"has not answered since \d\d:\d\d:\d\d \(\d s\): it is", ending.why)
+        assert re.match(r"has not answered since \d\d:\d\d:\d\d \(\d s\)\. It is", ending.why)
         assert ending.why.endswith(f"If {place} still exists, end it first")
     monkeypatch.setattr(lines[who], "_send", send)
     for line in lines:

@@ -155,8 +155,8 @@ def test_a_dry_run_names_what_an_episode_changes(folder, tmp_path, capsys, monke
         grpo.main(line_of(folder, tmp_path, "Game", "--dry-run"))
     said = capsys.readouterr().out
     assert (
-        "each episode seeds these random generators by its row: beside.py:R, game.py:R, game.py:G, "
-        "game.py:S, game.py:P, game.py:Game.own\n"
+        "each episode seeds these random generators from its row: beside.py:R, game.py:R, "
+        "game.py:G, game.py:S, game.py:P, game.py:Game.own\n"
     ) in said
     (warning,) = (line for line in said.splitlines() if line.startswith("warning: "))
     names = "beside.py:STATE, beside.py:EARNED, game.py:COUNT, game.py:LOG, game.py:DONE, "
