@@ -66,8 +66,11 @@ def _reason(path: str, leaf: Leaf, facts: LeafFacts) -> str:
     if facts.kinds is not None:
         return f"{facts.kinds.get(path)}: this is the kind of the leaf"
     if facts.roles is None:
+        is_vector = sum(size > 1 for size in leaf.shape) < 2
+        if is_vector or is_linear(path, leaf, facts):
+            return head_reason(path, None)
         unnamed = f"{UNNAMED}: its name does not say that it is a kernel"
-        return head_reason(path, None) or ("" if is_linear(path, leaf, facts) else unnamed)
+        return head_reason(path, None) or unnamed
     observed = facts.roles.get(path)
     if not isinstance(observed, ObservedRoles):
         return ""

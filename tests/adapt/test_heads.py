@@ -231,6 +231,7 @@ def test_arrays_whose_names_say_nothing_are_listed_by_pattern():
     }
     others = {f"weight_{'abcdefghijkl'[i]}": draw(i, (5, 5)) for i in range(12)}
     params = {"layers": layers, "dense": {"kernel": draw(1, (5, 7)), "bias": draw(2, (3, 7))}}
+    params["layer_scalar"] = draw(3, (12, 1))  # a number a layer
     with pytest.warns(lj.LeftOutWarning) as caught:
         lj.lorafy(params | others, RULES)
     (warning,) = caught
@@ -238,7 +239,7 @@ def test_arrays_whose_names_say_nothing_are_listed_by_pattern():
     assert "pass trace=(fn, params, x), or name them in targets" in lines[0]
     assert "  layers/*/gating_einsum (12 arrays)" in lines
     assert len(lines) <= 10 and lines[-1].strip() == "and 6 more"
-    assert "bias" not in str(warning.message)
+    assert "bias" not in str(warning.message) and "scalar" not in str(warning.message)
 
 
 def test_saved_adapters_keep_their_weights(tmp_path):
