@@ -285,7 +285,7 @@ def test_one_run_at_a_time_writes_to_a_folder(runs, proxy, monkeypatch):
     proxy.put("locked/run.lock", json.dumps(elsewhere).encode())
     with RunLock(BucketLock(bucket_path("gs://bucket/locked")), told.append):
         assert "process 1 on elsewhere holds gs://bucket/locked/run.lock" in told[0]
-        monkeypatch.setattr(bucket_lock, "holder_here", lambda: elsewhere)
+        monkeypatch.setattr(bucket_lock, "describe_this_process", lambda: elsewhere)
         with pytest.raises(TrainingError, match="another run, process"):
             with RunLock(BucketLock(bucket_path("gs://bucket/locked"))):
                 pass

@@ -287,7 +287,7 @@ print(lj.adapter_info("gs://bucket/both"))
 def refuses(*_):
     raise store.BucketError("no room")
 
-copies.publish = refuses
+copies.upload_folder = refuses
 try:
     lj.save_adapter("gs://bucket/refused", tree)
 except store.BucketError as error:

@@ -267,11 +267,11 @@ def test_experts_in_codes_are_formed_where_that_is_less_work(monkeypatch: Any) -
     assert not is_ragged(there, 1), "a token of decoding"
     size = config.num_experts * config.hidden_size * config.moe_intermediate_size * 4
     for most in (size, size - 1):
-        monkeypatch.setattr("lora_jax.models.decoder.experts._MOST_FORMED", most)
+        monkeypatch.setattr("lora_jax.models.decoder.experts._MAX_FORMED_BYTES", most)
         assert is_ragged(there, 64) == (most == size)
     monkeypatch.undo()
     assert is_ragged(there, 64)
-    monkeypatch.setattr("lora_jax.models.decoder.experts._LARGE_BLOCK", 8)
+    monkeypatch.setattr("lora_jax.models.decoder.experts._LARGE_BLOCK_ROWS", 8)
     assert not is_ragged(there, 64), "blocks of 8 rows are large"
 
 

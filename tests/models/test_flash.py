@@ -66,26 +66,28 @@ def compiles(monkeypatch: Any) -> None:
     monkeypatch.setattr(flash, "missing_compiler", lambda: None)
 
 
-def run_plain(*operands: jax.Array, name: str, how: FlashOptions) -> list[jax.Array]:
+def run_plain(*operands: jax.Array, name: str, options: FlashOptions) -> list[jax.Array]:
     """Computes what a program does, all blocks at once, in plain JAX."""
     start, stop, slots, segments, others, window, q, k, v, *rest = operands
     heads, kv_heads = q.shape[2], k.shape[2]
     k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
     by_key = name == "flash_dkv"
-    query_blocks = jnp.arange(q.shape[1]) // (how.keys if by_key else how.queries)
-    key_blocks = jnp.arange(k.shape[1]) // how.keys
+    query_blocks = jnp.arange(q.shape[1]) // (options.keys if by_key else options.queries)
+    key_blocks = jnp.arange(k.shape[1]) // options.keys
     first, last = (
         x[:, None, key_blocks] if by_key else x[:, query_blocks, None] for x in (start, stop)
     )
     block = query_blocks[None, :, None] if by_key else key_blocks[None, None]
     same = segments[:, :, None] == others[:, None]
-    if how.branched:
+    if options.branched:
         same |= prompt_segments(segments)[:, :, None] == others[:, None]
     distance = slots[:, None] - jnp.arange(k.shape[1])
     seen = same & (distance < window[0]) & (first <= block) & (block < last)
-    seen = (seen & (distance >= 0) if how.causal else seen)[:, None]  # [batch, 1, queries, keys]
-    scores = how.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = scores if how.cap is None else how.cap * jnp.tanh(scores / how.cap)
+    seen = (seen & (distance >= 0) if options.causal else seen)[
+        :, None
+    ]  # [batch, 1, queries, keys]
+    scores = options.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    scores = scores if options.cap is None else options.cap * jnp.tanh(scores / options.cap)
     if name == "flash_fwd":
         scores = jnp.where(seen, scores, -1e30)
         lse = jax.nn.logsumexp(scores, axis=-1)
@@ -94,10 +96,10 @@ def run_plain(*operands: jax.Array, name: str, how: FlashOptions) -> list[jax.Ar
     cotangent, lse, mean = rest
     weights = jnp.where(seen, jnp.exp(scores - math.log(2) * lse[..., None]), 0)
     slopes = weights * (jnp.einsum("bqhd,bkhd->bhqk", cotangent, v) - mean[..., None])
-    slopes = slopes if how.cap is None else slopes * (1 - (scores / how.cap) ** 2)
+    slopes = slopes if options.cap is None else slopes * (1 - (scores / options.cap) ** 2)
     if name == "flash_dq":
-        return [how.scale * jnp.einsum("bhqk,bkhd->bqhd", slopes, k)]
-    both = (how.scale * slopes, q), (weights, cotangent)
+        return [options.scale * jnp.einsum("bhqk,bkhd->bqhd", slopes, k)]
+    both = (options.scale * slopes, q), (weights, cotangent)
     summed = [jnp.einsum("bhqk,bqhd->bkhd", *pair) for pair in both]
     return [x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3]).sum(3) for x in summed]
 
@@ -132,7 +134,7 @@ def test_a_mapped_call_is_one_call(windows: bool, plain: None) -> None:
 
     def attend(window: jax.Array, *arrays: jax.Array) -> Any:
         tokens = FlashTokens(case.mask().queries.slots, *segments, window)
-        bounds = flash._span_bounds(how, tokens, (16, 16), 1)
+        bounds = flash._block_bounds(how, tokens, (16, 16), 1)
         return flash_call.run_program("flash_fwd", how, bounds, tokens, arrays)
 
     window = jnp.array([[40], [9], [3]] if windows else [9], jnp.int32)
@@ -180,7 +182,7 @@ def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     seen = np.asarray(mask.visible()).reshape(2, 12, 8, 24, 4).any((2, 4))
     for axis in (1, 0):
         along = seen if axis else seen.swapaxes(1, 2)
-        start, stop = map(np.asarray, flash._span_bounds(how, tokens, (8, 4), axis))
+        start, stop = map(np.asarray, flash._block_bounds(how, tokens, (8, 4), axis))
         at = np.arange(along.shape[2])
         visited = (at >= start[..., None]) & (at < stop[..., None])
         assert not (along & ~visited).any()

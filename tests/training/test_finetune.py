@@ -251,7 +251,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_bitwise(tmp_path):
         if line["step"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(training.Interrupted, match="stopped after step 3. Go on with resume=True"):
+    with pytest.raises(training.Interrupted, match="after step 3. Continue with resume=True"):
         fitted(tmp_path, 6, log=interrupt, log_every=1)
     assert signal.getsignal(signal.SIGINT) is before
     resumed, report = fitted(tmp_path, 6, resume=True)
@@ -287,7 +287,7 @@ def test_a_folder_with_a_run_is_not_used_again(tmp_path):
     ):
         fitted(tmp_path, 1)
     for changed, message in (
-        ({"lr": 1e-3}, r"other settings: lr was 0.003 and is now 0.001$"),
+        ({"lr": 1e-3}, r"other settings: lr was 0.003 and is now 0.001"),
         ({"seed": 1}, "the training data differ from those|other settings: seed was 0"),
         (
             {"examples": {"x": X[1:], "y": Y[1:]}},

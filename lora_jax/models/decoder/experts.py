@@ -30,9 +30,8 @@ from lora_jax.models.layers.placement import UNPLACED, Placement
 _MAX_BLOCK_ROWS = 512  # rows
 _SUBLANES = 8  # the TPU kernel takes multiples of this many rows; XLA masks for others
 _LARGE_BLOCK_ROWS = 256  # rows whose product takes a TPU longer than forming a kernel from codes
-_MAX_FORMED_BYTES = (
-    2**30
-)  # bytes of a kernel of a layer's experts that ragged products form from codes
+# Bytes of a kernel of a layer's experts that ragged products form from codes.
+_MAX_FORMED_BYTES = 2**30
 
 
 # The products of all kernels but the last -> what the last multiplies, such as act(gate) * up.

@@ -61,7 +61,7 @@ def test_a_token_reads_codes_and_writes_no_kernel(token, codes, bits, most):
 
 def test_more_rows_have_xlas_form(token, monkeypatch):
     """The control: no kernel, which reads and writes more; but it writes no kernel's floats."""
-    monkeypatch.setattr(kernels, "KERNEL_ROWS", ROWS - 1)
+    monkeypatch.setattr(kernels, "MAX_KERNEL_ROWS", ROWS - 1)
     made, written = token("int8")
     assert 1.6 * made.floor_seconds < made.seconds <= 2 * made.floor_seconds and not written
     assert made.clock.kernels == 0 and bytes_by_codes(made, 8) > 1.3
