@@ -137,7 +137,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(runs, proxy, capsys):
     runs.assert_same("gs://bucket/run")
     refused = runs.run("gs://bucket/run", code=2)
     assert "The output folder gs://bucket/run already contains a run" in refused
-    assert "training continues after step 7" in runs.run("gs://bucket/run", "--resume")
+    assert "To continue after step 7, increase" in runs.run("gs://bucket/run", "--resume")
     runs.assert_same("gs://bucket/run")
     words = ["--prompt", "1 plus 7?", "--max-new-tokens", "2"]
     generate.main(["--adapter", "gs://bucket/run", *words])

@@ -306,5 +306,7 @@ def test_of_two_processes_none_goes_on_before_the_adapter_is_there(running, prox
     assert not any(process.returncode for process in pair), texts
     told = [out for out, _ in texts]
     there = "{'model': 'first'}\n{'model': 'second'}\n"
-    told_by_second = "gs://bucket/refused could not be read or written by process 0, which says why"
+    told_by_second = (
+        "Process 0 could not read or write gs://bucket/refused. See the message of that process."
+    )
     assert told[0].endswith(f"{there}no room\n") and told[1].endswith(f"{there}{told_by_second}\n")
