@@ -271,7 +271,7 @@ def test_rules_draw_as_peft_does(tiny_llama, name):  # noqa: F811
 @pytest.mark.parametrize("name", ["eva", "lora_ga", "mica"])
 def test_rules_refuse_initialisers_that_they_cannot_draw(name):
     config = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": name}
-    with pytest.raises(lp.PeftError, match=f"'{name}': PEFT .*lora_jax.peft.load"):
+    with pytest.raises(lp.PeftError, match=f"'{name}', PEFT .*lora_jax.peft.load"):
         lp.rules(config)
 
 

@@ -15,6 +15,7 @@ from tests.models import tiny_encoders
 from tests.support import assert_close, dots_of_size, lorafied, over, with_random_factors
 
 # Sizes whose products tell kernels from activations by the number of elements alone.
+pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.LeftOutWarning")  # classifiers
 ENCODER = {
     "vocab_size": 61,
     "hidden_size": 22,
@@ -95,7 +96,6 @@ def adapted_tree(case, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("case", list(CONFIGS))
-@pytest.mark.filterwarnings("ignore::lora_jax.LeftOutWarning")  # the classifier
 def test_all_linear_is_every_layer_but_the_output(case):
     tree = lj.lorafy(shapes_of(case), [lj.LoraRule(targets="all-linear")])
     assert set(lj.split(tree)[0]) == {f"{path}/kernel" for path in ADAPTED[case]}

@@ -190,7 +190,7 @@ def test_the_gguf_file_of_a_folder_is_the_model(tmp_path, capsys):
     tokenizer().save_pretrained(folder)
     write_gguf(folder / "tiny.gguf", model.config, params)
     loaded = models.from_pretrained(folder)[1]
-    assert capsys.readouterr().err == f"{folder}: reading tiny.gguf\n"
+    assert capsys.readouterr().err == f"Reading tiny.gguf in {folder}\n"
     np.testing.assert_array_equal(
         loaded["model"]["embed_tokens"]["embedding"], params["model"]["embed_tokens"]["embedding"]
     )
