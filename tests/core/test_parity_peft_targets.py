@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarn
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
+@pytest.mark.filterwarnings("ignore::lora_jax.LeftOutWarning")  # classifiers
 def test_all_linear(case, head, auto, task):
     import transformers
     from peft import LoraConfig, get_peft_model

@@ -108,7 +108,7 @@ def test_answers_and_exports_are_those_of_the_codes(inputs, trained, model, tmp_
     assert "not merged (the base is quantized" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         generate.main([*ask, "--merge"])
-    assert "cannot be merged: the base is quantized" in capsys.readouterr().err
+    assert "cannot be merged, because the base is quantized" in capsys.readouterr().err
 
     export.main(["--adapter", str(trained), "--merged", "--output", str(tmp_path / "whole")])
     assert "dequantized nf4 values of the base plus the update" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def rewards(tmp_path):
 def test_a_reward_that_always_fails_ends_the_run_as_nan_does(folder, tmp_path, rewards, capsys):
     line = line_of(folder, tmp_path / "run", *rewards("raises"), "--steps", 12, "--log-every", 5)
     said = fails(capsys, grpo.main, *line)
-    assert "--max-skipped 3: steps in a row were skipped" in said
+    assert "--max-skipped 3: 3 steps in a row were skipped" in said
     assert "no completion has a reward (raises: ValueError: no reward today (mine.py, line" in said
     lines = read_metrics(tmp_path / "run")
     assert [{**line, "time": 0} for line in lines] == [
@@ -132,7 +132,7 @@ def test_a_dry_run_asks_the_reward_and_names_the_column_that_is_missing(
     args = [*rewards("answers"), "--dataset", tmp_path / "rows.jsonl", *asked]
     line = line_of(folder, tmp_path / "run", *args)
     said = fails(capsys, grpo.main, *line)
-    assert "the reward answers needs the column 'answer'; the rows have none beside" in said
+    assert "the reward answers needs the column 'answer', but the rows have no column" in said
 
 
 @pytest.mark.slow

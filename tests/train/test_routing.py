@@ -153,7 +153,7 @@ def test_the_mismatch_is_that_of_a_dense_model(folder, tmp_path, monkeypatch):
     dense = mismatch("dense", "dense")
     assert mismatch("replayed") <= 1.2 * dense
     # The control: XLA leaves out other roundings in the step than in the sampler.
-    monkeypatch.setattr(moe, "_rounded", lambda x, dtype: x.astype(dtype))
+    monkeypatch.setattr(moe, "_round_to", lambda x, dtype: x.astype(dtype))
     assert mismatch("as it comes") > 1.2 * dense
 
 

@@ -111,9 +111,11 @@ def test_adapters_say_which_one_they_were_trained_with(folder, tmp_path, capsys,
     with pytest.raises(Exception, match="or name the tokenizer with --tokenizer"):
         choose_tokenizer(sources, None)
     with pytest.raises(RequestError, match="Start it with --tokenizer"):
-        ServedBase(module, params, folder.model, 4).read(folder.path / "adapter")
+        ServedBase(module, params, folder.model, 4).read_state(folder.path / "adapter")
     monkeypatch.chdir(folder.path)
-    ServedBase(module, params, folder.model, 4, tokenizer="tokens").read(folder.path / "adapter")
+    ServedBase(module, params, folder.model, 4, tokenizer="tokens").read_state(
+        folder.path / "adapter"
+    )
     outline = read_model_info(folder.model, folder.tokens)
     about = {**outline.about, "tokenizer": "/nowhere/tokens"}
     lj.save_adapter(tmp_path / "moved", tree, about=about)

@@ -228,7 +228,9 @@ class LoadedAdapters:
         names = list(self._trees)
         if options.merge:
             for name in names:
-                with as_user_errors(UserError, prefix=f"--merge: {name} cannot be merged. "):
+                with as_user_errors(
+                    UserError, prefix=f"--merge: {name} cannot be merged, because "
+                ):
                     jax.eval_shape(merge_adapter, self._trees[name])  # merges nothing yet
         relation = "merged into" if options.merge else "beside"
         has_one_adapter = len(names) == len(self.names) == 1
