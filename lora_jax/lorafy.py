@@ -169,7 +169,8 @@ def left_out(
 
     A reason begins with its kind: "looked up", "added", "head", "one-hot" or "every use would
     merge"; without `trace` "head", "embedding" or "unnamed" (the name of the array does not say
-    that it is a kernel). Biases, parts of norms and leaves that a rule excludes are not listed.
+    that it is a kernel); with `kinds` the kind of the leaf. Biases, parts of norms and leaves that
+    a rule excludes are not listed.
 
     Args:
       params, rules, trace, kinds: as for `lorafy`.

@@ -57,22 +57,23 @@ def product_orders(
 
     Args:
       jaxpr: the jaxpr of a function.
-      path_of_input: the path of the leaf that each input is; None for data.
+      path_of_input: for each input, the path of the leaf in the tree; None for data.
       weights: paths of the leaves that the function multiplies by.
     """
-    walk = _Walk()
+    walk = _ProductWalk()
     flow_of_input = []
     for path in path_of_input:
-        is_weight = path is not None and path in weights
-        paths = frozenset({path}) if path is not None and is_weight else _NO_PATHS
+        paths = frozenset({path}) & weights if path is not None else _NO_PATHS
         flow_of_input.append(_Flow(weights=paths, has_data=path is None))
     flow_of_output = walk.run(jaxpr, flow_of_input)
     outputs: set[_Product] = set()
     for flow in flow_of_output:
         outputs |= flow.unmixed_products
+    products_of_path: dict[str, set[_Product]] = {path: set() for path in weights}
+    for product in walk.products:
+        products_of_path[product.path].add(product)
     orders: dict[str, ProductOrder] = {}
-    for path in weights:
-        products = {product for product in walk.products if product.path == path}
+    for path, products in products_of_path.items():
         orders[path] = ProductOrder(
             is_one_hot_lookup=path in walk.one_hot_lookups,
             is_last=bool(products - walk.followed),
@@ -81,7 +82,7 @@ def product_orders(
     return orders
 
 
-class _Walk:
+class _ProductWalk:
     """Walks once over a jaxpr and records products.
 
     Attributes:
@@ -130,7 +131,7 @@ class _Walk:
             if len(inner.invars) == len(operands) and len(inner.outvars) == len(eqn.outvars):
                 return self.run(body, operands)
         keeps_elements = name in ELEMENTWISE or name in _MOVES
-        flow = _joined(operands)
+        flow = _join_flows(operands)
         if not keeps_elements:
             flow = flow._replace(weights=_NO_PATHS, unmixed_products=_NO_PRODUCTS)
         if name == "iota":
@@ -144,9 +145,10 @@ class _Walk:
     def _multiply(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
         """Notes a product of a weight, and the products that it follows."""
         left, right = operands[:2]
-        product_of_weights = left.weights and right.weights
-        if product_of_weights and not (left.has_data or right.has_data):
-            return [_joined(operands)] * len(eqn.outvars)
+        # A product of two weights is a weight.
+        are_weights = bool(left.weights and right.weights)
+        if are_weights and not (left.has_data or right.has_data):
+            return [_join_flows(operands)] * len(eqn.outvars)
         # An activation that was scaled by a weight is still the activation.
         right_is_weight = bool(right.weights) and not (right.has_data and left.weights)
         weight, activation = (right, left) if right_is_weight else (left, right)
@@ -170,7 +172,7 @@ class _Walk:
 
     def _gather(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
         """Returns the flow of what a look-up reads: a member of a stack is still a weight."""
-        flow = _joined(operands)
+        flow = _join_flows(operands)
         slice_sizes = eqn.params["slice_sizes"]
         is_member_of_stack = sum(size > 1 for size in slice_sizes) >= 2
         if not is_member_of_stack:
@@ -198,10 +200,10 @@ class _Walk:
 
     def _cond(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
         outputs_of_branches = [self.run(branch, operands[1:]) for branch in eqn.params["branches"]]
-        return [_joined(outputs) for outputs in zip(*outputs_of_branches, strict=True)]
+        return [_join_flows(outputs) for outputs in zip(*outputs_of_branches, strict=True)]
 
 
-def _joined(flows: Sequence[_Flow]) -> _Flow:
+def _join_flows(flows: Sequence[_Flow]) -> _Flow:
     """Returns the flow of a value that is computed from several values, element by element."""
     return _Flow(
         weights=_NO_PATHS.union(*(flow.weights for flow in flows)),
@@ -224,22 +226,22 @@ def _repeat(
     while True:
         outputs = run_iteration(carries)
         next_carries = [
-            _joined([before, after])
-            for before, after in zip(carries, outputs[: len(carries)], strict=True)
+            _join_flows([carry, output])
+            for carry, output in zip(carries, outputs[: len(carries)], strict=True)
         ]
         if next_carries == carries:
             return outputs
         carries = next_carries
 
 
-_Rule = Callable[[_Walk, JaxprEqn, list[_Flow]], list[_Flow]]
+_Rule = Callable[[_ProductWalk, JaxprEqn, list[_Flow]], list[_Flow]]
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 _RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys(_PRODUCTS, _Walk._multiply),
-    "gather": _Walk._gather,
-    "scan": _Walk._scan,
-    "while": _Walk._while,
-    "cond": _Walk._cond,
+    **dict.fromkeys(_PRODUCTS, _ProductWalk._multiply),
+    "gather": _ProductWalk._gather,
+    "scan": _ProductWalk._scan,
+    "while": _ProductWalk._while,
+    "cond": _ProductWalk._cond,
 }
 _CASTS = frozenset({"convert_element_type", "copy", "copy_p", "stop_gradient"})
 _PASSED_ON = ("optimization_barrier", "device_put")  # each operand is an output

@@ -49,7 +49,7 @@ class Observation(NamedTuple):
     Attributes:
       jaxpr: the jaxpr of the function.
       inputs: shapes and dtypes of its inputs.
-      path_of_input: the path of the leaf that each input is; None for data.
+      path_of_input: for each input, the path of the leaf in the tree; None for data.
       roles: by path, the roles of each leaf that the function multiplies by or reads rows of, or a
         sentence that says why there are none.
       multiplied_paths: paths of the leaves that the function multiplies by.
@@ -215,11 +215,11 @@ class _LeafTracker:
 
     def multiplied_paths(self) -> frozenset[str]:
         """Returns the paths of the leaves that the function multiplies by."""
-        return frozenset(
-            path
-            for path, uses in self.contractions.items()
-            if not all(use.not_kernel_reason for use in uses)
-        )
+        paths: set[str] = set()
+        for path, uses in self.contractions.items():
+            if any(not use.not_kernel_reason for use in uses):
+                paths.add(path)
+        return frozenset(paths)
 
     def rule_of_primitive(self) -> dict[str, Rule]:
         """Returns the rule for each primitive but those of `follow_other_equation`."""

@@ -17,7 +17,8 @@ def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:
     """Prints a table of where ``adapt(fn)(*args, **kwargs)`` uses each adapted weight.
 
     Each line is one use. It shows the primitive, the line of your code, whether the product is
-    factored or the weight is merged there, and why.
+    factored or the weight is merged there, and why. Then follows a line for each kernel that is not
+    adapted, and that "all-linear" leaves out; see `left_out`.
 
     Args:
       fn: traced, not run.

@@ -44,7 +44,7 @@ def left_out_reasons(
         is_candidate = is_matrix(leaf) and leaf_name(path) not in SIDE_LEAVES
         if path in selected_paths or not is_candidate:
             continue
-        if not any(not matches(rule.exclude, path) for rule in linear_rules):
+        if all(matches(rule.exclude, path) for rule in linear_rules):
             continue
         reason = _reason(path, leaf, facts)
         if reason:
@@ -64,7 +64,7 @@ def _is_all_linear(rule: Rule) -> bool:
 def _reason(path: str, leaf: Leaf, facts: LeafFacts) -> str:
     """Returns the reason why "all-linear" leaves out a leaf; "" for a part of a norm."""
     if facts.kinds is not None:
-        return f"{facts.kinds.get(path)}: this is the kind of the leaf"
+        return f"{facts.kinds.get(path, UNNAMED)}: this kind of leaf is no target"
     if facts.roles is None:
         is_vector = sum(size > 1 for size in leaf.shape) < 2
         if is_vector or is_linear(path, leaf, facts):

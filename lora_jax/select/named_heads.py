@@ -39,10 +39,10 @@ def named_module(path: str) -> str | None:
     decoder = _DECODER_OF_BERT.fullmatch(path)
     if decoder:
         return decoder[1]
-    parts = path.split("/")
-    for index, name in enumerate(parts):
+    names = path.split("/")
+    for index, name in enumerate(names):
         if _EMBEDDING.fullmatch(name) or _HEAD.fullmatch(name):
-            return "/".join(parts[: index + 1])
+            return "/".join(names[: index + 1])
     return None
 
 
@@ -64,12 +64,14 @@ def head_reason(path: str, roles: Mapping[str, ObservedRoles | str] | None) -> s
         return f"{ONE_HOT}: the function multiplies one-hot vectors by it, as by a table"
     # The whole module is a head if one of its kernels acts as one.
     module = named_module(path) or path
-    for other_path, other in roles.items():
-        is_in_module = other_path == module or other_path.startswith(f"{module}/")
-        if not is_in_module or not isinstance(other, ObservedRoles) or other.not_kernel_reason:
+    for leaf_path, leaf_roles in roles.items():
+        is_in_module = leaf_path == module or leaf_path.startswith(f"{module}/")
+        if not is_in_module or not isinstance(leaf_roles, ObservedRoles):
             continue
-        if other.product_order.is_last:
-            return f"{HEAD}: no other weight's product follows that of {other_path!r}"
-        if other.product_order.is_output:
-            return f"{HEAD}: the product of {other_path!r} is an output of the function"
+        if leaf_roles.not_kernel_reason:
+            continue
+        if leaf_roles.product_order.is_last:
+            return f"{HEAD}: no other weight's product follows that of {leaf_path!r}"
+        if leaf_roles.product_order.is_output:
+            return f"{HEAD}: the product of {leaf_path!r} is an output of the function"
     return ""

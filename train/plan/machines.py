@@ -56,6 +56,7 @@ KINDS = {
     "v6e": MachineKind(int(31.24 * _GIB), 918e12, 1.75e9, 90e9, 1638e9),
     "tpu7x": MachineKind(int(94.74 * _GIB), 2307e12 / 2, 2.2e9, 90e9, 7380e9 / 2, 2),
 }
+N_DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # of the grid of a slice's chips
 # JAX's names of the kinds.
 _VERSION_OF_TPU_KIND = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e"), "v5e"),
@@ -143,6 +144,9 @@ def find_machine(
     if match is None or match[2] not in (*KINDS, *CARDS, "cpu"):
         raise UserError(f"--topology {topology} names no known machine. Pass {_KNOWN_TOPOLOGIES}.")
     slices, kind, size = match.groups()
+    if kind in KINDS and size == "1":
+        size = "x".join(["1"] * N_DIMENSIONS[kind])  # v5e:1 is v5e:1x1, one chip
+        topology = f"{slices}x{kind}:{size}" if slices else f"{kind}:{size}"
     if mem_fraction is not None and kind not in CARDS:
         raise UserError(
             f"--mem-fraction {mem_fraction} only applies to GPUs, but --topology is {topology}. "
@@ -180,7 +184,7 @@ def topology_of_devices(devices: Sequence[Any]) -> str | None:
         kind = _VERSION_OF_TPU_KIND.get(device_kind)
         if kind is None:
             return None
-        n_dimensions = 2 if kind in ("v5e", "v6e") else 3
+        n_dimensions = N_DIMENSIONS[kind]
         coordinates = np.array([device.coords for device in devices])
         grid = 1 + coordinates.max(axis=0) - coordinates.min(axis=0)
         return f"{kind}:{'x'.join(str(size) for size in grid[:n_dimensions])}"

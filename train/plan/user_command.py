@@ -1,21 +1,27 @@
 """`lora-jax plan --function file.py:make_step`: plans a function that a user wrote."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from train.console.errors import UserError
 from train.console.help import HelpPage
 from train.options.command import parse_options
 from train.plan.machines import find_machine
-from train.plan.user_function import full_topology, mesh_of, plan_function
+from train.plan.user_function import mesh_of, plan_function
+from train.processes.mesh import parse_mesh
 
 OPTION = "--function"
 _OPTIONS = ("shardings", "out_shardings", "donate", "static", "compiler_options")
@@ -60,12 +66,11 @@ def run_function_plan(args: Sequence[str] | None) -> None:
     """Plans the function of a command line, and prints the plan."""
     options = parse_options(FunctionOptions, args, "train.plan")
     jax.config.update("jax_platforms", "cpu")  # leave accelerators to other processes
-    topology = full_topology(options.topology)
-    machine = find_machine(topology, options.capacity_gib, None, options.mem_fraction)
-    mesh = mesh_of(_parse_mesh(options.mesh), machine)
+    machine = find_machine(options.topology, options.capacity_gib, None, options.mem_fraction)
+    mesh = mesh_of(parse_mesh(options.mesh, names=None), machine)
     function, arguments, settings = _make_step(options.function, mesh)
     plan = plan_function(
-        function, *arguments, topology=topology, mesh=mesh, machine=machine, **settings
+        function, *arguments, topology=options.topology, mesh=mesh, machine=machine, **settings
     )
     if options.json:
         print(json.dumps(plan.as_json(), indent=2))
@@ -73,54 +78,61 @@ def run_function_plan(args: Sequence[str] | None) -> None:
         plan.show()
 
 
-def _parse_mesh(text: str | None) -> dict[str, int]:
-    """Parses the axes of a mesh, such as "fsdp=2,tensor=2".
-
-    Raises:
-      UserError: the text has another form.
-    """
-    sizes: dict[str, int] = {}
-    for word in (text or "").split(",") if text else ():
-        name, _, size = word.partition("=")
-        if not name.strip().isidentifier() or not size.strip().isdigit() or int(size) < 1:
-            raise UserError(f"--mesh {text}: {word!r} is no axis. Write axis=size, as in fsdp=4.")
-        sizes[name.strip()] = int(size)
-    return sizes
-
-
-def _make_step(place: str, mesh: Any) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+def _make_step(spec: str, mesh: Mesh) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
     """Calls the user's make_step; returns the function, its arguments and options.
 
+    Args:
+      spec: the value of --function, ``file.py:make_step``.
+      mesh: the mesh that make_step gets, if it takes one.
+
     Raises:
-      UserError: the file or the function does not exist, or returns something else.
+      UserError: the file or the function does not exist, fails, or returns something else.
     """
-    file, _, name = place.rpartition(":")
-    path = Path(file)
+    file, _, name = spec.rpartition(":")
     if not file or not name.isidentifier():
-        raise UserError(f"{OPTION} {place} must be a file and a name, such as step.py:make_step.")
-    if not path.is_file():
-        raise UserError(f"{OPTION} {place}: the file {file} does not exist. Check the path.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, "a file with the suffix .py"
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(f"{OPTION} {place}: importing {file} failed: {error!r}") from error
+        raise UserError(f"{OPTION} {spec} must be a file and a name, such as step.py:make_step.")
+    if not Path(file).is_file():
+        raise UserError(f"{OPTION} {spec}: The file {file} does not exist. Check the path.")
+    with _user_errors(file, f"{OPTION} {spec}: Importing {file} failed"):
+        module = _import_file(Path(file))
     make_step = getattr(module, name, None)
     if not callable(make_step):
-        raise UserError(f"{OPTION} {place}: {file} has no function {name}.")
+        raise UserError(f"{OPTION} {spec}: {file} has no function {name}. Check the name.")
     takes_mesh = bool(inspect.signature(make_step).parameters)
-    made = make_step(mesh) if takes_mesh else make_step()
-    if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[0]):
-        raise UserError(f"{OPTION} {place}: {name} returned {type(made).__name__}. {_RETURNS}")
-    function, arguments, *rest = made
-    settings = rest[0] if rest else {}
-    unknown = [key for key in settings if key not in _OPTIONS] if isinstance(settings, dict) else []
-    if not isinstance(arguments, tuple) or not isinstance(settings, dict) or unknown:
+    with _user_errors(file, f"{OPTION} {spec}: {name} failed"):
+        result = make_step(mesh) if takes_mesh else make_step()
+    if not isinstance(result, tuple) or len(result) not in (2, 3) or not callable(result[0]):
+        raise UserError(f"{OPTION} {spec}: {name} returned {type(result).__name__}. {_RETURNS}")
+    function, arguments = result[:2]
+    settings = result[2] if len(result) == 3 else {}
+    if not isinstance(arguments, tuple):
         raise UserError(
-            f"{OPTION} {place}: {name} returned {type(arguments).__name__} as arguments and "
-            f"{settings!r:.100} as options. {_RETURNS}"
+            f"{OPTION} {spec}: {name} returned {type(arguments).__name__} as arguments. {_RETURNS}"
+        )
+    if not isinstance(settings, dict) or not settings.keys() <= {*_OPTIONS}:
+        raise UserError(
+            f"{OPTION} {spec}: {name} returned {settings!r:.100} as options. {_RETURNS}"
         )
     return function, arguments, settings
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Imports a user's file, with its folder on the import path."""
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec = importlib.util.spec_from_loader(path.stem, SourceFileLoader(path.stem, str(path)))
+    assert spec is not None and spec.loader is not None, "a loader of source files has a spec"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _user_errors(file: str, problem: str) -> Iterator[None]:
+    """Raises a UserError for an exception of the user's code, with the last line of its file."""
+    try:
+        yield
+    except Exception as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        place = f" in line {lines[-1]}" if lines else ""
+        raise UserError(f"{problem}{place} with {type(error).__name__}: {error}") from error

@@ -30,6 +30,7 @@ from train.plan.compile import (
     parse_refused_bytes,
 )
 from train.plan.flops.checked import HLO, StepWork, count_traced, step_work
+from train.plan.flops.jaxpr import inner_jaxprs
 from train.plan.hlo.slices import slices_in_hlo
 from train.plan.machines import Machine, find_machine
 from train.plan.user_plan import FunctionPlan, LargeArray
@@ -57,13 +58,13 @@ def plan_function(
 
     Args:
       fn: the function, or ``jax.jit(fn, …)`` with options of its own.
-      *args: arguments of the function. Arrays may be `jax.ShapeDtypeStruct`\\ s; elements are never
-        read.
+      *args: arguments of the function. Arrays may be `jax.ShapeDtypeStruct`\\ s, with shardings if
+        `shardings` is None; elements are never read.
       topology: "v5e:2x2", "h100:8", "rtx4090:1", "cpu:4" and the like, as `find_machine` takes it.
       mesh: the size of each axis of the mesh, such as ``{"fsdp": 4}``, or a mesh.
-      shardings: for each argument a `PartitionSpec`, a `Sharding`, or a tree of them; None for an
-        argument that each device has whole.
-      out_shardings: the same for the result; the compiler chooses by default.
+      shardings: a sharding of each argument that is not static: a `PartitionSpec`, a `Sharding`, or
+        a tree of them. None stands for an argument that each device has whole.
+      out_shardings: shardings of the result, in the same form; the compiler chooses by default.
       donate: positions of the arguments that are donated.
       static: positions of the arguments that are static.
       compiler_options: further options of the compiler.
@@ -76,14 +77,16 @@ def plan_function(
       UserError: the machine does not exist, the mesh or the shardings do not fit it, or the
         function cannot be traced.
     """
-    machine = machine or find_machine(full_topology(topology))
+    machine = machine or find_machine(topology)
     device_mesh = mesh_of(mesh, machine)
     donated = _as_positions(donate)
     static_positions = _as_positions(static)
-    abstract_args = [
-        arg if position in static_positions else jax.tree.map(_as_struct, arg)
-        for position, arg in enumerate(args)
-    ]
+    abstract_args = list(args)
+    for position, arg in enumerate(args):
+        if position not in static_positions:
+            # Shardings of arguments count only where no `shardings` are given.
+            arg_mesh = device_mesh if shardings is None else None
+            abstract_args[position] = _abstract_arg(arg, arg_mesh)
     jitted = _jit(
         fn, abstract_args, device_mesh, shardings, out_shardings, donated, static_positions
     )
@@ -93,6 +96,8 @@ def plan_function(
         traced = _trace(name, jitted, abstract_args)
         lowered = traced.lower()
     compiled, error = _compile(lowered, machine, dict(compiler_options or {}))
+    if compiled is not None:
+        _check_devices_share(name, compiled, device_mesh)
     compile_seconds = time.perf_counter() - start_seconds
     hlo_text = None if compiled is None else optimized_hlo_of(compiled, lowered, machine)
     n_devices = len(machine.devices)
@@ -131,17 +136,13 @@ def plan_function(
     )
 
 
-def full_topology(topology: str) -> str:
-    """Returns a topology, with "v5e:1" as "v5e:1x1": a TPU slice of one chip."""
-    kind, _, size = topology.partition(":")
-    if size != "1" or kind in ("cpu",):
-        return topology
-    dimensions = {"v5e": "1x1", "v6e": "1x1", "v5p": "1x1x1", "tpu7x": "1x1x1"}
-    return f"{kind}:{dimensions.get(kind, size)}"
-
-
 def mesh_of(mesh: Mapping[str, int] | Mesh | None, machine: Machine) -> Mesh:
-    """Returns a mesh of a machine's devices with automatic axes, or the mesh that is given."""
+    """Returns a mesh of a machine's devices: with automatic axes, or like the mesh that is given.
+
+    Raises:
+      UserError: the mesh has another number of devices than the machine, or none is given for
+        several devices.
+    """
     n_devices = len(machine.devices)
     if isinstance(mesh, Mesh):
         sizes = dict(mesh.shape)
@@ -155,6 +156,11 @@ def mesh_of(mesh: Mapping[str, int] | Mesh | None, machine: Machine) -> Mesh:
                 f"{n_devices}}}, and shardings= for the arguments."
             )
         sizes = sizes or {"data": 1}
+        n_named_devices = math.prod(size for size in sizes.values() if size != -1)
+        # -1 stands for the remaining devices.
+        for name, size in sizes.items():
+            if size == -1:
+                sizes[name] = max(1, n_devices // n_named_devices)
         axis_types = (AxisType.Auto,) * len(sizes)
     if math.prod(sizes.values()) != n_devices:
         raise UserError(
@@ -169,11 +175,29 @@ def _as_positions(positions: int | Sequence[int]) -> tuple[int, ...]:
     return (positions,) if isinstance(positions, int) else tuple(positions)
 
 
-def _as_struct(leaf: Any) -> Any:
-    """Returns the shape and dtype of an array, without a sharding; other leaves stay."""
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+def _abstract_arg(arg: Any, mesh: Mesh | None) -> Any:
+    """Returns an argument with the shape and dtype of each array in its place.
+
+    Args:
+      arg: a pytree. Leaves that are no arrays stay.
+      mesh: where a `jax.ShapeDtypeStruct` with a sharding lies; None: without shardings.
+
+    Raises:
+      UserError: a sharding belongs to other devices.
+    """
+
+    def as_struct(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return leaf
+        sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            weak_type=getattr(leaf, "weak_type", False),
+            sharding=None if sharding is None or mesh is None else _place_on_mesh(sharding, mesh),
+        )
+
+    return jax.tree.map(as_struct, arg)
 
 
 def _jit(
@@ -198,21 +222,23 @@ def _jit(
             "donate": bool(donated),
             "static": bool(static),
         }
-        given = [option for option, is_given in options.items() if is_given]
-        if given:
+        refused_options = [option for option, is_used in options.items() if is_used]
+        if refused_options:
             raise UserError(
-                f"{', '.join(given)} cannot be given for a function under jax.jit, which has "
-                "options of its own. Pass the plain function, or give the options to jax.jit."
+                f"{', '.join(refused_options)} cannot be given for a function under jax.jit, which "
+                "has options of its own. Pass the plain function, or give the options to jax.jit."
             )
         return fn
-    if shardings is None and mesh.size > 1:
+    struct_shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(list(args))]
+    has_shardings = any(sharding is not None for sharding in struct_shardings)
+    if shardings is None and mesh.size > 1 and not has_shardings:
         raise UserError(
             f"The mesh {dict(mesh.shape)} has {mesh.size} devices, but no shardings are given, so "
             "every device would do all of the work. Pass shardings=, with a PartitionSpec, or a "
             "tree of them, for each argument."
         )
     n_traced = len(args) - len(static)
-    in_shardings: Any = NamedSharding(mesh, PartitionSpec())
+    jit_options: dict[str, Any] = {}
     if shardings is not None:
         if len(shardings) != n_traced:
             raise UserError(
@@ -220,16 +246,28 @@ def _jit(
                 "arguments that are not static. Give one entry for each of them."
             )
         in_shardings = tuple(_place_on_mesh(sharding, mesh) for sharding in shardings)
-    jit_options: dict[str, Any] = {}
+        jit_options["in_shardings"] = in_shardings
     if out_shardings is not None:
         jit_options["out_shardings"] = _place_on_mesh(out_shardings, mesh)
     return jax.jit(
         fn,
-        in_shardings=in_shardings,
         donate_argnums=donated,
         static_argnums=static,
         **jit_options,
     )
+
+
+def _check_devices_share(name: str, compiled: Any, mesh: Mesh) -> None:
+    """Raises a UserError if every one of several devices has all of each argument."""
+    in_shardings = jax.tree.leaves(compiled.input_shardings)
+    is_shared = any(not sharding.is_fully_replicated for sharding in in_shardings)
+    if mesh.size > 1 and not is_shared:
+        raise UserError(
+            f"Every device would do all of the work of {name}, because each of the {mesh.size} "
+            "devices has all of each argument. Give the arguments shardings on the mesh, by "
+            "shardings= for a plain function, by in_shardings= of jax.jit, or by sharding= of "
+            "jax.ShapeDtypeStruct."
+        )
 
 
 def _place_on_mesh(shardings: Any, mesh: Mesh) -> Any:
@@ -338,17 +376,11 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
     """Yields the equations of a jaxpr that compute something, and those of the jaxprs inside."""
     inner, _ = jaxpr_and_consts(jaxpr)
     for eqn in inner.eqns:
-        bodies = [body for value in eqn.params.values() for body in _jaxprs_in(value)]
+        bodies = list(inner_jaxprs(eqn))
         for body in bodies:
             yield from _equations(body)
         if not bodies:
             yield eqn
-
-
-def _jaxprs_in(value: Any) -> list[Any]:
-    """Returns the jaxprs in a parameter of an equation."""
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return [item for item in values if hasattr(item, "eqns") or hasattr(item, "jaxpr")]
 
 
 def _callback_notes(jaxpr: Any) -> tuple[str, ...]:

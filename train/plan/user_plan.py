@@ -12,7 +12,7 @@ from train.plan.clock.table import print_clocks
 from train.plan.flops.checked import JAXPR, StepWork
 from train.plan.machines import Machine
 
-_PARTS = ("arguments", "outputs", "temporaries", "program", "total")
+_MEMORY_USES = ("arguments", "outputs", "temporaries", "program", "total")
 _UNKNOWN = "–"
 
 
@@ -117,10 +117,10 @@ def _memory_table(plan: FunctionPlan) -> Table:
     table = Table(title=f"Memory per device, in GiB (of {capacity})")
     for share in plan.fits_share:
         table.add_column("fits" if len(plan.fits_share) == 1 else f"fits {share}")
-    for part in _PARTS:
-        table.add_column(part, justify="right")
+    for use in _MEMORY_USES:
+        table.add_column(use, justify="right")
     fits = ["yes" if is_fitting else "no" for is_fitting in plan.fits_share.values()]
-    table.add_row(*fits, *(_gib(plan.memory.get(part)) for part in _PARTS))
+    table.add_row(*fits, *(_gib(plan.memory.get(use)) for use in _MEMORY_USES))
     return table
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,12 @@ from lora_jax.training.sharded_products import ChosenForm, Form, choose_form
 from train.console.errors import UserError, as_user_errors
 
 
-def parse_mesh(text: str | None) -> dict[str, int]:
+def parse_mesh(text: str | None, names: Collection[str] | None = AXES) -> dict[str, int]:
     """Parses the axis sizes of --mesh, such as ``data=2,fsdp=4``.
+
+    Args:
+      text: the value of --mesh; None for none.
+      names: the names that an axis may have; None: any name.
 
     Returns:
       The sizes by axis name, {} for none. -1 stands for the remaining devices.
@@ -30,10 +34,12 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for item in text.split(",") if text else []:
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", item)
-        if match is None or match[1] not in AXES or match[1] in sizes:
+        is_named = match is not None and (names is None or match[1] in names)
+        if match is None or not is_named or match[1] in sizes:
+            axes = "each axis" if names is None else f"each of {', '.join(names)}"
             raise UserError(
-                f"--mesh {text} is not a mesh. Pass sizes such as data=2,fsdp=4, with each of "
-                f"{', '.join(AXES)} at most once. -1 stands for the remaining devices."
+                f"--mesh {text} is not a mesh. Pass sizes such as data=2,fsdp=4, with {axes} at "
+                "most once. -1 stands for the remaining devices."
             )
         sizes[match[1]] = int(match[2])
     if list(sizes.values()).count(-1) > 1:

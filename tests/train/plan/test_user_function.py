@@ -37,6 +37,8 @@ def make_typo():
     return step, (S((6, 6), jnp.float32),), {"donated": 0}
 def make_mismatch():
     return step, (S((6, 7), jnp.float32), S((9, 6), jnp.float32))
+def make_fault():
+    return 1 / 0
 """
 
 
@@ -167,6 +169,21 @@ def test_static_arguments_and_functions_under_jit():
         plan.function(jax.jit(fn), S((3,), jnp.float32), 2, topology="cpu:1", donate=0)
 
 
+def test_shardings_of_arguments_count_where_no_others_are_given():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    halved = S((8, 6), jnp.float32, sharding=NamedSharding(mesh, P("d")))
+    for fn in (jnp.sin, jax.jit(jnp.sin), lambda x: jnp.sin(x)):
+        made = plan.function(fn, halved, topology="cpu:2", mesh={"d": 2})
+        assert made.memory["arguments"] == 4 * 8 * 6 // 2
+    with pytest.raises(UserError, match="Every device would do all of the work"):
+        plan.function(jax.jit(jnp.sin), S((8, 6), jnp.float32), topology="cpu:2", mesh={"d": 2})
+    elsewhere = NamedSharding(jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,)), P("d"))
+    with pytest.raises(UserError, match="belongs to other devices"):
+        plan.function(
+            jnp.sin, S((8, 6), jnp.float32, sharding=elsewhere), topology="cpu:2", mesh={"d": -1}
+        )
+
+
 def two_devices() -> Any:
     return jax.make_mesh((2,), ("other",), axis_types=(AxisType.Auto,))
 
@@ -224,7 +241,8 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
         (["{file}"], "must be a file and a name"),
         (["nowhere.py:make_step"], "nowhere.py does not exist"),
         (["{file}:make_mismatch"], "cannot be traced with these arguments"),
-        (["{file}:make_step", "--mesh", "rows"], "'rows' is no axis"),
+        (["{file}:make_step", "--mesh", "rows"], "--mesh rows is not a mesh"),
+        (["{file}:make_fault"], "make_fault failed in line 19 with ZeroDivisionError"),
         (["{file}:make_step", "--mesh", "rows=3"], "has 3 devices"),
     ],
 )

@@ -78,7 +78,7 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
         call = _kernel_call(kernel.name, scope, eqn)
         if listed_kernel(call):
             return Count(kernel_flops(call))
-    inner_counts = [count_flops(inner, scope) for inner in _inner_jaxprs(eqn)]
+    inner_counts = [count_flops(inner, scope) for inner in inner_jaxprs(eqn)]
     if name == "cond":
         is_rare = UNEVEN in scope
         if is_rare:
@@ -105,7 +105,7 @@ def _hlo_dtype(dtype: str) -> str:
     return dtype
 
 
-def _inner_jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
+def inner_jaxprs(eqn: JaxprEqn) -> Iterator[AnyJaxpr]:
     """Yields the jaxprs among an equation's parameters, whatever their names."""
     for value in eqn.params.values():
         items = value if isinstance(value, tuple | list) else (value,)
