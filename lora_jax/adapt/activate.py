@@ -1,4 +1,4 @@
-"""Adapters that act on some tokens alone: activated LoRA, which acts from its invocation on.
+"""Activated LoRA: adapters that act only on some tokens, such as those after an invocation.
 
 Activated LoRA (Greenewald et al., arXiv 2504.12397; PEFT's ``alora_invocation_tokens``) leaves all
 tokens before the invocation to the base, so that keys and values of the base stay valid for it. A
@@ -18,7 +18,7 @@ from lora_jax.core.weight import LoraWeight, is_leaf, map_leaves
 
 
 def activate(tree: Tree, mask: jax.typing.ArrayLike) -> Tree:
-    """Returns an adapted tree whose adapter acts on some tokens alone.
+    """Returns an adapted tree whose adapter acts only on the tokens of a mask.
 
     The tokens of an activation are its axes that a product with a weight neither contracts nor
     batches: [batch, seq], in this order, or both as one axis. `lora_jax.adapt` follows them from
@@ -110,7 +110,7 @@ def invoked(
 
 
 def _next_marked_position(is_marked: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns, for each token, the position of the next marked token behind it, or the length."""
+    """Returns the position of the next marked token after each token, or the length."""
     n_tokens = positions.size
     marked_positions = jnp.where(is_marked, positions, n_tokens)
     shifted_positions = jnp.roll(marked_positions, -1, axis=1).at[:, -1].set(n_tokens)
@@ -125,7 +125,7 @@ def invocations_of(tree: Tree) -> set[tuple[int, ...]]:
 def activate_from(
     tree: Tree, ids: jax.typing.ArrayLike, segment_ids: jax.typing.ArrayLike | None = None
 ) -> Tree:
-    """Returns a tree whose activated adapters act from their invocation among the tokens on.
+    """Returns a tree whose activated adapters act on the tokens from their invocation on.
 
     Args:
       tree: any tree; without an invocation it stays as it is.
@@ -138,7 +138,7 @@ def activate_from(
 
 
 def params_by_prompt(params: Tree, ids: jax.typing.ArrayLike) -> tuple[Tree, Tree]:
-    """Returns the tree for a call with the prompts, and the one for calls with one token a row.
+    """Returns the tree for a call with the prompts, and the tree for single-token calls.
 
     A row whose prompt has the invocation is active after it, as in PEFT's ``generate``.
 
@@ -160,7 +160,7 @@ def params_by_prompt(params: Tree, ids: jax.typing.ArrayLike) -> tuple[Tree, Tre
 def args_with_masks(
     fn: Forward, args: tuple[Tree, ...], kwargs: dict[str, Tree]
 ) -> tuple[Tree, ...]:
-    """Returns the arguments of a call to a model that tells where its tokens are.
+    """Returns a model call's arguments, with token masks in the weights that need them.
 
     That is a method of an object with another one, ``tokens_of_call(*args, **kwargs)``, of the
     arguments after the tree: it returns the token ids and segments of the call, or None where they
@@ -179,7 +179,7 @@ def args_with_masks(
 
 
 def _needs_mask(tree: Tree) -> bool:
-    """Returns True if a weight has an invocation, and no mask says where it acts."""
+    """Returns True if a weight has an invocation but no mask that says where it acts."""
     return any(
         weight.invocation is not None and "active" not in weight.arrays
         for weight in _lora_weights_in(tree)
@@ -193,7 +193,7 @@ def _lora_weights_in(tree: Tree) -> list[LoraWeight]:
 
 
 def _with_masks(tree: Tree, masks: Mapping[Any, jax.Array]) -> Tree:
-    """Returns a tree whose weights have the mask of their invocation, where there is one."""
+    """Returns a tree with a token mask in each weight whose invocation has one."""
 
     def with_mask(_: str, leaf: Leaf) -> Leaf:
         if not isinstance(leaf, LoraWeight) or leaf.invocation not in masks or not leaf.is_on:

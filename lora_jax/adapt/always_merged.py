@@ -1,4 +1,4 @@
-"""Finds the kernels that `adapt` would merge at every use, so that factors save nothing there."""
+"""Finds the kernels that `adapt` would merge at every use, so that factors would save nothing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +35,7 @@ def first_merges(
     interpreter = Interpreter(RULES, record=uses.append)
 
     def evaluate_with_factors(arrays: list[jax.Array]) -> list[Value]:
+        """Evaluates the jaxpr with each kernel as a weight with factors."""
         values: list[Value] = []
         for path, array in zip(path_of_input, arrays, strict=True):
             if path is None or path not in roles_of_path:
@@ -53,7 +54,7 @@ def first_merges(
 
 
 def _is_merged(use: WeightUse) -> bool:
-    """Returns True if a use merges the kernel, and no rule of the user's could change that."""
+    """Returns True if a use merges the kernel, and no rule of the user could prevent it."""
     return use.how == "merged" and use.primitive not in CUSTOM_DERIVATIVES
 
 

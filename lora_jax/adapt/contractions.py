@@ -1,4 +1,4 @@
-"""Products with a leaf: which of its axes each contracts, and which come out.
+"""Finds the axes of a leaf that a product contracts, and the axes that remain in the result.
 
 The **contents** of an axis are the axes of leaves that it holds: several where arrays are joined or
 added, none where it holds no leaf. The **side** of an operand is its index, 0 or 1, in a product.
@@ -19,7 +19,7 @@ _Member = TypeVar("_Member")
 
 
 class LeafAxis(NamedTuple):
-    """One axis of a leaf, as an axis of a later array holds it.
+    """One axis of a leaf, followed into an axis of an array that was computed from the leaf.
 
     Attributes:
       path, axis: path and axis of the leaf.
@@ -40,7 +40,7 @@ NO_CONTENTS: Contents = frozenset()
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One product with a weight: the axes that it contracts, those that come out, and where.
+    """One product with a weight: its contracted axes, its remaining axes, and its line of code.
 
     Attributes:
       contracted, free: the axes of the leaf.
@@ -71,14 +71,14 @@ class Contraction:
 
 
 class ContractedAxes(NamedTuple):
-    """The axes of an operand that a product contracts, and all those that do not come out."""
+    """The contracted axes of an operand of a product, and its contracted and batched axes."""
 
     contracted: Sequence[int]
     not_free: set[int]
 
 
 def label_axes(array: Leaf, contents_of_axis: Sequence[Contents]) -> Factored:
-    """Returns an array with the contents of its axes, in the place of a weight's labels."""
+    """Returns an array as a `Factored` whose labels are the contents of its axes."""
     labels: Any = tuple(contents_of_axis)
     return Factored(
         array, {}, labels, path="\n".join(sorted(paths_in_contents(labels, "", "scaled")))
@@ -86,7 +86,7 @@ def label_axes(array: Leaf, contents_of_axis: Sequence[Contents]) -> Factored:
 
 
 def paths_in_contents(contents_of_axis: Any, *mixed: str) -> set[str]:
-    """Returns the paths of the leaves that axes hold, if `LeafAxis.mixed` is one of `mixed`."""
+    """Returns the paths of the leaf axes whose `LeafAxis.mixed` is one of `mixed`."""
     return {
         leaf_axis.path
         for contents in contents_of_axis
@@ -96,19 +96,19 @@ def paths_in_contents(contents_of_axis: Any, *mixed: str) -> set[str]:
 
 
 def axes_of_leaf(path: str, contents: Contents) -> frozenset[int]:
-    """Returns the axes of one leaf among the contents of an axis."""
+    """Returns the axes of one leaf in the contents of an axis."""
     return frozenset(leaf_axis.axis for leaf_axis in contents if leaf_axis.path == path)
 
 
 def union_of_sets(contents: Iterable[frozenset[_Member]]) -> frozenset[_Member]:
-    """Returns the union of the contents of several axes."""
+    """Returns the union of several sets, such as the contents of several axes."""
     return frozenset().union(*contents)
 
 
 def contracted_axes(
     use: Use, side: int, contents_of_axis: Sequence[Contents]
 ) -> ContractedAxes | None:
-    """Returns the axes of one operand that a product contracts; None if it contracts none."""
+    """Returns the axes of one operand that a product contracts, or None if there are none."""
     if use.name == "dot_general":
         contract, batch = use.params["dimension_numbers"]
         return ContractedAxes(contract[side], {*contract[side], *batch[side]})
@@ -140,7 +140,7 @@ def contracted_axes(
 def contractions_by_path(
     use: Use, side: int, axes: ContractedAxes, with_leaf: bool
 ) -> dict[str, Contraction]:
-    """Returns the contraction by a product of each leaf in one of its operands, by path.
+    """Returns the contraction of each leaf in one operand of a product, by path.
 
     Args:
       use: the product.
@@ -192,7 +192,7 @@ def contractions_by_path(
 
 
 def _not_kernel_reason(contraction: Contraction, stands_for_activation: bool) -> str:
-    """Returns the reason why a leaf is no kernel in a product; empty where it is one."""
+    """Returns the reason why a leaf is no kernel in a product, or "" if it is one."""
     if contraction.is_lookup:
         reason = "the function looks up rows of this leaf"
     elif contraction.is_added:
@@ -230,7 +230,7 @@ def contents_of_leaf_product(use: Use) -> list[Contents]:
 
 
 def _with_inner_axes(contents: Contents, contracted: Contents) -> Contents:
-    """Returns the contents of an axis, with the axes of the same leaves that were contracted."""
+    """Returns the contents of an axis, with contracted axes of the same leaves added."""
     return frozenset(
         leaf_axis._replace(inner=leaf_axis.inner | axes_of_leaf(leaf_axis.path, contracted))
         for leaf_axis in contents
@@ -238,7 +238,7 @@ def _with_inner_axes(contents: Contents, contracted: Contents) -> Contents:
 
 
 def axes_indexed_by_gather(use: Use, ndim: int) -> list[int]:
-    """Returns the axes that a gather indexes, collapsed ones and ones of slice size one."""
+    """Returns the axes that a gather indexes: collapsed ones and ones of slice size 1."""
     collapsed_axes = use.params["dimension_numbers"].collapsed_slice_dims
     slice_sizes = use.params["slice_sizes"]
     shape = eqns.type_of(use.eqn.invars[0]).shape

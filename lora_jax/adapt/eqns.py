@@ -1,4 +1,4 @@
-"""Reads JAX's equations, every parameter that differs between releases, and applies them again."""
+"""Reads and re-applies equations of a jaxpr, and hides the differences between JAX releases."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeGuard, TypeVar
@@ -39,12 +39,13 @@ def function_of_inputs(
     treedef: jax.tree_util.PyTreeDef,
     input_indices: Sequence[int],
 ) -> Callable[..., list[Value]]:
-    """Returns a function of the leaves at `input_indices` alone, the others being closed over.
+    """Returns a function of the leaves at `input_indices`; it closes over the others.
 
     It calls ``fn(*args)`` with all leaves as `treedef` has them, and returns the traced outputs.
     """
 
     def traced(*inputs: Value) -> list[Value]:
+        """Calls the function and returns the traced arrays among its outputs."""
         all_leaves = list(leaves)
         for index, value in zip(input_indices, inputs, strict=True):
             all_leaves[index] = value
@@ -63,7 +64,7 @@ def apply_equation(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
 
 
 def equation_key(eqn: JaxprEqn) -> tuple[Hashable, ...]:
-    """Returns a key that is equal for equations that do the same to operands of the same types.
+    """Returns a key that two equations share if they compute the same from equal types.
 
     The equation itself, where its parameters can't be compared.
     """
@@ -77,7 +78,7 @@ def equation_key(eqn: JaxprEqn) -> tuple[Hashable, ...]:
 
 
 def equations_of_unstack(eqn: JaxprEqn) -> ClosedJaxpr:
-    """Returns the equations of an `unstack`: a slice and a squeeze for each output, in turn.
+    """Returns the equations of an `unstack`: a slice and a squeeze for each output.
 
     Since JAX 0.12, ``for w in stack`` is an `unstack`.
     """
@@ -277,7 +278,7 @@ def read_kernel(eqn: JaxprEqn) -> PallasKernel | None:
 
 
 def scope_of(eqn: JaxprEqn) -> str:
-    """Returns the names of the scopes that an equation stands in, within its jaxpr."""
+    """Returns the names of the scopes around an equation, within its jaxpr."""
     return str(eqn.source_info.name_stack)
 
 
@@ -293,7 +294,7 @@ def function_name(eqn: JaxprEqn) -> str | None:
 
 
 class EagerSteps:
-    """Compiled equations of one jaxpr, for eager calls to run again and again.
+    """The compiled equations of one jaxpr, which repeated eager calls use again.
 
     Each is a program of its own, as in JAX's own eager mode, so that results are the same to the
     bit; a product with a weight and its factors is one program. Equations that do the same share a
@@ -314,7 +315,7 @@ class EagerSteps:
         return outputs
 
     def compiled_program(self, eqn: JaxprEqn, variant: Hashable, call: Forward) -> Forward:
-        """Returns `call`, compiled, which applies a variant of the equation."""
+        """Returns the compiled form of `call`, a variant of the equation."""
         program = self._program_of_eqn.get((id(eqn), variant))
         if program is None:
             program = self._shared_programs.setdefault((*equation_key(eqn), variant), jax.jit(call))

@@ -1,4 +1,4 @@
-"""The state of a function: what it reads besides its arguments, as far as that can be seen.
+"""The state of a function: the values that it reads besides its arguments.
 
 Two calls of a function with the same arguments differ where a variable that it closes over, a
 global, or an attribute of an object has changed in between. A trace is used again only where all of
@@ -33,14 +33,14 @@ _CHANGING_SUBMODULE = {"numpy": "random"}
 
 
 class UnknownStateError(Exception):
-    """A function reads something that may change unseen."""
+    """Raised if a function reads a value that may change without notice."""
 
 
 class FunctionState:
-    """The state of some values: equal to a later one if nothing that they read has changed."""
+    """The state of some values; equal to a later state if no value that they read has changed."""
 
     def __init__(self, *values: object) -> None:
-        """Looks at the values, and at all that they refer to.
+        """Reads the values, and all values that they refer to.
 
         Raises:
           UnknownStateError: one of them may change unseen (a generator, a random source), or they
@@ -65,7 +65,7 @@ class FunctionState:
         ]
 
     def _state_of_value(self, value: object) -> Iterator[Hashable]:
-        """Yields the state of a value: what changes with the value or what it refers to."""
+        """Yields the state of a value, and the state of the values it refers to."""
         yield id(type(value))
         if isinstance(value, _SIMPLE):
             yield value
@@ -117,7 +117,7 @@ class FunctionState:
             yield from self._state_of_value(value)
 
     def _state_of_instance(self, value: object) -> Iterator[Hashable]:
-        """Yields the state of an instance: its class, and its attributes or what it is equal to."""
+        """Yields an instance's class, and its attributes or its own equality."""
         cls = type(value)
         yield from self._state_of_class(cls)
         hash_of_identity: object = object.__hash__
@@ -157,7 +157,7 @@ class FunctionState:
     def _state_of_globals(
         self, module_globals: dict[str, object], names: frozenset[str]
     ) -> Iterator[Hashable]:
-        """Yields the state of the globals of these names, and of attributes of modules."""
+        """Yields the state of the globals with these names."""
         for name in sorted(names & module_globals.keys()):
             value = module_globals[name]
             yield from self._state_of_value(value)
@@ -189,7 +189,7 @@ class _ByEquality:
 
 
 def _is_kept_by_python(name: str, value: object) -> bool:
-    """Returns True if Python itself keeps an attribute of a class, beside what its author wrote."""
+    """Returns True for an attribute of a class that Python sets by itself."""
     is_method = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
     is_dunder = name[:2] == name[-2:] == "__"
     return name == "_abc_impl" or (is_dunder and not is_method)

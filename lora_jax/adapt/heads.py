@@ -1,4 +1,4 @@
-"""Follows the product of each kernel through a function, to tell heads from other kernels.
+"""Finds the order of the products of kernels in a function, to tell heads from other kernels.
 
 Names mislead: a kernel called ``img/head`` may be the projector between two models. So a kernel
 whose path names a head or an embedding is judged by what the function does with its product.
@@ -16,7 +16,7 @@ from lora_jax.core.extend import JaxprEqn
 
 
 class _Product(NamedTuple):
-    """A product: the path of the weight, and the identity of the equation."""
+    """A product, identified by the path of its weight and by its equation."""
 
     path: str
     eqn: int
@@ -27,7 +27,7 @@ _NO_PRODUCTS: frozenset[_Product] = frozenset()
 
 
 class _Flow(NamedTuple):
-    """Describes a value by what it depends on.
+    """Describes the weights, data and products that a value depends on.
 
     Attributes:
       weights: the paths of the weights that the value is computed from, moved or scaled.
@@ -51,7 +51,7 @@ def product_orders(
     path_of_input: Sequence[str | None],
     weights: frozenset[str],
 ) -> dict[str, ProductOrder]:
-    """Returns the order of the products of some kernels among all products, by path.
+    """Returns the position of each kernel's products among all products, by path.
 
     The walk reads a jaxpr and its inner jaxprs. It traces nothing.
 
@@ -105,6 +105,7 @@ class _ProductWalk:
         return self._results[key]
 
     def _run(self, jaxpr: eqns.AnyJaxpr, inputs: Sequence[_Flow]) -> list[_Flow]:
+        """Returns the flows of a jaxpr's outputs, equation by equation."""
         inner, _ = eqns.jaxpr_and_consts(jaxpr)
         flow_of_variable: dict[eqns.Atom, _Flow] = {}
         flow_of_variable |= zip(inner.invars, inputs, strict=True)
@@ -143,7 +144,7 @@ class _ProductWalk:
         return [flow] * len(eqn.outvars)
 
     def _multiply(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
-        """Notes a product of a weight, and the products that it follows."""
+        """Records a product of a weight, and the products that it follows."""
         left, right = operands[:2]
         # A product of two weights is a weight.
         are_weights = bool(left.weights and right.weights)
@@ -171,7 +172,7 @@ class _ProductWalk:
         return [flow] * len(eqn.outvars)
 
     def _gather(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
-        """Returns the flow of what a look-up reads: a member of a stack is still a weight."""
+        """Returns the flow of a look-up; a member of a stack still counts as a weight."""
         flow = _join_flows(operands)
         slice_sizes = eqn.params["slice_sizes"]
         is_member_of_stack = sum(size > 1 for size in slice_sizes) >= 2
@@ -180,6 +181,7 @@ class _ProductWalk:
         return [flow]
 
     def _scan(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
+        """Returns the flows of a scan's outputs."""
         scan = eqns.read_scan(eqn)
         consts, carries, stacks = scan.split(operands)
 
@@ -189,6 +191,7 @@ class _ProductWalk:
         return _repeat(run_iteration, carries)
 
     def _while(self, eqn: JaxprEqn, operands: list[_Flow]) -> list[_Flow]:
+        """Returns the flows of a while loop's outputs."""
         loop = eqns.read_while(eqn)
         condition_consts, body_consts, carries = loop.split(operands)
 
@@ -204,7 +207,7 @@ class _ProductWalk:
 
 
 def _join_flows(flows: Sequence[_Flow]) -> _Flow:
-    """Returns the flow of a value that is computed from several values, element by element."""
+    """Returns the flow of a value that is computed element-wise from several values."""
     return _Flow(
         weights=_NO_PATHS.union(*(flow.weights for flow in flows)),
         has_data=any(flow.has_data for flow in flows),
@@ -216,7 +219,7 @@ def _join_flows(flows: Sequence[_Flow]) -> _Flow:
 def _repeat(
     run_iteration: Callable[[list[_Flow]], list[_Flow]], first_carries: list[_Flow]
 ) -> list[_Flow]:
-    """Returns the flows of a loop's outputs: carries go round until they change no more.
+    """Returns the flows of a loop's outputs, by iterating until the carries no longer change.
 
     Args:
       run_iteration: returns the outputs of an iteration, carries first.

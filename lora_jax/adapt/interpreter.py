@@ -1,4 +1,4 @@
-"""The walk over a jaxpr in which some values are weights with factors (`Factored`).
+"""Evaluates a jaxpr in which some values are weights with factors (`Factored`).
 
 An equation that touches none of them is applied as it stands. One that does follows the rule for
 its primitive; where there is none, or the rule declines, the weight is merged at that one place.
@@ -31,7 +31,7 @@ from lora_jax.core.types import EqnParams, Forward, Outcome, Value
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FoldedVector:
-    """Weights laid end to end in one vector, unformed.
+    """Weights that are flattened and concatenated to one vector, but keep their factors.
 
     `jax.flatten_util.ravel_pytree` lays them so.
     A vector has no in and out axes, so it has no factors. But a function that lays a tree out as a
@@ -45,14 +45,14 @@ class FoldedVector:
     pieces: tuple[Value, ...]
 
     def formed(self, merge: Callable[[Factored], jax.Array]) -> jax.Array:
-        """Returns the vector, its weights formed by `merge`."""
+        """Returns the vector as an array, with each weight merged by `merge`."""
         vectors = []
         for piece in self.pieces:
             vectors.append(merge(piece).reshape(-1) if isinstance(piece, Factored) else piece)
         return jnp.concatenate(vectors) if len(vectors) > 1 else vectors[0]
 
     def cut(self, start: int, stop: int) -> Value:
-        """Returns a stretch of the vector; None where it holds a part of a piece."""
+        """Returns a slice of the vector, or None if it would cut through a piece."""
         ends = [0, *itertools.accumulate(map(_n_elements, self.pieces))]
         if start not in ends or stop not in ends:
             return None
@@ -66,7 +66,7 @@ def _n_elements(piece: Value) -> int:
 
 
 def move_folded_vectors(primitive: str, params: EqnParams, values: Sequence[Value]) -> Outcome:
-    """Returns the outputs of an equation that lays vectors together or takes them apart.
+    """Returns the outputs of an equation that concatenates or slices folded vectors.
 
     Args:
       primitive: name of its primitive.
@@ -101,7 +101,7 @@ def move_folded_vectors(primitive: str, params: EqnParams, values: Sequence[Valu
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """An equation that meets an adapted weight: its operands, and which outputs are used.
+    """An equation with an adapted weight among its operands, and the outputs that are used.
 
     Attributes:
       eqn: the equation.
@@ -133,7 +133,7 @@ class Use:
 
     @property
     def bases(self) -> list[Value]:
-        """The operands, each weight as W alone."""
+        """The operands, with each weight replaced by W."""
         return [
             as_array(value.base) if isinstance(value, Factored) else value for value in self.values
         ]
@@ -143,12 +143,12 @@ class Use:
         return eqns.apply_equation(self.eqn, values)
 
     def rearranged(self, weight: Factored) -> Value:
-        """Returns W after the equation, whose one operand is the weight."""
+        """Returns W after the equation, whose only operand is the weight."""
         result_type = self.eqn.outvars[0].aval
         return rearranged(weight.base, self.eqn.primitive, self.params, result_type)
 
     def varying_axes(self, operand_index: int) -> list[int]:
-        """Returns the axes along which an operand may vary: not those that it is stretched along.
+        """Returns the axes along which an operand may vary, without its broadcast axes.
 
         Args:
           operand_index: index of the operand.
@@ -163,7 +163,7 @@ class Use:
         return [axis for axis, size in zip(axis_of_source, source_shape, strict=True) if size != 1]
 
     def _broadcast_of(self, operand: eqns.Atom) -> JaxprEqn | None:
-        """Returns the `broadcast_in_dim` that an operand comes from; None if from another one."""
+        """Returns the `broadcast_in_dim` that computed an operand, or None."""
         if eqns.is_literal(operand):
             return None
         for eqn in self.jaxpr.eqns:
@@ -187,7 +187,7 @@ Rule = Callable[["Interpreter", Use], Outcome]
 
 
 class RoleError(ValueError):
-    """A function uses a weight against its recorded axis roles."""
+    """Raised if a function uses a weight against its recorded axis roles."""
 
 
 # Functions made of inner jaxprs, so that one that is called forty times, or in call after call,
@@ -215,7 +215,7 @@ class _Variables:
 
 @dataclasses.dataclass(frozen=True)
 class Interpreter:
-    """Evaluates jaxprs whose values may be `Factored`.
+    """Evaluates jaxprs whose values may be `Factored` weights.
 
     Attributes:
       rules: the rule for each primitive.
@@ -243,7 +243,7 @@ class Interpreter:
         used_outputs: UsedOutputs | None = None,
         eager_steps: EagerSteps | None = None,
     ) -> list[Value]:
-        """Returns the outputs of `jaxpr`, `Factored` where a weight leaves as it came or moved.
+        """Returns the outputs of `jaxpr`; a weight that is only moved stays `Factored`.
 
         Args:
           jaxpr: the jaxpr to evaluate.
@@ -304,7 +304,7 @@ class Interpreter:
         variables: _Variables,
         atom: eqns.Atom,
     ) -> Value:
-        """Returns a weight before its turn, moved and cast; None where that is not known yet.
+        """Returns a moved or cast weight before its equation runs, or None.
 
         Args:
           moves: equations of the jaxpr that move or cast, by their results.
@@ -334,7 +334,7 @@ class Interpreter:
     def function_of_jaxpr(
         self, jaxpr: eqns.AnyJaxpr, used_outputs: UsedOutputs | None = None
     ) -> Callable[..., list[Value]]:
-        """Returns `evaluate` of an inner jaxpr as a function, always the same object."""
+        """Returns `evaluate` of an inner jaxpr as a function, cached by jaxpr."""
         jaxpr_reference = weakref.ref(jaxpr)  # the cache must not keep its own key alive
         interpreter = self
         if self.examples is not None:
@@ -342,6 +342,8 @@ class Interpreter:
             interpreter = dataclasses.replace(self, examples=inner_examples)
 
         def make() -> Callable[..., list[Value]]:
+            """Makes the function, which does not keep its jaxpr alive."""
+
             def call(*args: Value) -> list[Value]:
                 live_jaxpr = jaxpr_reference()
                 assert live_jaxpr is not None, "an equation holds its jaxpr while it is evaluated"
@@ -354,7 +356,7 @@ class Interpreter:
     def cached_function(
         self, jaxpr: eqns.AnyJaxpr, key: Hashable, make: Callable[[], Forward]
     ) -> Forward:
-        """Returns the function that `make` returned the first time for this jaxpr and key."""
+        """Returns the function that `make` returned first for this jaxpr and key."""
         functions = _FUNCTIONS.setdefault(jaxpr, {})
         function = functions.get((self, key))
         if function is None:
@@ -364,12 +366,12 @@ class Interpreter:
     def merge_weight(
         self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine
     ) -> jax.Array:
-        """Returns W + s·AB, formed at an equation or a line; see `report_merge`."""
+        """Returns W + s·AB, and reports the merge; see `report_merge`."""
         self.report_merge(weight, primitive, source)
         return weight.merged()
 
     def as_plain_array(self, value: Value, use: Use, position: str = "") -> Value:
-        """Returns a value as an array: a weight is merged.
+        """Returns a value as an array; merges it if it is a weight.
 
         Args:
           value: a weight or an array.
@@ -382,7 +384,7 @@ class Interpreter:
         return self.merge_weight(value, primitive, use.eqn)
 
     def report_merge(self, weight: Factored, primitive: str, source: JaxprEqn | SourceLine) -> None:
-        """Warns that a weight is merged at an equation or a line, or raises MergeError."""
+        """Warns that a weight is merged at an equation or a line of code, or raises MergeError."""
         if isinstance(source, SourceLine):
             line = source
             function = None
@@ -404,7 +406,7 @@ class Interpreter:
         self.record(record)
 
     def _apply(self, use: Use, use_index: int, eager_steps: EagerSteps | None) -> list[Value]:
-        """Returns the outputs of an equation that meets weights or folded vectors.
+        """Returns the outputs of an equation with weights or folded vectors as operands.
 
         Args:
           use: the equation.
@@ -424,7 +426,7 @@ class Interpreter:
     def _apply_to_weights(
         self, use: Use, use_index: int, eager_steps: EagerSteps | None
     ) -> list[Value]:
-        """Returns the outputs of a use, by the first rule that does not decline, or merged."""
+        """Returns the outputs by the first rule that applies, or by merging weights."""
         merging.check_tokens(use.name, use.values, use.eqn)
         activation_label = self._activation_label(use)
         use_without_keys = use
@@ -446,7 +448,7 @@ class Interpreter:
         return use.bind([self.as_plain_array(value, use) for value in use.values])
 
     def _apply_own_rule(self, use: Use) -> Outcome:
-        """Returns the outputs by the caller's own rule; None without one, or where it declines."""
+        """Returns the outputs by the caller's own rule, or None if none applies."""
         for name, rule in self.own_rules:
             if name not in (use.name, eqns.function_name(use.eqn)):
                 continue
@@ -459,7 +461,7 @@ class Interpreter:
         return None
 
     def _apply_rule(self, rule: Rule, use: Use, eager_steps: EagerSteps | None) -> Outcome:
-        """Returns the outputs of an equation by a rule, compiled where the call is eager."""
+        """Returns the outputs of an equation by a rule, which eager calls compile."""
         eqn = use.eqn
         is_compiled_by_jit = use.name in ("jit", "pjit")
         if eager_steps is None or is_compiled_by_jit:
@@ -470,6 +472,7 @@ class Interpreter:
         use_without_arrays = dataclasses.replace(use, values=[], inputs=FactorInputs())
 
         def call(values: list[Value]) -> Outcome:
+            """Applies the rule to operands, with the equation's names and line."""
             with user_context(eqn):
                 traced_use = dataclasses.replace(
                     use_without_arrays, values=values, inputs=FactorInputs()
@@ -482,7 +485,7 @@ class Interpreter:
         return outputs
 
     def _activation_label(self, use: Use) -> ExampleLabel:
-        """Returns the examples' axis in an equation's plain operand, if each has its adapter.
+        """Returns the axis of the examples in an equation's plain operand.
 
         Raises:
           ExamplesError: that is not known; see `lora_jax.adapt.per_example`.
@@ -496,13 +499,13 @@ class Interpreter:
     def _form_folded_vector(
         self, value: Value, primitive: str, source: JaxprEqn | SourceLine
     ) -> Value:
-        """Returns the value as an array, where it is a vector of weights laid end to end."""
+        """Returns a folded vector as an array, and any other value unchanged."""
         if not isinstance(value, FoldedVector):
             return value
         return value.formed(lambda weight: self.merge_weight(weight, primitive, source))
 
     def _record_factored_use(self, use: Use, outputs: Sequence[Value]) -> None:
-        """Records a product or a joint of weights that forms none of them."""
+        """Records a product or a concatenation that merges none of its weights."""
         n_weights = sum(isinstance(value, Factored) for value in use.values)
         if use.name in _JOINS and n_weights > 1:
             self._record_use(use, "joined with another weight, unformed")
@@ -510,7 +513,7 @@ class Interpreter:
             self._record_use(use, "xW + s·(xA)B")
 
     def _record_use(self, use: Use, why: str) -> None:
-        """Records a use of each weight among the operands, in factored form."""
+        """Records a use of each weight among the operands as factored."""
         if self.record is None:
             return
         line = str(user_line_of(use.eqn))
@@ -531,7 +534,7 @@ def _raise_if_per_example(use: Use) -> None:
 
 
 def _operands_seen_by_use(use: Use) -> list[Value] | None:
-    """Returns the operands as this kind of use sees them; None if it sees them as they are.
+    """Returns the operands with the weights adapted for this kind of use, or None.
 
     A weight may be adapted for one kind of use only.
     """
@@ -546,7 +549,7 @@ def _operands_seen_by_use(use: Use) -> list[Value] | None:
 
 
 def _repeats_shift(use: Use, outputs: Sequence[Value]) -> bool:
-    """Returns True if a bias on B would be added for a part of the in axes, and so more than once.
+    """Returns True if each part of the in axes would add the bias on B again.
 
     That is so where a weight loses part of its in axes, or where a part of them is multiplied.
     """
@@ -581,7 +584,7 @@ _RULES_THAT_READ_THE_JAXPR = ("select_n",)
 
 
 def fold_dropout_key(value: Value, index: int | jax.Array) -> Value:
-    """Returns the value with a dropout key of its own for one equation or one iteration."""
+    """Returns the value with a separate dropout key for one equation or iteration."""
     if not isinstance(value, Factored) or value.key is None:
         return value
     fold = jax.random.fold_in

@@ -1,4 +1,4 @@
-"""Warns of uses of a weight that have no factored form, or raises an error for them.
+"""Warns of uses that merge a weight because they have no factored form, or raises an error.
 
 The weight is **merged** at such a use: W + s·AB is formed.
 """
@@ -12,11 +12,11 @@ from lora_jax.core.types import Value
 
 
 class MergeWarning(UserWarning):
-    """A weight is used in a way that has no factored form, so W + s·AB is formed at that place."""
+    """Warns that W + s·AB is formed at a use that has no factored form."""
 
 
 class MergeError(ValueError):
-    """A weight has no factored form at a use, and is not merged there.
+    """Raised where a use has no factored form, and the weight must not be merged.
 
     Raised under ``strict=True``, and where a merged weight could not do the same: with dropout on,
     with a bias on B, with `uses` other than "all", or where some tokens alone see the adapter.
@@ -76,7 +76,7 @@ def merge_remedy(weight: Factored, primitive: str, function: str | None) -> str:
 
 
 def unknown_examples_message(weight: Factored, primitive: str, line: SourceLine) -> str:
-    """Returns the message for a primitive that does not tell which example needs which adapter."""
+    """Returns the error message for a primitive that hides which example uses which adapter."""
     return (
         f"the weight {weight.path!r} has an adapter for each example of a batch, but "
         f"{primitive!r} at {line} does not show which examples it multiplies the weight by"
@@ -103,7 +103,7 @@ _ENTERED_PRIMITIVES = frozenset(
 
 
 def check_tokens(primitive: str, values: Sequence[Value], eqn: JaxprEqn) -> None:
-    """Raises a TokensError where a primitive does not tell which tokens see an adapted weight.
+    """Raises a TokensError if a primitive does not show which tokens it multiplies.
 
     Args:
       primitive: the primitive.
@@ -169,7 +169,7 @@ def warn_of_merge(
 
 
 def _describe_merge(weight: Factored, primitive: str, line: SourceLine) -> str:
-    """Returns the first part of a message: the weight, and the use that has no factored form."""
+    """Returns the first part of the message: the weight, and the use without a factored form."""
     if primitive == "output":
         return f"The changed weight {weight.path!r} is an output of the function at {line}"
     if primitive == "assignment":

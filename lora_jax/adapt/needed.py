@@ -1,4 +1,4 @@
-"""The equations of a jaxpr that its used outputs need, and what several of them read.
+"""Finds the equations that a jaxpr's used outputs need, and operands that several of them share.
 
 The **side** of an operand is its index, 0 or 1, in a product of two operands.
 """
@@ -26,7 +26,7 @@ _MOVES |= {"name", "sharding_constraint"}
 
 
 class NeededEquation(NamedTuple):
-    """An equation that is needed for some outputs of its jaxpr.
+    """An equation that some outputs of its jaxpr need.
 
     Attributes:
       eqn: the equation.
@@ -41,7 +41,7 @@ class NeededEquation(NamedTuple):
 
 
 class NeededEquations(NamedTuple):
-    """The equations of a jaxpr that are needed for some of its outputs, and what they share.
+    """The equations that some outputs of a jaxpr need, and the operands that they share.
 
     Attributes:
       equations: in order.
@@ -60,7 +60,7 @@ _NEEDED: weakref.WeakKeyDictionary[Jaxpr, dict[UsedOutputs, NeededEquations]] = 
 
 
 def needed_equations(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> NeededEquations:
-    """Returns the equations that the used outputs or an effect need."""
+    """Returns the equations that the used outputs or effects need."""
     needed_of_jaxpr = _NEEDED.setdefault(jaxpr, {})
     if used_outputs not in needed_of_jaxpr:
         needed_of_jaxpr[used_outputs] = _find_needed(jaxpr, used_outputs)
@@ -68,7 +68,7 @@ def needed_equations(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> NeededEquations
 
 
 def _find_needed(jaxpr: Jaxpr, used_outputs: UsedOutputs) -> NeededEquations:
-    """Walks a jaxpr from its last equation to its first, with the variables that are read later."""
+    """Walks a jaxpr backwards and keeps the equations whose outputs are read later."""
     variables_read: set[eqns.Atom] = set()
     for atom, is_used in zip(jaxpr.outvars, used_outputs, strict=True):
         if is_used and not eqns.is_literal(atom):
@@ -107,7 +107,7 @@ def _products_of_operand(equations: Iterable[JaxprEqn]) -> ProductsOfOperand:
 
 
 def _equation_of_moved_value(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, JaxprEqn]:
-    """Finds the values that are another one, cast or moved: each with its equation."""
+    """Returns the equation of each value that is only a cast or moved operand."""
     return {
         eqn.outvars[0]: eqn
         for eqn in equations
@@ -116,12 +116,12 @@ def _equation_of_moved_value(equations: Iterable[JaxprEqn]) -> dict[eqns.Atom, J
 
 
 def _return_unknown(_: eqns.Atom) -> None:
-    """Returns the value of an operand before its turn, where no value is known so early."""
+    """Returns None: no operand's value is known before its equation runs."""
 
 
 @dataclass(frozen=True)
 class FactorInputs:
-    """The activations that factors read, and what was computed from them for several weights.
+    """The activations that the factors multiply, and products shared by several weights.
 
     Attributes:
       products_of_operand: the products of each operand; empty where products are not to be shared.
@@ -137,7 +137,7 @@ class FactorInputs:
     _copies: dict[int, tuple[Value, Value]] = field(default_factory=dict)
 
     def copy_for_factors(self, x: jax.Array) -> Value:
-        """Returns the x that factors multiply: on a mesh, in traced functions, a copy.
+        """Returns the x that the factors multiply: a copy if traced under a mesh.
 
         Where W's out axes are sharded, x's cotangent from each product with W is an all-reduce. XLA
         makes one all-reduce of several whose results are added directly. The copy lets it: the
@@ -151,7 +151,7 @@ class FactorInputs:
         return copy
 
     def other_products(self, eqn: JaxprEqn, side: int) -> list[tuple[JaxprEqn, int]]:
-        """Returns the other products that contract the same axes of the operand on a side of `eqn`.
+        """Returns the other products that contract the same axes of the same operand.
 
         Each comes with the side on which it has the operand.
         """

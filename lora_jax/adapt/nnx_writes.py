@@ -1,4 +1,4 @@
-"""Writes back to a caller's NNX objects what a function changes in its copies of them.
+"""Copies the changes that a function makes in copies of NNX objects to the caller's objects.
 
 A function under `adapt` is traced with copies of its arguments. NNX modules have reference
 semantics: batch statistics, counters of random streams, caches and plain attributes that it
@@ -75,7 +75,7 @@ class Output:
 
 
 def effective_writes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf]]:
-    """Returns the writes that change something, and what they put in the place of leaves.
+    """Returns the writes that change something, and the values that they assign to leaves.
 
     NNX's transforms write all that they are given back, mostly as it was.
 
@@ -105,7 +105,7 @@ def effective_writes(tree: Tree, writes: Writes) -> tuple[Writes, dict[int, Leaf
 
 
 def write_back(tree: Tree, writes: Writes) -> None:
-    """Makes the changes in the objects of a tree of arguments."""
+    """Applies the writes to the objects in a tree of arguments."""
     for path, attributes in writes:
         nnx_object = _object_at_path(tree, path)
         old_attributes = _attributes_of_object(nnx_object)
@@ -123,7 +123,7 @@ def write_back(tree: Tree, writes: Writes) -> None:
 
 
 def _attributes_of_object(nnx_object: Leaf) -> Attributes:
-    """Returns the attributes of an NNX object; of a Variable its value."""
+    """Returns the attributes of an NNX object, or the value of a Variable."""
     if isinstance(nnx_object, sys.modules["flax.nnx"].Variable):
         return {_VALUE: nnx_object.get_raw_value()}
     attributes = vars(nnx_object)
@@ -131,6 +131,7 @@ def _attributes_of_object(nnx_object: Leaf) -> Attributes:
 
 
 def _object_at_path(tree: Tree, path: KeyPath) -> Tree:
+    """Returns the NNX object at a key path of a tree."""
     for key in path:
         match key:
             case GetAttrKey(name):

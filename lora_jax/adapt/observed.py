@@ -1,4 +1,4 @@
-"""Reads from a traced function the roles of leaves, heads, and kernels that always merge."""
+"""Traces a function to find the axis roles of leaves, the heads, and kernels that always merge."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ Roles = dict[str, ObservedRoles | str]
 def traced_roles(
     trace: Sequence[object] | None, leaves: Iterable[tuple[str, Leaf]]
 ) -> Roles | None:
-    """Returns the roles of a tree's leaves, by path, as a function uses them; see `observe`.
+    """Returns the axis roles of leaves, by path, from a trace of a function; see `observe`.
 
     Args:
       trace: ``(fn, *args)``; see `lora_jax.lorafy`. None: nothing is known.
@@ -46,9 +46,10 @@ def traced_roles(
 
 @contextlib.contextmanager
 def _progress_line() -> Iterator[None]:
-    """Prints a line on stderr if the work inside takes more than some seconds."""
+    """Prints a line on stderr if the block takes more than some seconds."""
 
     def print_line() -> None:
+        """Prints that the trace is still running."""
         print(
             "lora_jax still traces your function to find its kernels. A function that writes out "
             "many layers takes longer than one that scans them.",
@@ -66,7 +67,7 @@ def _progress_line() -> Iterator[None]:
 
 
 def _roles_with_orders(observation: Observation) -> Roles:
-    """Returns the roles of kernels, with the order of their products."""
+    """Returns the roles of kernels, with the positions of their products."""
     orders = product_orders(
         observation.jaxpr, observation.path_of_input, observation.multiplied_paths
     )
@@ -79,7 +80,7 @@ def _roles_with_orders(observation: Observation) -> Roles:
 
 
 def _roles_of_merged(observation: Observation) -> Roles:
-    """Returns the roles of kernels that `adapt` would merge at every use, with that reason."""
+    """Returns the roles of kernels that `adapt` would always merge, with that reason."""
     roles_of_kernel: dict[str, AxisRoles] = {}
     for path, operations in observation.operations.items():
         observed = observation.roles[path]

@@ -68,7 +68,7 @@ class Observation(NamedTuple):
 def infer_roles(
     fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]
 ) -> dict[str, ObservedRoles | str]:
-    """Returns the roles of the leaves of `args` whose identities are the keys of `paths`.
+    """Returns the roles of the leaves of `args` whose ids are the keys of `paths`.
 
     Args and roles are those of `observe`.
     """
@@ -76,7 +76,7 @@ def infer_roles(
 
 
 def observe(fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]) -> Observation:
-    """Traces a function, and follows the leaves whose identities are the keys of `paths`.
+    """Traces a function, and follows the leaves whose ids are the keys of `paths`.
 
     Args:
       fn: called with `args`; traced once, not run.
@@ -133,7 +133,7 @@ def observe(fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]) -> Obse
 def _roles_from_uses(
     uses: list[Contraction], lost_reason: str | None, ndim: int
 ) -> ObservedRoles | str:
-    """Returns the roles that all uses of a leaf agree on, or the reason why there are none.
+    """Returns the roles that all uses of a leaf agree on, or the reason why they do not.
 
     Uses agree where each contracts the in axes, or each contracts either all in axes or all out
     axes.
@@ -182,7 +182,7 @@ def _roles_from_uses(
 
 
 def _kind_of(use: Contraction) -> str:
-    """Returns the kind of a leaf that is no kernel in a product."""
+    """Returns the kind of a leaf that is not a kernel in any product."""
     if use.is_lookup:
         return LOOKED_UP
     if use.is_added:
@@ -191,7 +191,7 @@ def _kind_of(use: Contraction) -> str:
 
 
 def _unclearness(use: Contraction) -> tuple[bool, ...]:
-    """Returns a sort key: first come the uses that say most clearly which axes are the in axes.
+    """Returns a sort key: uses that show the in axes most clearly come first.
 
     Products with vectors or with other leaves come last: they may be a norm's.
     """
@@ -199,7 +199,7 @@ def _unclearness(use: Contraction) -> tuple[bool, ...]:
 
 
 class _LeafTracker:
-    """Holds the rules that follow leaves through a function, and what they record.
+    """Holds the rules that follow leaves through a function, and their records.
 
     Attributes:
       contractions: the products with each leaf, by path.
@@ -222,7 +222,7 @@ class _LeafTracker:
         return frozenset(paths)
 
     def rule_of_primitive(self) -> dict[str, Rule]:
-        """Returns the rule for each primitive but those of `follow_other_equation`."""
+        """Returns the rules by primitive; `follow_other_equation` has the rest."""
         products = ("dot_general", "ragged_dot_general", "conv_general_dilated")
         moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
         return {
@@ -234,7 +234,7 @@ class _LeafTracker:
         }
 
     def record_merged_leaves(self, record: WeightUse) -> None:
-        """Records that leaves leave a loop or a branch as plain arrays."""
+        """Records that leaves come out of a loop or branch as plain arrays."""
         self._record_loss(record.path.splitlines(), record.primitive, record.place)
 
     def _record_loss(self, paths: Iterable[str], primitive: str, line: str) -> None:
@@ -243,7 +243,7 @@ class _LeafTracker:
             self.lost_reasons.setdefault(path, f"{primitive!r} at {line} loses its axes")
 
     def _record_lost_leaves(self, use: Use, outputs: list[Value]) -> list[Value]:
-        """Records the leaves among the operands that no output holds, and returns the outputs."""
+        """Records leaves whose axes no output holds, and returns the outputs."""
         lost_paths: set[str] = set()
         for value in use.values:
             if isinstance(value, Factored):
@@ -256,7 +256,7 @@ class _LeafTracker:
         return outputs
 
     def _record_operation(self, use: Use) -> None:
-        """Records an operation other than a product or a move for each leaf that enters it."""
+        """Records an operation that is neither a product nor a move, by leaf."""
         is_product_of_leaves = use.name in ("mul", "div") and all(
             map(_holds_unmixed_leaf, use.values)
         )
@@ -314,7 +314,7 @@ class _LeafTracker:
         return [label_axes(result, [NO_CONTENTS] * result.ndim)]
 
     def _follow_moved_axes(self, _: Interpreter, use: Use) -> list[Value]:
-        """Moves the labels of axes as the axis map says; a stretched axis loses its label."""
+        """Moves the labels of axes; a broadcast axis loses its label."""
         (result,) = use.bind(use.bases)
         source_axes_of_result = axis_map(use.eqn)
         if source_axes_of_result is None:
@@ -371,18 +371,18 @@ class _LeafTracker:
 
 
 def _holds_unmixed_leaf(value: Value) -> bool:
-    """Returns True if a value holds a leaf that is mixed with nothing else."""
+    """Returns True if a value is a leaf that is not mixed with other values."""
     return isinstance(value, Factored) and bool(paths_in_contents(value.labels, ""))
 
 
 def _operands_of_output(use: Use, output_index: int) -> list[Value]:
-    """Returns the operands whose axes an output may have: of several outputs, one operand each."""
+    """Returns the operands that an output's axes may come from."""
     is_one_for_all = len(use.eqn.outvars) == 1 or use.name == "split"
     return use.values if is_one_for_all else use.values[output_index : output_index + 1]
 
 
 def _contents_in_place(operand: Value, output: Value, primitive: str) -> list[Contents] | None:
-    """Returns the contents of an output's axes that an operand has in place; None if none are.
+    """Returns the contents of the axes that an operand shares with an output, or None.
 
     An axis along which the operand is stretched loses its contents.
     """
@@ -404,14 +404,14 @@ _ADDING_PRIMITIVES = ("add", "sub", "add_any", "concatenate", "stack")
 
 
 def _mixing_of_equation(use: Use) -> str:
-    """Returns the way an equation mixes leaves with arrays that are computed from other things."""
+    """Returns "added" or "scaled" if an equation mixes leaves with other arrays, else ""."""
     if all(_is_computed_from_leaves(value) for value in use.values):
         return ""
     return "added" if use.name in _ADDING_PRIMITIVES else "scaled"
 
 
 def _is_computed_from_leaves(value: Value) -> bool:
-    """Returns True for a number, and for an array that is computed from leaves alone."""
+    """Returns True for a scalar, and for an array computed only from leaves."""
     if isinstance(value, Factored):
         return not paths_in_contents(value.labels, "scaled", "added")
     return math.prod(jnp.shape(value)) == 1
@@ -429,12 +429,12 @@ def _join_contents(contents_of_arrays: Sequence[Sequence[Contents]], mixing: str
 
 
 def _mark_mixed(leaf_axis: LeafAxis, mixing: str) -> LeafAxis:
-    """Returns an axis of a leaf marked as mixed; an axis that was "added" stays so."""
+    """Returns a leaf axis marked with `mixing`; an axis marked "added" stays unchanged."""
     return leaf_axis if leaf_axis.mixed == "added" else leaf_axis._replace(mixed=mixing)
 
 
 def _label_gathered(use: Use) -> Value:
-    """Returns the rest of a weight whose stack is indexed, or a looked-up row without labels."""
+    """Returns a gathered member of a stack with its labels, or a gathered row without them."""
     weight = use.values[0]
     (result,) = use.bind(use.bases)
     if not isinstance(weight, Factored):

@@ -1,4 +1,4 @@
-"""Finds weights whose in and out axes a function only uses in swapped roles.
+"""Finds weights whose in and out axes a function uses only in swapped roles.
 
 The result is right, because xW and xWᵀ are both products. But A and B are swapped: A, which starts
 at random, is on the side where B = 0 should be. Everything that treats A and B differently (DoRA's
@@ -32,7 +32,7 @@ _COLLECTED_SIDES: contextvars.ContextVar[SidesByPath | None] = contextvars.Conte
 
 
 class RoleWarning(UserWarning):
-    """Axis roles of a weight differ from what a function does, or could not be checked.
+    """Warns that a weight's axis roles differ from its use, or could not be checked.
 
     The function only uses the weight with in and out axes swapped. Or `lorafy(…, trace=…)` could
     not read the roles from the function, and used the convention for the weight's name.
@@ -52,7 +52,7 @@ def note_side(weight: Factored, side: Side, eqn: JaxprEqn) -> None:
 
 @contextlib.contextmanager
 def collect_sides() -> Iterator[SidesByPath]:
-    """Collects the sides of products that `note_side` records inside."""
+    """Collects the sides that `note_side` records inside the block."""
     sides_by_path: SidesByPath = {}
     token = _COLLECTED_SIDES.set(sides_by_path)
     try:
@@ -64,7 +64,7 @@ def collect_sides() -> Iterator[SidesByPath]:
 def warn_of_swapped_roles(
     sides_by_path: SidesByPath, jaxpr: eqns.AnyJaxpr, inputs: Sequence[Value]
 ) -> None:
-    """Warns of each weight whose products contract its out axes, and never its in axes.
+    """Warns of each weight whose products contract only its out axes.
 
     Args:
       sides_by_path: the sides that were collected while `jaxpr` was evaluated. An inner function
@@ -112,7 +112,7 @@ def _recorded_roles(weight: Factored) -> AxisRoles:
 
 
 def _warn_of_swap(path: str, roles: AxisRoles, line: SourceLine) -> None:
-    """Warns, at a line, of a weight that a function only uses with in and out axes swapped."""
+    """Warns of a weight that a function uses only with in and out axes swapped."""
     warn(
         f"The weight {path!r} is recorded with {roles}, but the function only uses it the other "
         f"way round, as at {line}. The result is right, but A and B are swapped. DoRA's "

@@ -1,4 +1,4 @@
-"""Traces of a function: its jaxpr, with its result and its writes beside traced arrays.
+"""Traces a function: its jaxpr, and the parts of its result and its writes that are not traced.
 
 In an eager call, all arrays become inputs of the jaxpr, not weights alone, and later calls that
 differ in nothing but the elements of arrays use it again.
@@ -40,7 +40,7 @@ _MAX_TRACES_OF_ANY_SIZE, _MAX_OLDER_BYTES = 8, 1 << 28
 
 @dataclasses.dataclass(frozen=True)
 class FlatCall:
-    """A function with its arguments, flattened.
+    """A function with its flattened arguments.
 
     Attributes:
       fn: the function.
@@ -58,7 +58,7 @@ class FlatCall:
 
 @dataclasses.dataclass
 class TraceOutputs:
-    """The result of a function and its writes, without the traced arrays that leave the jaxpr.
+    """The result and the writes of a function, with placeholders for traced arrays.
 
     Attributes:
       leaves, treedef: leaves and structure of (result, writes); an `Output` for each traced array.
@@ -71,11 +71,11 @@ class TraceOutputs:
 
     @functools.cached_property
     def origins(self) -> dict[int, int | None]:
-        """Returns, for each needed output of the jaxpr, the index of the argument that it is."""
+        """Returns the index of the argument that each needed output equals, or None."""
         return {leaf.number: leaf.origin for leaf in self.leaves if isinstance(leaf, Output)}
 
     def filled(self, arrays: Sequence[Value]) -> tuple[Tree, Writes]:
-        """Returns the function's result and its writes, with the jaxpr's outputs filled in."""
+        """Returns the result and the writes, with arrays in place of the placeholders."""
         leaves = [arrays[leaf.number] if isinstance(leaf, Output) else leaf for leaf in self.leaves]
         result, writes = self.treedef.unflatten(leaves)
         return resolve_aliases(result) if self._has_aliases else result, writes
@@ -88,7 +88,7 @@ class TraceOutputs:
 
 @dataclasses.dataclass
 class Trace:
-    """A jaxpr of a function.
+    """A jaxpr of a function, and the leaves that its inputs and outputs stand for.
 
     Attributes:
       jaxpr: the jaxpr.
@@ -104,7 +104,7 @@ class Trace:
 
 
 def trace(call: FlatCall) -> Trace:
-    """Returns the trace of a call with its weights and `others` as inputs, all else closed over.
+    """Returns the trace of a call; weights and `others` are inputs, and the rest is closed over.
 
     Raises whatever the function raises while it is traced.
     """
@@ -121,7 +121,7 @@ def trace(call: FlatCall) -> Trace:
 
 
 def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
-    """Returns the trace of a call.
+    """Traces a call with these leaves as inputs.
 
     Args:
       call: the call.
@@ -130,6 +130,7 @@ def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
     outputs: list[TraceOutputs] = []  # of the one call
 
     def call_and_record(args: Tree, kwargs: Tree) -> list[Leaf]:
+        """Returns the traced arrays, and records the rest of result and writes."""
         # Returns the traced arrays, and keeps what else the result and the writes contain.
         args, kwargs = resolve_aliases(unwrap_opaque_leaves((args, kwargs)))
         snapshot = Snapshot.take((args, kwargs))
@@ -150,7 +151,7 @@ def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
 def _leaf_of_each_output(
     jaxpr: eqns.AnyJaxpr, input_indices: Iterable[int], call: FlatCall
 ) -> Sources:
-    """Returns, for each output of a call's jaxpr, the index of the leaf that it is, if any.
+    """Returns the index of the argument leaf that each output equals, or None.
 
     Args:
       jaxpr: the jaxpr.
@@ -168,7 +169,7 @@ def _leaf_of_each_output(
 
 
 def _without_idle_writes(outputs: TraceOutputs, origins: Sources, call: FlatCall) -> TraceOutputs:
-    """Returns the outputs of a function, without writes that change nothing.
+    """Returns the outputs of a function without writes that change nothing.
 
     Args:
       outputs: result and writes of the function, with `_TRACED_ARRAY` for each output of the jaxpr.
@@ -193,7 +194,7 @@ def _without_idle_writes(outputs: TraceOutputs, origins: Sources, call: FlatCall
 
 
 class EagerTraces:
-    """The traces of one function that eager calls can use again, from any thread."""
+    """A cache of traces of one function for eager calls, shared by threads."""
 
     def __init__(self) -> None:
         # The key holds all that a trace depends on. The latest entry is the last.
@@ -202,7 +203,7 @@ class EagerTraces:
         self._is_off = False
 
     def __hash__(self) -> int:
-        """Returns the identity, so that new traces do not change a `FunctionState`."""
+        """Returns the id, so that new traces do not change a `FunctionState`."""
         return id(self)
 
     def __reduce__(self) -> tuple[type["EagerTraces"], tuple[()]]:
@@ -242,7 +243,7 @@ class EagerTraces:
         return entry.trace
 
     def _latest_entry(self, key: Hashable, state: FunctionState) -> "_Entry":
-        """Returns the entry of a key, new if there was none, and makes it the latest."""
+        """Returns the entry of a key, created if missing, as the most recent one."""
         with self._lock:
             entry = self._entries.setdefault(key, _Entry(state))
             self._entries.move_to_end(key)
@@ -271,7 +272,7 @@ class EagerTraces:
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    """A trace that is made once: None if it depends on the elements of an array.
+    """A trace that is made once; None if the function depends on the elements of an array.
 
     Attributes:
       state: the state that the function read when it was traced.
@@ -293,11 +294,11 @@ class _Entry:
 
 @jax.jit
 def _return_none() -> None:
-    """Returns None. JAX traces this function once for each combination of its settings."""
+    """Returns None; JAX traces it once for each combination of its settings."""
 
 
 def _jax_settings() -> Hashable:
-    """Returns a value that changes with any of JAX's settings: promotion, precision, a mesh, …"""
+    """Returns a key that changes with JAX's settings, such as promotion, precision or mesh."""
     settings: Hashable = _return_none.trace().jaxpr
     return settings
 

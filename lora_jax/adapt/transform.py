@@ -1,4 +1,4 @@
-"""`adapt`: runs any function of an adapted tree, each adapted weight in factored form."""
+"""`adapt`: runs any function on an adapted tree, with each adapted weight in factored form."""
 
 import dataclasses
 import functools
@@ -131,7 +131,7 @@ def run(
     eager_traces: EagerTraces | None = None,
     axes: ExampleAxes | None = None,
 ) -> Tree:
-    """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments factored.
+    """Returns ``fn(*args, **kwargs)``, with adapted weights among the arguments in factored form.
 
     Args:
       fn: the function.
@@ -180,7 +180,7 @@ def run(
 
 
 class _AdaptedCall(NamedTuple):
-    """A call as its function is traced, and what its leaves stand for.
+    """A flattened call, with the weights and the nodes that its leaves stand for.
 
     Attributes:
       call: the call.
@@ -196,7 +196,7 @@ class _AdaptedCall(NamedTuple):
 def _evaluate_call(
     interpreter: Interpreter, traced: Trace, adapted: _AdaptedCall, eager_steps: EagerSteps | None
 ) -> list[Value]:
-    """Returns the outputs of a traced function, as arrays or nodes; unused ones are None."""
+    """Returns the outputs of a traced function as arrays or nodes, None where unused."""
     inputs = [
         adapted.weights.get(index, adapted.call.leaves[index]) for index in traced.leaf_indices
     ]
@@ -232,7 +232,7 @@ def _evaluate_call(
 def _report_assigned_weights(
     interpreter: Interpreter, traced: Trace, weights: Mapping[int, Factored], arguments: Tree
 ) -> None:
-    """Warns of adapted weights of NNX modules that a function assigns to; they are merged.
+    """Warns of adapted weights that a function assigns to attributes of NNX modules.
 
     Raises:
       MergeError: under ``strict=True``, or where a merged weight would not do the same.
@@ -254,14 +254,14 @@ def _report_assigned_weights(
 
 
 def _is_being_traced() -> bool:
-    """Returns True if the caller is being traced itself, under `jax.jit` or in a `shard_map`."""
+    """Returns True if the caller is traced, under `jax.jit` or in a `shard_map`."""
     return isinstance(lax.full((), 0), jax.core.Tracer)
 
 
 def _adapted_call(
     fn: Forward, args: tuple[Tree, ...], kwargs: dict[str, Tree], dropout_key: jax.Array | None
 ) -> _AdaptedCall:
-    """Returns a call as its function is traced, with its weights and nodes.
+    """Returns a flattened call, with its weights and nodes.
 
     Raises:
       TypeError: no argument holds an adapted tree.
@@ -293,18 +293,18 @@ def _adapted_call(
 
 
 def _path_in_argument(key_path: KeyPath) -> str:
-    """Returns the path of a leaf of (args, kwargs), without the two keys of the argument."""
+    """Returns the path of a leaf of (args, kwargs) within its argument."""
     return path_string(key_path[2:])
 
 
 def _weight_without_factors(base: BaseLike, ndim: int, path: str) -> Factored:
-    """Returns W alone as a weight."""
+    """Returns W as a weight without factors."""
     labels: list[Label] = ["batch"] * ndim
     return Factored(base, {}, tuple(labels), path=path)
 
 
 def _array_for_tracing(leaf: Leaf, path: str) -> Leaf:
-    """Returns a leaf as the function is traced with it."""
+    """Returns the array or the base with which a leaf is traced."""
     if not is_node(leaf):
         return leaf
     if isinstance(leaf, Trained) and not leaf.is_on:

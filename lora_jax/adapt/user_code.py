@@ -1,4 +1,4 @@
-"""Distinguishes the user's code from packages, and finds the user's line behind an equation."""
+"""Distinguishes the user's code from packages, and finds the user's line for an equation."""
 
 import contextlib
 import contextvars
@@ -19,7 +19,7 @@ from lora_jax.core.extend import JaxprEqn, source_info_util
 
 
 def _path_prefix(folder: str | Path) -> str:
-    """Returns the prefix of the paths of files in a folder."""
+    """Returns the path prefix of the files in a folder."""
     return f"{folder}{os.sep}"
 
 
@@ -45,7 +45,7 @@ _OUTER_EQUATIONS: contextvars.ContextVar[tuple[JaxprEqn, ...]] = contextvars.Con
 
 @functools.cache
 def is_packaged(module: str) -> bool:
-    """Returns True if a module is built in, or lies where packages are installed."""
+    """Returns True if a module is built in or installed as a package."""
     if module in sys.builtin_module_names:
         return True
     path = getattr(sys.modules.get(module), "__file__", None)
@@ -74,7 +74,7 @@ class SourceLine(NamedTuple):
 
 
 def _line_text(file: str, line: int) -> str:
-    """Returns "file:line", or the code of the line for a notebook's cell, which has no file."""
+    """Returns "file:line", or the code of the line in a notebook, which has no file."""
     code = "" if os.path.exists(file) else linecache.getline(file, line).strip()
     if not code:  # not a notebook's cell
         return f"{file}:{line}"
@@ -84,7 +84,7 @@ def _line_text(file: str, line: int) -> str:
 
 
 def user_line_of(eqn: JaxprEqn) -> SourceLine:
-    """Returns the line of the user's code that is nearest to an equation that is evaluated.
+    """Returns the line of the user's code that is nearest to an equation.
 
     An equation inside a function that JAX traced by itself has no line of the user's code. The
     equation that calls that function has one, or else the Python stack, because JAX keeps only a
@@ -104,7 +104,7 @@ def user_line_of(eqn: JaxprEqn) -> SourceLine:
 
 
 def user_line_of_call() -> SourceLine:
-    """Returns the innermost line of the user's code that is being run."""
+    """Returns the innermost line of the user's code that is running."""
     for frame, line in traceback.walk_stack(None):
         if not _is_package_file(frame.f_code.co_filename):
             return SourceLine(frame.f_code.co_filename, line, "")
@@ -112,12 +112,12 @@ def user_line_of_call() -> SourceLine:
 
 
 def warn(message: str, category: type[Warning], line: SourceLine) -> None:
-    """Warns at a line of the user's code; once for each message, unless a filter says otherwise."""
+    """Warns at a line of the user's code, once for each message by default."""
     warnings.warn_explicit(message, category, line.file, line.line, registry=_WARNING_REGISTRY)
 
 
 def _path_from_package(path: str) -> str:
-    """Returns the path of a file from its package on."""
+    """Returns the path of a file, from the name of its package on."""
     roots = (*_PACKAGES, _path_prefix(Path(_LORA_JAX).parent))
     roots_of_path = [root for root in roots if path.startswith(root)]
     return path.removeprefix(max(roots_of_path, key=len, default=""))
@@ -125,7 +125,7 @@ def _path_from_package(path: str) -> str:
 
 @contextlib.contextmanager
 def user_context(eqn: JaxprEqn) -> Iterator[None]:
-    """Gives an equation's names, source line, mesh and metadata to all that is traced inside."""
+    """Gives an equation's names, source line, mesh and metadata to everything traced inside."""
     info = eqn.source_info
     name_stack = source_info_util.current_name_stack() + info.name_stack
     token = _OUTER_EQUATIONS.set((*_OUTER_EQUATIONS.get(), eqn))

@@ -1,4 +1,4 @@
-"""Follows the examples of a batch through a function, so that each has its own adapter.
+"""Follows the examples of a batch through a function in which each example has its own adapter.
 
 The function is evaluated once, on the whole batch, as it is written. Its result for example n is
 ``fn(tree, *args)[n]`` of the tree with the adapter of example n alone. Whatever does not depend on

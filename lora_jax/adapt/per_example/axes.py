@@ -1,4 +1,4 @@
-"""Finds the axes of a function's arguments and results that hold the examples of a batch."""
+"""Finds the axes of a function's arguments and results that index the examples of a batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from lora_jax.core.types import Leaf, Tree, Value
 
 @dataclasses.dataclass(frozen=True)
 class ExampleAxes:
-    """The axes that hold the examples, as `jax.vmap` is told: keyword arguments have them first.
+    """The axes that index the examples, in the form of `jax.vmap`'s in_axes and out_axes.
 
     Attributes:
       of_args: a prefix of the positional arguments. None for what is the same for all examples, the
@@ -41,7 +41,7 @@ class ExampleAxes:
 def find_example_axes(
     call: FlatCall, nodes: Mapping[int, Value], axes: ExampleAxes
 ) -> dict[int, int]:
-    """Returns, by the index of each leaf that holds examples, the axis that does.
+    """Returns the example axis of each leaf that has one, by the index of the leaf.
 
     Args:
       call: the call; its leaves have nodes whole.
@@ -82,7 +82,7 @@ def find_example_axes(
 
 
 def _holds_node(indices: Tree, nodes: Mapping[int, Value]) -> bool:
-    """Returns True if one of the leaves of these indices is a node of an adapted tree."""
+    """Returns True if a leaf with one of these indices is a node of an adapted tree."""
     return any(index in nodes for index in jax.tree.leaves(indices))
 
 
@@ -113,7 +113,7 @@ def follow_trace(
     example_axes: Mapping[int, int],
     of_result: Tree,
 ) -> ExampleLabels:
-    """Returns the examples' axes in a function's values, after a check of its result.
+    """Returns the example axis of each value of a function, and checks the function's result.
 
     Args:
       traced: trace of the call.
@@ -157,7 +157,7 @@ def follow_trace(
 
 
 def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall) -> ExampleLabels:
-    """Returns the places of the tokens of masks in the operands that weights are multiplied by.
+    """Returns the axes of the masks' tokens in the operands that multiply adapted weights.
 
     The tokens lie in arguments without an adapted tree, and in arrays that are closed over.
 
@@ -188,7 +188,7 @@ def follow_tokens(traced: Trace, weights: Mapping[int, Factored], call: FlatCall
 
 
 def _ids_beside_weights(weights: Mapping[int, Factored], call: FlatCall) -> set[int]:
-    """Returns the identities of the leaves of all arguments that hold an adapted weight."""
+    """Returns the ids of all leaves of the arguments that contain an adapted weight."""
     args, kwargs = call.treedef.unflatten(range(len(call.leaves)))
     ids: set[int] = set()
     for indices in (*args, *kwargs.values()):
@@ -200,7 +200,7 @@ def _ids_beside_weights(weights: Mapping[int, Factored], call: FlatCall) -> set[
 def _check_example_axes_of_result(
     traced: Trace, labels: ExampleLabels, n_examples: int, expected_axes: Tree
 ) -> None:
-    """Checks that a function's result has the examples along the expected axes.
+    """Checks that the function's result has the examples along the expected axes.
 
     Args:
       traced: trace of the function.
@@ -236,7 +236,7 @@ def _check_example_axes_of_result(
 
 
 def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -> int | None:
-    """Returns the axis of an output that holds the examples; None if it is the same for all."""
+    """Returns the axis of an output that indexes the examples, or None if there is none."""
     if isinstance(label, MixedExamples):
         raise ExamplesError(f"the examples of the batch cannot be told apart, because {label.why}")
     if isinstance(label, ExampleKernels):
@@ -254,7 +254,7 @@ def _examples_axis(label: ExampleLabel, shape: Sequence[int], n_examples: int) -
 def _check_output_axis(
     axis: int | None, expected_axis: int | None, shape: Sequence[int], n_examples: int
 ) -> None:
-    """Raises ExamplesError unless an output has the examples along the axis that was asked for.
+    """Raises ExamplesError unless an output has the examples along the requested axis.
 
     An output that is the same for all examples has any axis of their number.
     """

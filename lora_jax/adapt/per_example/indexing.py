@@ -1,4 +1,4 @@
-"""Look-ups and updates by index: where the examples lie in their results.
+"""Rules for gathers and scatters: the axis of the examples in their results.
 
 An **index axis** is an axis of the array of indices, but for the last one, which holds the
 elements of an index. A **batching axis** of the operand belongs to one index axis: each
@@ -15,7 +15,7 @@ _SAME_INDEX_FOR_ALL = "finds examples by an index that is the same for none or a
 
 
 def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    """A look-up of each example's own indices, in its own part of the operand or in a table."""
+    """Returns the example axis after a gather with indices or an operand for each example."""
     operand_label, indices_label = labels
     dimension_numbers = eqn.params["dimension_numbers"]
     batching_axes = tuple(dimension_numbers.operand_batching_dims)
@@ -57,7 +57,7 @@ def _gather(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Examp
 
 
 def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    """An update of each example's own part of the operand."""
+    """Returns the example axis after a scatter into each example's part of the operand."""
     operand_label, indices_label, updates_label = labels
     axes = _ScatterAxes(eqn)
     target = _scatter_target(axes, operand_label, indices_label, updates_label)
@@ -97,6 +97,7 @@ class _ScatterAxes:
     """
 
     def __init__(self, eqn: JaxprEqn) -> None:
+        """Reads the axes from the equation's dimension numbers."""
         dimension_numbers = eqn.params["dimension_numbers"]
         self.batching = tuple(dimension_numbers.operand_batching_dims)
         self.index_of_batching = tuple(dimension_numbers.scatter_indices_batching_dims)
@@ -115,7 +116,7 @@ def _scatter_target(
     indices_label: ExampleLabel,
     updates_label: ExampleLabel,
 ) -> ExampleAxis:
-    """Returns the examples' axis in the operand of a scatter, which one of the operands tells."""
+    """Returns the axis of the examples in a scatter's operand, from whichever operand has it."""
     if isinstance(operand_label, ExampleAxis):
         return operand_label
     if isinstance(updates_label, ExampleAxis):

@@ -1,4 +1,4 @@
-"""The facts that are known of a value of a jaxpr: the axis that holds the examples of a batch."""
+"""Labels of a jaxpr's values: what is known about the axis of a batch's examples in each value."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from lora_jax.core.axes import Label
 
 @dataclasses.dataclass(frozen=True)
 class ExampleAxis:
-    """The examples lie along an axis: the example of index i is ``i // n_consecutive % n``, of n.
+    """An axis that indexes the examples: element i belongs to ``i // n_consecutive % n``, of n.
 
     Attributes:
       axis: the axis, of size k·n·n_consecutive, which may be three axes merged to one.
@@ -22,7 +22,7 @@ class ExampleAxis:
 
 
 class MaskAxis(NamedTuple):
-    """An axis of a mask [batch, seq], 0 or 1, and the axis of a value that it lies along."""
+    """An axis of a mask [batch, seq], 0 or 1, and the axis of a value that holds its tokens."""
 
     axis: int
     location: ExampleAxis
@@ -30,7 +30,7 @@ class MaskAxis(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenAxes:
-    """The tokens of a mask lie along some axes; see `lora_jax.adapt.per_example.tokens`.
+    """The axes of a value that hold the tokens of a mask; see `lora_jax.adapt.per_example.tokens`.
 
     Attributes:
       mask: shape of the mask, [batch, seq].
@@ -43,7 +43,7 @@ class TokenAxes:
     moved: str = dataclasses.field(default="", compare=False)
 
     def with_leading_axes(self, n_axes: int) -> "TokenAxes":
-        """Returns the label of a value with more axes in front, or with one less (-1)."""
+        """Returns the label after adding leading axes, or removing one (-1)."""
         axes: set[MaskAxis] = set()
         for mask_axis, location in self.axes:
             axis = location.axis + n_axes
@@ -65,7 +65,7 @@ class ExampleKernels:
 
 @dataclasses.dataclass(frozen=True)
 class MixedExamples:
-    """An example's part of the value depends on other examples, or cannot be found any more.
+    """Marks a value in which one example's part depends on others, or cannot be located.
 
     Attributes:
       why: the first equation that does so: its primitive, its place, and what it does.
@@ -76,7 +76,7 @@ class MixedExamples:
 
 @dataclasses.dataclass(frozen=True)
 class UnvisitedCarry:
-    """The value is carried by a loop, of which no step has been followed yet."""
+    """Marks the carry of a loop before the first of its steps has been followed."""
 
 
 # None: the value is the same whatever the examples and their adapters are.
@@ -84,12 +84,12 @@ ExampleLabel = ExampleAxis | TokenAxes | ExampleKernels | MixedExamples | Unvisi
 
 
 class MixingError(Exception):
-    """Raised by a rule: what an equation does with examples that has them mixed."""
+    """Raised by a rule if an equation mixes examples; the message says how."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExampleLabels:
-    """The facts known of a jaxpr, given those of its inputs.
+    """The labels of a jaxpr's outputs and uses, given the labels of its inputs.
 
     Attributes:
       outputs: what is known of each output.
@@ -104,7 +104,7 @@ class ExampleLabels:
 
 
 def join_labels(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
-    """Returns the label of a value that is one of two."""
+    """Returns the label of a value that is either of two values."""
     for label, other_label in ((a, b), (b, a)):
         is_other_same_for_all = other_label is None and not isinstance(label, ExampleKernels)
         if (
@@ -119,7 +119,7 @@ def join_labels(a: ExampleLabel, b: ExampleLabel) -> ExampleLabel:
 
 
 def common_example_axis(labels: Iterable[ExampleLabel]) -> ExampleAxis:
-    """Returns the common axis of the examples in all operands that have them.
+    """Returns the example axis that all labelled operands share.
 
     Raises:
       MixingError: the operands differ.
@@ -133,7 +133,7 @@ def common_example_axis(labels: Iterable[ExampleLabel]) -> ExampleAxis:
 def axis_after_reshape(
     examples: ExampleAxis, n_examples: int, shape: Sequence[int], result_shape: Sequence[int]
 ) -> ExampleAxis:
-    """Returns the examples' axis after a reshape, which keeps the order of elements.
+    """Returns the example axis after a reshape.
 
     Args:
       examples: their axis before it.
@@ -160,7 +160,7 @@ def axis_after_reshape(
         raise MixingError("splits the axis of the examples")
 
     def preference(candidate: ExampleAxis) -> tuple[int, bool, int]:
-        """Returns a sort key: the least merged axis, then the one that stays where it was."""
+        """Returns a sort key: least merged axis first, then an unmoved one."""
         return candidate.n_consecutive, candidate.axis != examples.axis, candidate.axis
 
     return min(candidates, key=preference)  # of one example, several axes fit

@@ -1,4 +1,4 @@
-"""The primitives that keep examples apart, and where the examples lie in their outputs.
+"""Rules for primitives that keep examples separate: the axis of the examples in their outputs.
 
 A primitive that is not named here ends the walk where it meets examples.
 """
@@ -31,7 +31,7 @@ def shape_of_output(eqn: JaxprEqn) -> tuple[int, ...]:
 
 
 def labels_of_operands(_: JaxprEqn, labels: Sequence[ExampleLabel], __: int) -> list[ExampleLabel]:
-    """Returns the labels of the operands: each is an output."""
+    """Returns the labels of the operands as the labels of the outputs."""
     return list(labels)
 
 
@@ -48,7 +48,7 @@ def _rule_for_one_axis(
     problem: str = "",
     mixes: Callable[[JaxprEqn, int], object] = _never_mixes,
 ) -> Rule:
-    """Returns the rule for a primitive in whose operands the examples lie along one axis.
+    """Returns the rule for a primitive whose operands share one example axis.
 
     Args:
       result_axis: (equation, that axis) -> their axis in the outputs; by default the same.
@@ -57,6 +57,7 @@ def _rule_for_one_axis(
     """
 
     def rule(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+        """Returns the example axis of the outputs, unless the primitive mixes examples."""
         examples = common_example_axis(labels)
         if mixes(eqn, examples.axis):
             raise MixingError(problem)
@@ -67,14 +68,14 @@ def _rule_for_one_axis(
 
 
 def _axes_of_parameter(eqn: JaxprEqn, name: str) -> list[int]:
-    """Returns the axes that a parameter names: one or several, counted from either end."""
+    """Returns the axes that a parameter names: one or several, perhaps negative."""
     axes = eqn.params[name]
     axes = axes if isinstance(axes, Sequence) else [axes]
     return [axis % len(shape_of_operand(eqn)) for axis in axes]
 
 
 def _rule_for_operation_along(name: str, problem: str) -> Rule:
-    """Returns the rule for an operation along the axes that a parameter names."""
+    """Returns the rule for an operation that mixes elements along some axes."""
 
     def is_along(eqn: JaxprEqn, axis: int) -> bool:
         return axis in _axes_of_parameter(eqn, name)
@@ -83,7 +84,7 @@ def _rule_for_operation_along(name: str, problem: str) -> Rule:
 
 
 def _rule_for_dropped_axes(name: str, problem: str) -> Rule:
-    """Returns the rule for an operation whose outputs lack the axes that a parameter names."""
+    """Returns the rule for an operation that removes the axes a parameter names."""
 
     def result_axis(eqn: JaxprEqn, axis: int) -> int:
         n_dropped_before = sum(
@@ -98,6 +99,7 @@ def _rule_for_dropped_axes(name: str, problem: str) -> Rule:
 
 
 def _reshape(eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int) -> list[ExampleLabel]:
+    """Returns the example axis after a reshape."""
     if eqn.params.get("dimensions") is not None:
         raise MixingError("transposes as it reshapes")
     return [
@@ -125,7 +127,7 @@ def _is_padded(eqn: JaxprEqn, axis: int) -> bool:
 
 
 def _is_transformed(eqn: JaxprEqn, axis: int) -> bool:
-    """Returns True if an FFT, which is along the last axes, is along this one."""
+    """Returns True if an FFT transforms this axis; it transforms the last axes."""
     return axis >= len(shape_of_operand(eqn)) - len(eqn.params["fft_lengths"])
 
 
@@ -153,7 +155,7 @@ def _has_windows(eqn: JaxprEqn, axis: int) -> bool:
 
 
 def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
-    """Returns True if an axis is not one of keys, or of their words: of what is made of them."""
+    """Returns True if an axis lies behind the axes of the keys, as that of their words does."""
     return axis >= min(len(shape_of_operand(eqn)), len(shape_of_output(eqn)))
 
 

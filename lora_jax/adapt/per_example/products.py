@@ -1,4 +1,4 @@
-"""Multiplies values that have examples, by weights that have an adapter for each of them too."""
+"""Rules for products of examples with weights that have a separate adapter for each example."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from lora_jax.core.extend import JaxprEqn
 
 
 def _dot_general(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    """Finds the examples in a product: they are batched or free in each operand that has them."""
+    """Returns the example axis of a product, in which no example axis may be contracted."""
     contract, batch = eqn.params["dimension_numbers"]
     left_free, right_free = (_free_axes(eqn, side) for side in (0, 1))
     # For each axis of the product, the axis of the operand; None where it is the other operand's.
@@ -39,6 +39,7 @@ def _free_axes(eqn: JaxprEqn, side: int) -> list[int]:
 
 
 def _convolution(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
+    """Returns the example axis of a convolution: its batch axis."""
     x_label, kernel_label = labels
     dimension_numbers = eqn.params["dimension_numbers"]
     batch_axis, result_batch_axis = dimension_numbers.lhs_spec[0], dimension_numbers.out_spec[0]
@@ -61,7 +62,7 @@ PRODUCT_RULES: dict[str, Rule] = {
 def _multiply_by_kernels(
     eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int
 ) -> list[ExampleLabel]:
-    """A product of each example with its own weight."""
+    """Returns the label of a product of each example with its own weight."""
     if sum(isinstance(label, ExampleKernels) for label in labels) > 1:
         raise MixingError("multiplies an adapted weight by another one")
     if not any(isinstance(label, ExampleAxis) for label in labels):
@@ -77,7 +78,7 @@ def _multiply_by_kernels(
 def _look_up_in_kernels(
     eqn: JaxprEqn, labels: Sequence[ExampleLabel], n_examples: int
 ) -> list[ExampleLabel]:
-    """A look-up of each example's indices in a table of its own."""
+    """Returns the label of a look-up of each example's indices in its own table."""
     table = labels[0]
     indexed_axes = eqn.params["dimension_numbers"].start_index_map
     if not isinstance(table, ExampleKernels) or [table.roles[a] for a in indexed_axes] != ["in"]:
@@ -88,7 +89,7 @@ def _look_up_in_kernels(
 def _move_axes_of_kernel(
     eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int
 ) -> list[ExampleLabel]:
-    """A transpose, a reshape, …, of the weight."""
+    """Returns the label of a weight after a transpose, a reshape and the like."""
     weight = _only_kernel(labels)
     source_axes = axis_map(eqn)
     if source_axes is not None:
@@ -104,7 +105,7 @@ def _label_of_kernel(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> l
 
 
 def _cut_kernel(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    """A part of the weight, of more than one row: that would be formed."""
+    """Returns the label of a slice of the weight; a slice of one row would be merged."""
     weight = _only_kernel(labels)
     shape = shape_of_operand(eqn)
     in_axes = [axis for axis, role in enumerate(weight.roles) if role == "in"]
@@ -118,7 +119,7 @@ def _cut_kernel(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[E
 
 
 def _unstack_kernels(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[ExampleLabel]:
-    """The members of a stack of weights."""
+    """Returns the labels of the members of a stack of weights."""
     roles = [*_only_kernel(labels).roles]
     if roles.pop(eqn.params["axis"]) != "batch":
         raise MixingError("takes rows or columns of an adapted weight apart")
@@ -126,7 +127,7 @@ def _unstack_kernels(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> l
 
 
 def _only_kernel(labels: Sequence[ExampleLabel]) -> ExampleKernels:
-    """Returns the weight, which is the first operand, and the only one that is not the same."""
+    """Returns the weight's label; the weight comes first, and other operands have no examples."""
     weight, *other_labels = labels
     are_others_same = all(label is None for label in other_labels)
     if not isinstance(weight, ExampleKernels) or not are_others_same:

@@ -1,4 +1,4 @@
-"""Follows the tokens of a mask, [batch, seq], to the rows of products: these must be in its order.
+"""Follows the tokens of a mask, [batch, seq], to the rows of products, and checks their order.
 
 Both axes of the mask are followed as examples are, along each axis of a value that they lie along.
 An axis that a primitive takes apart or sums over holds no tokens afterwards.
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 def label_of_tokens(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
-    """Returns the label of an array whose leading axes are those of a mask, or both as one axis."""
+    """Returns the label of an array that starts with a mask's axes, separate or merged."""
     for mask in masks:
         if shape[:2] == mask:
             return TokenAxes(mask, _ordered_axes(mask, (0, 1)))
@@ -32,7 +32,7 @@ def label_of_tokens(shape: Shape, masks: Iterable[Shape]) -> TokenAxes | None:
 
 
 def wrong_order_reason(label: ExampleLabel, row_axes: Sequence[int], mask: Shape) -> str:
-    """Returns the reason why rows are not known to be in a mask's order; empty if they are.
+    """Returns the reason why rows may not be in a mask's order, or "" if they are.
 
     Args:
       label: the label of the array.
@@ -50,7 +50,7 @@ def wrong_order_reason(label: ExampleLabel, row_axes: Sequence[int], mask: Shape
 
 
 def _ordered_axes(mask: Shape, row_axes: Sequence[int]) -> frozenset[MaskAxis]:
-    """Returns the axes of a mask in its order; those of one element are left out.
+    """Returns the axes of a mask that have more than one element, in order.
 
     Args:
       mask: shape of the mask.
@@ -67,7 +67,7 @@ def _ordered_axes(mask: Shape, row_axes: Sequence[int]) -> frozenset[MaskAxis]:
 
 
 def follow_axes(rule: Rule, eqn: JaxprEqn, labels: Sequence[ExampleLabel]) -> list[ExampleLabel]:
-    """Returns the labels of an equation's outputs, by its rule for examples along one axis.
+    """Returns the labels of outputs, by applying a rule for example axes to each mask axis.
 
     The rule is applied once for each axis of the mask in each operand.
 

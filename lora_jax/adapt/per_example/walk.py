@@ -48,7 +48,7 @@ _PLAIN_RULES = {**RULES, **PRODUCT_RULES}
 def labels_of_jaxpr(
     jaxpr: eqns.AnyJaxpr, input_labels: Sequence[ExampleLabel], sizes: Sizes
 ) -> ExampleLabels:
-    """Returns the labels of a jaxpr's values: the same object for the same arguments.
+    """Returns the labels of a jaxpr's values, cached by the arguments.
 
     Args:
       jaxpr: the jaxpr.
@@ -65,7 +65,7 @@ def labels_of_jaxpr(
 
 
 class _Walk:
-    """The walk over one jaxpr, and what it finds; see `ExampleLabels`.
+    """A walk over one jaxpr that collects labels; see `ExampleLabels`.
 
     Attributes:
       sizes: see `labels_of_jaxpr`.
@@ -179,11 +179,13 @@ class _Walk:
     def _enter_custom_derivative(
         self, eqn: JaxprEqn, labels: list[ExampleLabel]
     ) -> list[ExampleLabel]:
+        """Returns the labels of a function with a custom derivative."""
         if _first_label(labels, ExampleKernels) is not None:
             raise MixingError("has a derivative of its own, for which an adapted weight is formed")
         return self._enter_call(eqn, labels)
 
     def _enter_scan(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        """Returns the labels of a scan's outputs."""
         scan = eqns.read_scan(eqn)
         consts, first_carry, stacks = scan.split(labels)
         slices = [_label_of_slice(label, eqn) for label in stacks]
@@ -197,6 +199,7 @@ class _Walk:
         return [*carry, *ys]
 
     def _enter_while(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        """Returns the labels of a while loop's outputs."""
         loop = eqns.read_while(eqn)
         condition_consts, body_consts, first_carry = loop.split(labels)
         carry = self._carry_of_every_step(loop.body, body_consts, first_carry, [])
@@ -213,7 +216,7 @@ class _Walk:
         first_carry: Sequence[ExampleLabel],
         slices: Sequence[ExampleLabel],
     ) -> list[ExampleLabel]:
-        """Returns the labels of a loop's carry in every step; weights must stay as they are.
+        """Returns the labels of a loop's carry that hold in every step.
 
         A state that starts the same for all examples, as zeros, may have examples after a step. It
         is first taken for whatever the step makes of it, and then held against that.
@@ -224,7 +227,7 @@ class _Walk:
         """
 
         def repeated(carry: list[ExampleLabel]) -> list[ExampleLabel]:
-            """Returns the labels that the carry has before or after any number of steps."""
+            """Returns the carry's labels after any number of steps."""
             while True:
                 outputs = labels_of_jaxpr(body, (*consts, *carry, *slices), self.sizes).outputs
                 next_carry = list(map(join_labels, carry, outputs[: len(carry)]))
@@ -249,6 +252,7 @@ class _Walk:
         return carry
 
     def _enter_cond(self, eqn: JaxprEqn, labels: list[ExampleLabel]) -> list[ExampleLabel]:
+        """Returns the labels of a cond's outputs, joined over its branches."""
         branch_index, *operands = labels
         if isinstance(branch_index, MixedExamples):
             return [branch_index] * len(eqn.outvars)
@@ -262,12 +266,12 @@ class _Walk:
 
 
 def _first_label(labels: Iterable[ExampleLabel], kind: Any) -> ExampleLabel:
-    """Returns the first label of one class, or of one of several; None if there is none."""
+    """Returns the first label of one of these classes, or None."""
     return next((label for label in labels if isinstance(label, kind)), None)
 
 
 def _depends_on_unvisited(labels: Sequence[ExampleLabel]) -> bool:
-    """Returns True if only the first step of a loop will tell where examples or tokens lie."""
+    """Returns True if the label is unknown until a loop's first step is followed."""
     has_unvisited = _first_label(labels, UnvisitedCarry) is not None
     return has_unvisited and _first_label(labels, ExampleAxis | TokenAxes) is None
 
@@ -277,7 +281,7 @@ def _mixed_by_equation(eqn: JaxprEqn, problem: object) -> MixedExamples:
 
 
 def _label_of_slice(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
-    """Returns the label of one step's part of an operand that a scan goes over."""
+    """Returns the label of the slice that one scan step takes of an operand."""
     if isinstance(label, ExampleAxis):
         if label.axis == 0:
             return _mixed_by_equation(eqn, "goes over the examples")
@@ -294,7 +298,7 @@ def _label_of_slice(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
 def _label_of_stack(
     label: ExampleLabel, eqn: JaxprEqn, scanned_axes: Set[MaskAxis]
 ) -> ExampleLabel:
-    """Returns the label of an output that a scan stacks; it goes over these axes of a mask."""
+    """Returns the label of an output that a scan stacks, with the scanned mask axes."""
     if isinstance(label, TokenAxes):
         stack_label = label.with_leading_axes(1)
         return dataclasses.replace(stack_label, axes=stack_label.axes | scanned_axes)
@@ -304,7 +308,7 @@ def _label_of_stack(
 
 
 def _label_of_array(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
-    """Returns the label of a value that is an array from here on."""
+    """Returns the label of a value that counts as a plain array from here on."""
     return (
         _mixed_by_equation(eqn, "forms an adapted weight")
         if isinstance(label, ExampleKernels)
@@ -313,7 +317,7 @@ def _label_of_array(label: ExampleLabel, eqn: JaxprEqn) -> ExampleLabel:
 
 
 def _reason_without_rule(primitive: str, has_kernel: bool) -> str:
-    """Returns the action of a primitive without a rule that mixes examples."""
+    """Returns the reason why a primitive without a rule may mix examples."""
     if primitive in _REASONS_WITHOUT_RULE:
         return _REASONS_WITHOUT_RULE[primitive]
     if has_kernel:

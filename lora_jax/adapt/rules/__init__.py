@@ -1,1 +1,1 @@
-"""The rules for primitives that meet an adapted weight, a file for each kind; `RULES` has all."""
+"""The rules for primitives with an adapted weight, one file for each kind; `RULES` has all."""

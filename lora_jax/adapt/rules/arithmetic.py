@@ -1,4 +1,4 @@
-"""Rules for operations that are linear in a weight: its factors follow, nothing is formed.
+"""Rules for operations that are linear in a weight: its factors follow, and AB is not formed.
 
 They scale a weight by a number or by a vector along batch and out axes (or batch and in axes), or a
 copy of it for each row of such vectors; add other arrays and weights; and join kernels end to end.
@@ -52,7 +52,7 @@ _SCALED_PARTS: dict[Label, tuple[str, ...]] = {
 
 
 def _scale_weight(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
-    """Scales a weight by a number, or by what varies along batch axes and one other role."""
+    """Scales a weight by a factor that varies along batch axes and one other role at most."""
     factor = jnp.asarray(factor)
     if not jnp.issubdtype(factor.dtype, jnp.floating):
         return None
@@ -84,7 +84,7 @@ def _scale_weight(use: Use, weight: Factored, factor: jax.Array) -> Outcome:
 
 
 def _array_in_layout(array: jax.Array, layout: Axes, dtype: DTypeLike) -> jax.Array:
-    """Returns an array with the weight's axes in a layout; the other axes have size one."""
+    """Returns an array with its axes in a part's layout; missing axes have size one."""
     weight_axes = [axis for axis in layout if axis != RANK]
     unit_axes = [axis for axis in range(array.ndim) if axis not in weight_axes]
     array = lax.transpose(array, [*weight_axes, *unit_axes])
@@ -95,7 +95,7 @@ def _array_in_layout(array: jax.Array, layout: Axes, dtype: DTypeLike) -> jax.Ar
 
 
 def _add_weights(_: Interpreter, use: Use, sign: int = 1) -> Outcome:
-    """Adds: W + s·AB + C keeps the factors of W; those of two weights are joined along the rank."""
+    """Adds an array to W, or adds two weights by concatenating their factors along the rank."""
     values = use.values
     shape = eqns.type_of(use.eqn.outvars[0]).shape
     weights = _weights_among(values)
@@ -123,7 +123,7 @@ def _weights_among(values: Sequence[Value]) -> list[Factored]:
 
 
 def _align_roles(values: Sequence[Value]) -> Outcome:
-    """Returns the values with all weights' axes in the same roles; None where they cannot be.
+    """Returns the values with equal axis roles in all weights, or None if that fails.
 
     A weight that comes transposed to the others (a tied table) is mirrored.
     """
@@ -152,7 +152,7 @@ def has_gain_or_shift(weight: Factored) -> bool:
 
 
 def mirror_weight(weight: Factored) -> Factored:
-    """Returns the weight with in axes for out axes: W + s·AB read as (Wᵀ + s·BᵀAᵀ)ᵀ."""
+    """Returns the weight with in and out axes swapped: (W + s·AB)ᵀ = Wᵀ + s·BᵀAᵀ."""
     mirror: dict[Label, Label] = {"in": "out", "out": "in", "batch": "batch"}
     weight = weight.formed()
     return weight.replace(a=weight.b, b=weight.a, labels=[mirror[label] for label in weight.labels])
@@ -167,12 +167,12 @@ def move_scale_into_a(weight: Factored) -> Factored:
 
 
 def _concatenate(_: Interpreter, use: Use) -> Outcome:
-    """Joins kernels end to end: along an in or out axis, each keeps its own columns of rank."""
+    """Concatenates kernels along an in or out axis; each keeps its own columns of the rank."""
     return _join_along_axis(use, use.values, use.params["dimension"])
 
 
 def _stack(_: Interpreter, use: Use) -> Outcome:
-    """Stacks kernels under a new axis, which is a batch axis."""
+    """Stacks kernels along a new batch axis."""
     axis = use.params["axis"]
 
     def expand(value: Value) -> Value:
@@ -185,7 +185,7 @@ def _stack(_: Interpreter, use: Use) -> Outcome:
 
 
 def _join_along_axis(use: Use, values: Sequence[Value], dimension: int) -> Outcome:
-    """Joins weights, and plain arrays among them, along an axis.
+    """Concatenates weights, and plain arrays among them, along an axis.
 
     Args:
       use: the equation; its base is that of the result.
@@ -219,7 +219,7 @@ def _join_along_axis(use: Use, values: Sequence[Value], dimension: int) -> Outco
 def _join_part_end_to_end(
     name: str, values: Sequence[Value], model: Factored, dimension: int
 ) -> jax.Array:
-    """Returns a part of all values, joined along an axis; ranks are filled up to the largest.
+    """Returns a part of all values concatenated along an axis, with ranks padded.
 
     Args:
       name: name of the part.
@@ -241,7 +241,7 @@ def _join_part_end_to_end(
 def _neutral_part(
     name: str, value: Value, values: Sequence[Value], model: Factored, rank: int
 ) -> jax.Array:
-    """Returns a part that changes nothing, for a value that lacks this part."""
+    """Returns a part without effect, for a value that lacks this part."""
     known_parts = [weight.parts[name] for weight in _weights_among(values) if name in weight.parts]
     shape = shape_of_axes(AXES[name], _shape_of_value(value), model.labels, rank)
     if name == "key":
@@ -253,7 +253,7 @@ def _neutral_part(
 def _join_part_side_by_side(
     name: str, values: Sequence[Value], model: Factored, dimension: int
 ) -> jax.Array:
-    """Returns a part of values that are joined along an in or an out axis; s is in A.
+    """Returns a part of values concatenated along an in or out axis, s included in A.
 
     The factor that has this axis is padded with zeros to the size of the result. The ranks of both
     factors lie side by side. For the arguments see `_join_part_end_to_end`.
@@ -284,7 +284,7 @@ def _shape_of_value(value: Value) -> tuple[int, ...]:
 
 
 def _only_with_factors(rule: Rule) -> Rule:
-    """Returns the rule for weights with factors; it declines a base alone that is no array."""
+    """Returns a rule that declines weights without factors."""
 
     def apply(interpreter: Interpreter, use: Use) -> Outcome:
         if all(value.parts for value in use.values if isinstance(value, Factored)):

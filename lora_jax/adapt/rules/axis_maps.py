@@ -1,4 +1,4 @@
-"""Maps of axes: the operations that only re-arrange an array, and where each axis goes.
+"""Maps each axis of an operand to axes of the result, for operations that only rearrange an array.
 
 An operand's axes are the **source axes** of the result's.
 """
@@ -16,7 +16,7 @@ AxisMap = tuple[tuple[int, ...], ...]
 
 
 def axis_map(eqn: JaxprEqn) -> AxisMap | None:
-    """Returns the map of the axes of an equation's first operand; None where it is not known."""
+    """Returns the axis map of an equation's first operand, or None if it is not known."""
     if eqn.primitive.name not in _MAPS:
         return None
     map_axes = _MAPS[eqn.primitive.name]
@@ -54,7 +54,7 @@ def _reshape(params: EqnParams, shape: Shape, result_shape: Shape) -> AxisMap | 
 
 
 def regrouped(shape: Shape, result_shape: Shape) -> AxisMap | None:
-    """Returns the map of a reshape. Axes of size one have no source; None for an empty array."""
+    """Returns the axis map of a reshape, or None for an empty array. Unit axes have no source."""
     if 0 in shape:
         return None
     remaining_source_axes = [axis for axis, size in enumerate(shape) if size != 1]

@@ -1,4 +1,4 @@
-"""The product of two adapted weights, which is a weight itself.
+"""Products of two adapted weights, whose result is an adapted weight as well.
 
     (W1 + s1·A1B1)(W2 + s2·A2B2) = W1W2 + s1·A1(B1W2') + s2·(W1A2)B2        W2' = W2 + s2·A2B2
 
@@ -36,14 +36,14 @@ _LEFT_RANK, _RIGHT_RANK, *_AXIS_LETTERS = list(string.ascii_letters)
 
 
 class _LetteredArray(NamedTuple):
-    """An array, with a letter for each of its axes."""
+    """An array with an einsum letter for each of its axes."""
 
     array: jax.Array
     letters: Sequence[str]
 
 
 def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
-    """Multiplies two weights to a weight; where that has no form, merges one of the two."""
+    """Multiplies two weights to a weight, or merges one of them if that has no factored form."""
     if not all(isinstance(value, Factored) for value in use.values):
         return dot_general(interpreter, use)
     contract, batch = use.params["dimension_numbers"]
@@ -66,7 +66,7 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def _may_merge(weight: Factored) -> bool:
-    """Returns True if a weight may be merged; one that may not must stay factored."""
+    """Returns True if a weight may be merged instead of staying factored."""
     return weight.uses == "all" and weight.shift is None and not has_dropout(weight)
 
 
@@ -85,7 +85,7 @@ def _has_factored_product(use: Use, left: Factored, right: Factored) -> bool:
 def _read_for_contraction(
     weight: Factored, contract: Sequence[int], batch: Sequence[int], role: Label
 ) -> Factored | None:
-    """Returns the weight read so that a product contracts its axes of a role, and all of them.
+    """Returns the weight with roles such that a product contracts all axes of `role`.
 
     Args:
       weight: an operand.
@@ -107,7 +107,7 @@ def _read_for_contraction(
 
 
 def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
-    """Returns the product; its axes are the shared stack's, then the left's, then the right's."""
+    """Returns the product, with axes in the order stack, left's axes, right's axes."""
     left_letters, right_letters = _operand_letters(use, left, right)
     role_of_letter = _result_roles(use, (left, right), (left_letters, right_letters))
     (base,) = use.bind(use.bases)
@@ -149,7 +149,7 @@ def _product_of_weights(use: Use, left: Factored, right: Factored) -> Factored:
 
 
 def _operand_letters(use: Use, left: Factored, right: Factored) -> tuple[list[str], list[str]]:
-    """Returns the letters of the axes of both weights."""
+    """Returns the einsum letters of the axes of both weights."""
     n_left = len(left.labels)
     left_letters = _AXIS_LETTERS[:n_left]
     right_letters = _AXIS_LETTERS[n_left : n_left + len(right.labels)]
@@ -183,7 +183,7 @@ def _letters_with_role(role_of_letter: dict[str, Label], role: Label) -> list[st
 def _lettered_part(
     weight: Factored, name: str, weight_letters: Sequence[str], rank_letter: str
 ) -> _LetteredArray:
-    """Returns a factor with its letters, given those of the weight's axes and of its rank."""
+    """Returns a factor with the einsum letters of its axes."""
     layout = weight.layout(name)
     letters = [rank_letter if axis == RANK else weight_letters[axis] for axis in layout]
     return _LetteredArray(weight.parts[name], letters)
@@ -211,7 +211,7 @@ def _einsum(
 def _repeat_along_stack(
     factor: _LetteredArray, result_letters: Sequence[str], size_of_letter: dict[str, int]
 ) -> jax.Array:
-    """Returns a factor as [stack…, rank, …], repeated along the stack's axes that it lacks."""
+    """Returns a factor as [stack…, rank, …], broadcast along stack axes that it lacks."""
     order = [letter for letter in result_letters if letter in factor.letters]
     array = lax.transpose(factor.array, [factor.letters.index(letter) for letter in order])
     missing_axes = [

@@ -1,4 +1,4 @@
-"""Chooses between weights, by a branch or row by row: all are brought into one form."""
+"""Selects between weights, by a branch or element-wise, after converting them to a common form."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from lora_jax.core.types import Outcome
 
 
 class CommonForm(NamedTuple):
-    """Form that weights share: the roles of their axes, and their parts' dtypes and rank."""
+    """A form that several weights can take: axis roles, and the dtypes and rank of their parts."""
 
     labels: tuple[Label, ...]
     dtypes: Mapping[str, DTypeLike]
@@ -27,7 +27,7 @@ class CommonForm(NamedTuple):
 
 
 def common_form(weights: Sequence[Factored]) -> CommonForm | None:
-    """Returns a form that weights of one shape can all be brought into; None if there is none.
+    """Returns a form that all of these weights of one shape can take, or None.
 
     Args:
       weights: their arrays may be `jax.ShapeDtypeStruct`\\ s.
@@ -48,7 +48,7 @@ def common_form(weights: Sequence[Factored]) -> CommonForm | None:
 
 
 def _can_take_form(weight: Factored, model: Factored) -> bool:
-    """Returns True if a weight can be brought into the form of another one."""
+    """Returns True if a weight can be converted to the form of another weight."""
     if not weight.parts:
         return False
     if weight.labels != model.labels:
@@ -69,7 +69,7 @@ def _wider_dtype(a: DTypeLike, b: DTypeLike) -> DTypeLike:
 
 
 def convert_to_form(weight: Factored, form: CommonForm) -> Factored:
-    """Returns the weight in a form: ranks are filled up with zeros, parts that it lacks too.
+    """Returns the weight in a form: its ranks and missing parts are filled with zeros.
 
     Its base is an array then, since bases of several weights need not be stored alike.
     """
@@ -90,7 +90,7 @@ def convert_to_form(weight: Factored, form: CommonForm) -> Factored:
 
 
 def _select_n(_: Interpreter, use: Use) -> Outcome:
-    """Chooses between whole weights, or for each index of their stack; the parts follow alike."""
+    """Selects between whole weights, or for each member of a stack; the parts follow."""
     which, *cases = use.values
     if isinstance(which, Factored) or not all(isinstance(case, Factored) for case in cases):
         return None
@@ -115,7 +115,7 @@ def _select_n(_: Interpreter, use: Use) -> Outcome:
 
 
 def _select_part(which_of_member: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
-    """Returns a part that is chosen for each member of a stack; batch axes come first in it."""
+    """Returns a part selected for each member of a stack, whose axes come first in it."""
     if which_of_member.ndim:
         other_axes = range(which_of_member.ndim, parts[0].ndim)
         which_of_member = lax.expand_dims(which_of_member, other_axes)
@@ -124,7 +124,7 @@ def _select_part(which_of_member: jax.Array, parts: Sequence[jax.Array]) -> jax.
 
 
 def _is_same_but_for_key(a: Factored, b: Factored) -> bool:
-    """Returns True if two weights are the same but for dropout keys, of which each use has one."""
+    """Returns True if two weights differ only in their dropout keys."""
     names = (a.parts.keys() | b.parts.keys()) - {"key"}
     are_parts_same = all(a.parts.get(name) is b.parts.get(name) for name in names)
     return are_parts_same and a.base is b.base and a.labels == b.labels

@@ -1,4 +1,4 @@
-"""Rules that enter control flow and linear solves, with the weights' factors as operands.
+"""Rules for control flow and linear solves: the factors of weights become operands of their bodies.
 
 A loop's **constant weights** are the weights among its carries that each iteration returns as they
 are. They are taken out of the carries and handed to each iteration.
@@ -32,13 +32,15 @@ _State = tuple[Value, dict[int, Value]]
 
 
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
-    """Calls the function under `jax.jit` again, with the shardings of the equation."""
+    """Calls the inner function under `jax.jit`, with the shardings of the equation."""
     jit = eqns.read_jit(use.eqn)
     fn = interpreter.function_of_jaxpr(jit.jaxpr, use.used_outputs)
     values = list(map(_with_sharding_constraint, use.values, jit.in_shardings))
     if not jit.inline and interpreter.record is None:
 
         def compile_function(fn: _Body = fn) -> Forward:
+            """Returns the function under `jax.jit`, with the name of the original one."""
+
             def call(*args: Value) -> list[Value]:
                 return fn(*args)
 
@@ -63,6 +65,7 @@ def _with_sharding_constraint(value: Value, sharding: Sharding | None) -> Value:
 
 
 def _remat(interpreter: Interpreter, use: Use) -> list[Value]:
+    """Calls the body under `jax.checkpoint`, with the policy of the equation."""
     body = interpreter.function_of_jaxpr(use.params["jaxpr"], use.used_outputs)
     if interpreter.record is None:
         body = jax.checkpoint(
@@ -85,7 +88,7 @@ def _split_carries(
     carries: Sequence[Value],
     n_consts: int,
 ) -> _Carries:
-    """Splits the carries of a loop; a weight that an iteration changes is merged.
+    """Separates the weights that a loop carries unchanged; merges the weights that it changes.
 
     Args:
       interpreter: the interpreter.
@@ -108,7 +111,7 @@ def _split_carries(
 
 
 def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
-    """Slices stacks with their factors; treats a weight that is carried unchanged as a constant.
+    """Scans over stacks together with their factors; weights carried unchanged become constants.
 
     A stack of a weight's own slices is that weight.
     """
@@ -128,6 +131,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     iterations = jnp.arange(scan.length) if needs_iteration else None
 
     def run_iteration(arrays: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
+        """Runs the body on one slice, and returns the changed carries and the outputs."""
         slices_of_arrays, iteration = xs
         slices = list(map(_slice_of_operand, stacks, slices_of_arrays))
         for index in kernel_indices:
@@ -156,7 +160,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
 
 
 def _without_sliced_shift(interpreter: Interpreter, use: Use, stack: Value) -> Value:
-    """Returns an operand that a scan slices; merges one that would add a bias in each iteration."""
+    """Returns a scanned operand, merged if each iteration would add its bias again."""
     if not isinstance(stack, Factored) or stack.shift is None:
         return stack
     is_sliced_along_in_axis = stack.labels[0] == "in" and stack.base.shape[0] > 1
@@ -166,7 +170,7 @@ def _without_sliced_shift(interpreter: Interpreter, use: Use, stack: Value) -> V
 
 
 def _indices_with_rows_kernel(stacks: Sequence[Value]) -> list[int]:
-    """Returns the indices of weights whose layers a kernel may read out of their stack."""
+    """Returns the indices of stacks whose layers a TPU kernel may read in place."""
     return [
         index
         for index, stack in enumerate(stacks)
@@ -175,7 +179,7 @@ def _indices_with_rows_kernel(stacks: Sequence[Value]) -> list[int]:
 
 
 def _has_few_rows(carries: Mapping[int, Value]) -> bool:
-    """Returns True if a loop carries an activation of few rows, as decoding does."""
+    """Returns True if a loop carries an activation with few rows, as decoding does."""
     return any(
         jnp.issubdtype(x.dtype, jnp.floating)
         and x.ndim > 1
@@ -191,7 +195,7 @@ def _first_arguments_of_body(
     arrays: Mapping[int, Value],
     iteration: Value,
 ) -> list[Value]:
-    """Returns the first arguments of a loop's body in an iteration: constants, then carries."""
+    """Returns the constants and the carries for one iteration of a loop's body."""
     carries = dict(arrays)
     for index, weight in constant_weights.items():
         carries[index] = fold_dropout_key(weight, iteration)
@@ -201,7 +205,7 @@ def _first_arguments_of_body(
 
 
 def _restacked_weights(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
-    """Returns, by the index of an output, the weight whose slices a scan stacks up again."""
+    """Returns the weights whose slices a scan stacks again, by the index of the output."""
     _, _, stacks = scan.split(use.values)
     if not any(isinstance(stack, Factored) for stack in stacks):
         return {}
@@ -218,7 +222,7 @@ def _restacked_weights(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
 
 
 def _arrays_along_first_axis(stack: Value) -> Tree:
-    """Returns the arrays that a scan slices for an operand.
+    """Returns the arrays of an operand that a scan slices.
 
     Of a weight: its base, and each part that has the first axis.
     """
@@ -236,7 +240,7 @@ def _arrays_along_first_axis(stack: Value) -> Tree:
 
 
 def _slice_of_operand(stack: Value, slices: Tree) -> Value:
-    """Returns a slice of an operand, from the slices of its arrays along the first axis."""
+    """Returns one slice of an operand, made of the slices of its arrays."""
     if not isinstance(stack, Factored):
         return slices
     remaining_slices = iter(slices)
@@ -248,7 +252,7 @@ def _slice_of_operand(stack: Value, slices: Tree) -> Value:
 
 
 def _while(interpreter: Interpreter, use: Use) -> list[Value]:
-    """Keeps the factors of constants, and of weights that are carried unchanged.
+    """Runs a while loop; constants and weights that are carried unchanged keep their factors.
 
     Under `jax.vmap`, a condition has one value for each example: the loop goes on while one of them
     does, and the others keep their state.
@@ -262,6 +266,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
     n_example_axes = eqns.type_of(condition_jaxpr.outvars[0]).ndim
 
     def goes_on(state: _State) -> jax.Array:
+        """Returns the value of the loop's condition."""
         iteration, arrays = state
         arguments = _first_arguments_of_body(condition_consts, carries.weights, arrays, iteration)
         is_true: jax.Array
@@ -273,6 +278,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
         return is_true.any() if n_example_axes else is_true
 
     def run_iteration(state: _State) -> _State:
+        """Runs the body once; examples whose condition is False keep their state."""
         iteration, arrays = state
         outputs = body(*_first_arguments_of_body(body_consts, carries.weights, arrays, iteration))
         next_arrays = {
@@ -294,7 +300,7 @@ def _while(interpreter: Interpreter, use: Use) -> list[Value]:
 
 
 def _cond(interpreter: Interpreter, use: Use) -> Outcome:
-    """Enters the branches; returns a weight where each branch returns one, all of one form."""
+    """Runs the branches; an output is a weight if all branches return weights of a common form."""
     branch_index, *operands = use.values
     if isinstance(branch_index, Factored):
         return None
@@ -311,9 +317,10 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
     forms = _output_forms(use, bodies, operands, used_outputs)
 
     def branch_of(body: _Body) -> _Body:
-        """Returns a branch, with arrays and weights of the common forms as outputs."""
+        """Returns a branch whose outputs are arrays, or weights in the common forms."""
 
         def branch(*args: Value) -> list[Value]:
+            """Runs the branch and converts its outputs."""
             outputs = body(*args)
             for index, output in enumerate(outputs):
                 if index in forms:
@@ -331,7 +338,7 @@ def _cond(interpreter: Interpreter, use: Use) -> Outcome:
 def _output_forms(
     use: Use, bodies: Sequence[_Body], operands: Sequence[Value], used_outputs: Sequence[bool]
 ) -> dict[int, CommonForm]:
-    """Returns, by the index of an output, the form of the weights that the branches return."""
+    """Returns the common form of the weights that the branches return, by output index."""
     has_factors = [isinstance(value, Factored) and bool(value.parts) for value in operands]
     may_be_weights_by_branch = [
         may_be_weights(jaxpr, has_factors) for jaxpr in use.params["branches"]
@@ -354,7 +361,7 @@ def _has_dropout_keys(values: Sequence[Value]) -> bool:
 
 
 def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
-    """Shards A's in axes and B's out axes as the weight's are; the rank is replicated."""
+    """Runs a shard_map; A and B are sharded like W's axes, and the rank is replicated."""
     shard_map = eqns.read_shard_map(use.eqn)
     body = interpreter.function_of_jaxpr(shard_map.body)
     operands = [
@@ -376,7 +383,7 @@ def _shard_map(interpreter: Interpreter, use: Use) -> list[Value]:
 
 
 def _with_splittable_base(value: Value, spec: PartitionSpec, mesh: Mesh) -> Value:
-    """Returns a weight with a base that each device can have a piece of; an array as it is."""
+    """Returns a weight whose base can be split over devices; an array is unchanged."""
     if not isinstance(value, Factored):
         return value
     in_axes = value.axes("in")
@@ -392,7 +399,7 @@ def _with_splittable_base(value: Value, spec: PartitionSpec, mesh: Mesh) -> Valu
 
 
 def _mesh_axes_of_weight(weight: Factored, spec: PartitionSpec) -> list[MeshAxes]:
-    """Returns the axes of the mesh for each axis of a weight."""
+    """Returns the mesh axes of each axis of a weight."""
     n_unnamed_axes = len(weight.labels) - len(spec)
     return [*spec, *[None] * n_unnamed_axes]
 
@@ -404,7 +411,7 @@ def _mesh_axis_names(entry: MeshAxes) -> tuple[str, ...]:
 
 
 def _partition_specs(value: Value, spec: PartitionSpec) -> Value:
-    """Returns the PartitionSpec of an array, or those of a weight's arrays as a `Factored`."""
+    """Returns the PartitionSpec of an array, or of each array of a weight."""
     if not isinstance(value, Factored):
         return spec
     mesh_axes = _mesh_axes_of_weight(value, spec)
@@ -428,7 +435,7 @@ CONTROL_RULES: dict[str, Rule] = {
 
 
 def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
-    """Keeps the factors of weights that the operator multiplies by; merges a right-hand side.
+    """Solves with factored weights in the operator; merges a weight on the right-hand side.
 
     The operator and the solvers of a linear solve with an implicit derivative, as
     `jax.scipy.sparse.linalg.cg` has, are entered, and the solve is made again of what they become.
@@ -446,7 +453,7 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
     has_aux = len(use.eqn.outvars) > n_unknowns
 
     def entered(function: eqns.SolverFunction) -> Callable[[Sequence[Value]], list[Value]]:
-        """Returns a function of the solve, of the vector alone."""
+        """Returns a function of the solve as a function of the vector only."""
         body = interpreter.function_of_jaxpr(function.jaxpr)
         consts = use.values[function.consts]
 
@@ -456,7 +463,7 @@ def _linear_solve(interpreter: Interpreter, use: Use) -> Outcome:
         return call
 
     def solver(function: eqns.SolverFunction) -> Forward:
-        """Returns a solver as `lax.custom_linear_solve` calls it: with the operator, too."""
+        """Returns a solver with the arguments (operator, vector) that JAX passes."""
         call = entered(function)
 
         def solver_of_operator(_: object, vector: Sequence[Value]) -> Value:

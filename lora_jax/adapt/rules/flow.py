@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 class _Source(NamedTuple):
-    """The operand that a value is.
+    """The operand that a value equals, up to a permutation of its axes.
 
     Attributes:
       operand: index of the operand.
@@ -28,7 +28,7 @@ class _Source(NamedTuple):
 
 
 def sources_of_outputs(jaxpr: eqns.AnyJaxpr) -> Sources:
-    """Returns, for each output that is an input, that input's index; None for other outputs.
+    """Returns the index of the input that each output equals, or None for others.
 
     It looks into functions, loops and branches, and follows axes that are moved away and back.
     """
@@ -38,18 +38,18 @@ def sources_of_outputs(jaxpr: eqns.AnyJaxpr) -> Sources:
 def sources_among_variables(
     jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]
 ) -> Sources:
-    """Returns, for each output that is one of some variables, that variable's index."""
+    """Returns the index of the variable that each output equals, or None for others."""
     return tuple(map(_index_if_unmoved, _moved_sources_among_variables(jaxpr, index_of_variable)))
 
 
 def common_sources(branches: Sequence[eqns.AnyJaxpr]) -> Sources:
-    """Returns, for each output, the input that every branch returns; None where they differ."""
+    """Returns the index of the input that every branch returns as an output, or None."""
     indices_of_branches = [sources_of_outputs(branch) for branch in branches]
     return tuple(_common_value(indices) for indices in zip(*indices_of_branches, strict=True))
 
 
 def _index_if_unmoved(source: _Source | None) -> int | None:
-    """Returns the index of an operand that comes out as it went in."""
+    """Returns the index of the source operand if its axes are not permuted, or None."""
     if source is None:
         return None
     is_moved = source.order != tuple(range(len(source.order)))
@@ -63,7 +63,7 @@ def _common_value(values: Sequence[_T]) -> _T | None:
 def _moved_sources_among_variables(
     jaxpr: eqns.AnyJaxpr, index_of_variable: Mapping[eqns.Atom, int]
 ) -> list[_Source | None]:
-    """Returns, for each output, which of some variables it is."""
+    """Returns the source of each output among some variables, or None."""
     inner, _ = eqns.jaxpr_and_consts(jaxpr)
     eqn_of_variable: dict[eqns.Atom, tuple[JaxprEqn, int]] = {}  # with the index of the output
     for eqn in inner.eqns:
@@ -72,7 +72,7 @@ def _moved_sources_among_variables(
     sources_of_eqn: dict[int, Sequence[_Source | None]] = {}  # by identity
 
     def source_of(atom: eqns.Atom) -> _Source | None:
-        """Follows an output back through the equations that only pass it on."""
+        """Follows a value back through transposes, calls and loops."""
         order = tuple(range(getattr(eqns.type_of(atom), "ndim", 0)))
         while not eqns.is_literal(atom):
             if atom in index_of_variable:
@@ -100,7 +100,7 @@ def _input_sources(jaxpr: eqns.AnyJaxpr) -> list[_Source | None]:
 
 
 def _operand_sources(eqn: JaxprEqn) -> Sequence[_Source | None]:
-    """Returns, for each output of an equation, the operand that it is."""
+    """Returns the source of each output of an equation among its operands, or None."""
     name = eqn.primitive.name
     if name == "transpose":
         return [_Source(0, tuple(eqn.params["permutation"]))]
@@ -124,7 +124,7 @@ def _operand_sources(eqn: JaxprEqn) -> Sequence[_Source | None]:
 
 
 def _scan_sources(scan: eqns.Scan) -> list[_Source | None]:
-    """Returns, for each output of a scan, the operand that it is, or a stack of whose slices."""
+    """Returns the source of each output of a scan: a carry, or a stack of slices."""
     sources_in_body = _input_sources(scan.body)
     n_unsliced = scan.n_consts + scan.n_carry
     scan_sources = _unchanged_carries(sources_in_body[: scan.n_carry], scan.n_consts)
@@ -137,19 +137,19 @@ def _scan_sources(scan: eqns.Scan) -> list[_Source | None]:
 
 
 def _shift_operand_index(source: _Source | None, n_operands: int) -> _Source | None:
-    """Returns the source where some other operands come first."""
+    """Returns the source with its operand index shifted by `n_operands`."""
     return None if source is None else _Source(n_operands + source.operand, source.order)
 
 
 def _source_of_stack(source: _Source) -> _Source:
-    """Returns the source of a stack of slices of an operand, whose axes may be moved."""
+    """Returns the source of an output that stacks slices of an operand."""
     return _Source(source.operand, (0, *(axis + 1 for axis in source.order)))
 
 
 def _unchanged_carries(
     sources_in_body: Sequence[_Source | None], n_consts: int
 ) -> list[_Source | None]:
-    """Returns the arguments of a loop's body that it carries unchanged; None for other carries.
+    """Returns the source of each carry that a loop does not change, None for the others.
 
     Args:
       sources_in_body: for each carry that the body returns, the argument of the body that it is.
@@ -163,7 +163,7 @@ def _unchanged_carries(
 
 
 def may_be_weights(jaxpr: eqns.AnyJaxpr, is_weight: Sequence[bool]) -> tuple[bool, ...]:
-    """Returns a flag for each output: True if it may be a weight, without a product after one.
+    """Returns a flag for each output: True if it may be a weight, with no product before it.
 
     Args:
       jaxpr: jaxpr of a function or a branch.

@@ -1,4 +1,4 @@
-"""Rules for primitives that only re-arrange a weight: its factors follow, nothing is formed."""
+"""Rules for primitives that only rearrange a weight: its factors follow, and AB is not formed."""
 
 import dataclasses
 import itertools
@@ -25,14 +25,14 @@ _BLOCKS = {"batch": 0, "rank": 1, "in": 2, "out": 2}  # how the axes of each par
 
 
 def _weight_among_plain_operands(use: Use) -> Factored | None:
-    """Returns the weight, where it is the first operand and the others are plain."""
+    """Returns the first operand if it is the only weight, or None."""
     weight, *others = use.values
     has_other_weight = any(isinstance(value, Factored) for value in others)
     return weight if isinstance(weight, Factored) and not has_other_weight else None
 
 
 def _rearrange(_: Interpreter, use: Use) -> Outcome:
-    """Permutes, merges, splits, drops or adds axes; declines where one would mix two roles.
+    """Permutes, merges, splits, drops or adds axes; declines if that would mix two roles.
 
     A vector mixes all roles of a weight: it becomes a `FoldedVector`, which may be taken apart.
     """
@@ -54,7 +54,7 @@ def _rearrange(_: Interpreter, use: Use) -> Outcome:
         unbroadcast_shape.append(1 if is_broadcast else base.shape[result_axis])
 
     def permute(array: jax.Array, layout: Axes) -> jax.Array:
-        """Orders the axes of each role as they come first in the result."""
+        """Orders the axes of each role as they appear first in the result."""
         if EXAMPLE in layout:
             return array
 
@@ -75,7 +75,7 @@ def labels_after(
     source_axes_of_result: AxisMap,
     result_shape: Sequence[int],
 ) -> list[Label] | None:
-    """Returns the role of each axis of what a weight becomes, None where one would mix two roles.
+    """Returns the role of each axis of a rearranged weight, or None if two roles are mixed.
 
     Axes that are new, and axes of size one that are stretched, are batch axes.
     """
@@ -89,7 +89,7 @@ def labels_after(
 
 
 def _cast_base(_: Interpreter, use: Use) -> Outcome:
-    """Casts the base alone: the factors, which are real, are cast where they are used."""
+    """Casts only the base; the factors are cast where they are used."""
     weight = _weight_among_plain_operands(use)
     result_dtype = eqns.type_of(use.eqn.outvars[0]).dtype
     if weight is None or not jnp.issubdtype(result_dtype, jnp.inexact):
@@ -100,7 +100,7 @@ def _cast_base(_: Interpreter, use: Use) -> Outcome:
 
 
 def _apply_to_base(_: Interpreter, use: Use) -> list[Value]:
-    """Applies the equation to the base alone: a name, a copy, a barrier, a placement."""
+    """Applies the equation only to the base: a name, a copy, a barrier, a placement."""
     if len(use.values) == 1:
         (weight,) = use.values
         return [weight.replace(base=use.rearranged(weight))]
@@ -112,13 +112,13 @@ def _apply_to_base(_: Interpreter, use: Use) -> list[Value]:
 
 
 def _without_split_axes(weight: Factored, mesh_axes: Sequence[str]) -> Factored:
-    """Returns a weight whose in axes are no longer split along these axes of the mesh."""
+    """Returns a weight whose in axes are no longer split along these mesh axes."""
     split = tuple(name for name in weight.split if name not in mesh_axes)
     return dataclasses.replace(weight, split=split)
 
 
 def _name_base(interpreter: Interpreter, use: Use) -> Outcome:
-    """Names the base; see `lora_jax.core.names.SUMMED_OVER`."""
+    """Applies `checkpoint_name` to the base; see `lora_jax.core.names.SUMMED_OVER`."""
     (weight,) = use.values
     name = use.params["name"]
     if weight.shift is not None and name.startswith(SUMMED_OVER):
@@ -130,7 +130,7 @@ def _name_base(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def _place_base(interpreter: Interpreter, use: Use) -> list[Value]:
-    """Places the base; the other arrays of a weight follow it to its memory."""
+    """Places the base on a device; the other arrays of the weight move to the same memory."""
     outputs = _apply_to_base(interpreter, use)
     for index, output in enumerate(outputs):
         if isinstance(output, Factored):
@@ -140,7 +140,7 @@ def _place_base(interpreter: Interpreter, use: Use) -> list[Value]:
 
 
 def _reshard(_: Interpreter, use: Use) -> list[Value]:
-    """Gives the base another sharding; the other arrays get that of the axes that they hold."""
+    """Reshards the base; the other arrays get the sharding of the axes that they share."""
     (weight,) = use.values
     sharding = use.params["dst_sharding"]
     mesh_axes_of_axis = dict(enumerate(sharding.spec))
@@ -153,7 +153,7 @@ def _reshard(_: Interpreter, use: Use) -> list[Value]:
 
 
 def _moved_to_memory(weight: Factored, space: Space) -> Factored:
-    """Returns a weight with its arrays beside the base in a memory space."""
+    """Returns a weight whose arrays other than the base are in a memory space."""
 
     def move(array: Value, _: Axes) -> Value:
         return move_to_memory(array, space)
@@ -162,14 +162,14 @@ def _moved_to_memory(weight: Factored, space: Space) -> Factored:
 
 
 def _apply_to_all_arrays(_: Interpreter, use: Use) -> Outcome:
-    """Applies a `pcast` or a `ppermute` inside shard_map to each of the weight's arrays."""
+    """Applies a `pcast` or a `ppermute` inside shard_map to all arrays of a weight."""
     if not all(isinstance(value, Factored) for value in use.values):
         return None
     return [_applied_to_arrays(use, weight) for weight in use.values]
 
 
 def _applied_to_arrays(use: Use, weight: Factored) -> Value:
-    """Returns a weight after an equation that takes each of its arrays."""
+    """Returns a weight with the equation applied to each of its arrays."""
 
     def apply(array: jax.Array) -> Value:
         (result,) = use.bind([_cast_to_varying(array, weight)])
@@ -179,7 +179,7 @@ def _applied_to_arrays(use: Use, weight: Factored) -> Value:
 
 
 def _cast_to_varying(array: jax.Array, weight: Factored) -> jax.Array:
-    """Returns an array of a weight, inside shard_map: typed to vary over the devices that W does.
+    """Returns an array of a weight, typed to vary over the same mesh axes as W.
 
     A collective takes no array that is the same on all devices, as B is if W's in axes are sharded.
     """
@@ -191,7 +191,7 @@ def _cast_to_varying(array: jax.Array, weight: Factored) -> jax.Array:
 
 
 def move_axes(weight: Factored, move: Move, touched_axes: Sequence[int] = ()) -> Factored:
-    """Returns the weight after a move of single axes, alike in its base and its parts."""
+    """Returns the weight after a move of axes, applied to its base and its parts."""
     return weight.along(along(weight.base, move, touched_axes), move)
 
 
@@ -199,9 +199,10 @@ _AxisSlice = tuple[int, int, int]  # start, limit, stride
 
 
 def _slice_axes(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Factored:
-    """Returns a part of a weight, by the slices of the axes that are cut."""
+    """Returns a slice of a weight, from the slice of each axis."""
 
     def cut(array: jax.Array, layout: Axes) -> jax.Array:
+        """Slices an array of the weight along the axes that it has."""
         if not layout:
             return array
         slices = [
@@ -215,6 +216,7 @@ def _slice_axes(weight: Factored, slice_of_axis: dict[int, _AxisSlice]) -> Facto
 
 
 def _slice(_: Interpreter, use: Use) -> list[Value]:
+    """Slices a weight with static bounds."""
     weight = use.values[0]
     starts = use.params["start_indices"]
     limits = use.params["limit_indices"]
@@ -226,13 +228,13 @@ def _slice(_: Interpreter, use: Use) -> list[Value]:
 
 
 def _shortened_axes(use: Use, weight: Factored) -> list[int]:
-    """Returns the axes that the equation makes shorter."""
+    """Returns the axes that the equation shortens."""
     result_shape = eqns.type_of(use.eqn.outvars[0]).shape
     return [axis for axis, size in enumerate(weight.base.shape) if result_shape[axis] != size]
 
 
 def _row_or_part(weight: Factored, part: Factored) -> Value:
-    """Returns a part of a weight; one row of it as a look-up: W's row + s·(A's row)B.
+    """Returns a slice of a weight; a single row becomes an array, as in a look-up.
 
     A row with a bias on B may be one of many that the function adds up: it is a look-up only where
     the weight is adapted for look-ups alone.
@@ -247,6 +249,7 @@ def _row_or_part(weight: Factored, part: Factored) -> Value:
 
 
 def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
+    """Slices a weight at traced starts."""
     weight = _weight_among_plain_operands(use)
     if weight is None:
         return None
@@ -254,6 +257,7 @@ def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
     slice_sizes = use.params["slice_sizes"]
 
     def cut(array: jax.Array, layout: Axes) -> jax.Array:
+        """Slices an array of the weight along the axes that it has."""
         if not layout:
             return array
         array_starts = [jnp.zeros_like(starts[0]) if axis < 0 else starts[axis] for axis in layout]
@@ -267,6 +271,7 @@ def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
 
 
 def _split(_: Interpreter, use: Use) -> Outcome:
+    """Splits a weight along an axis into several weights."""
     (weight,) = use.values
     axis = use.params["axis"]
     ends = [0, *itertools.accumulate(use.params["sizes"])]
@@ -276,7 +281,7 @@ def _split(_: Interpreter, use: Use) -> Outcome:
 
 
 def _unstack(interpreter: Interpreter, use: Use) -> Outcome:
-    """Takes a weight apart along an axis: a slice and a squeeze for each output."""
+    """Unstacks a weight along an axis, by a slice and a squeeze for each output."""
     body, _ = eqns.jaxpr_and_consts(eqns.equations_of_unstack(use.eqn))
     outputs: list[Value] = []
     for slice_eqn, squeeze_eqn in zip(body.eqns[::2], body.eqns[1::2], strict=True):
@@ -291,7 +296,7 @@ def _unstack(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def _all_gather(_: Interpreter, use: Use) -> Outcome:
-    """Puts the parts of an axis together inside shard_map, or stacks them under a new axis."""
+    """Gathers the parts of an axis inside shard_map, or stacks them along a new axis."""
     (weight,) = use.values
     gathered_axis = use.params["all_gather_dimension"]
     mesh_axes = use.params["axis_name"]
@@ -324,6 +329,7 @@ def _all_gather(_: Interpreter, use: Use) -> Outcome:
 
 
 def _rev(_: Interpreter, use: Use) -> Outcome:
+    """Reverses axes of a weight, in the base and in the factors."""
     reversed_axes = use.params["dimensions"]
 
     def reverse(array: jax.Array, layout: Axes) -> jax.Array:
@@ -333,7 +339,7 @@ def _rev(_: Interpreter, use: Use) -> Outcome:
 
 
 def _pad(_: Interpreter, use: Use) -> Outcome:
-    """Factors are padded with zeros, whatever W is padded with."""
+    """Pads W as the equation says, and the factors with zeros."""
     weight = _weight_among_plain_operands(use)
     if weight is None or weight.key is not None or weight.gain is not None:
         return None

@@ -1,4 +1,4 @@
-"""The rule for look-ups: rows of A times B in place of rows of AB, and members of a stack."""
+"""The rule for gathers: multiplies rows of A by B, or selects members of a stack."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from lora_jax.core.types import BaseLike, Forward, Outcome, Parts, Value
 
 
 def _gather(_: Interpreter, use: Use) -> Outcome:
-    """Looks up rows of A along an in axis; along a batch axis, takes whole factors."""
+    """Looks up rows of A along an in axis, or selects members along a batch axis."""
     weight, indices = use.values
     if isinstance(indices, Factored):
         return None
@@ -35,7 +35,7 @@ def _indexed_axis(
     slice_sizes: tuple[int, ...],
     shape: tuple[int, ...],
 ) -> int | None:
-    """Returns the one axis that a gather indexes, where it takes all others whole; else None."""
+    """Returns the only axis that a gather indexes, or None if it slices other axes, too."""
     cut_axes = [
         axis for axis in dimension_numbers.start_index_map if slice_sizes[axis] != shape[axis]
     ]
@@ -90,7 +90,7 @@ def _look_up(
 def _look_up_rows_or_members(
     weight: Factored, axis: int, indices: jax.Array, offsets: Sequence[int], use: Use
 ) -> Value:
-    """Returns the rows or members at some indices; None if they have no factored form.
+    """Returns the rows or members at `indices`, or None without a factored form.
 
     Args:
       weight: a table, or a stack of weights.
@@ -132,7 +132,7 @@ def _look_up_rows_or_members(
 def _rows_of_table(
     weight: Factored, base: BaseLike, look_up: Forward, order: Sequence[int], use: Use
 ) -> Value:
-    """Returns rows of W + s·AB: those of W, and s times those of A, multiplied by B.
+    """Returns rows of W + s·AB: rows of W plus s times rows of A multiplied by B.
 
     Args:
       weight: the table.
@@ -148,6 +148,7 @@ def _rows_of_table(
         return as_array(base)
 
     def factor_rows(_: object, weight: Factored, base_result: jax.Array) -> jax.Array:
+        """Returns s times the looked-up rows of A, multiplied by B."""
         z = look_up(weight.a, 1, fill_value=0)  # [r, …]
         scales = lax.expand_dims(weight.scales.astype(z.dtype), range(1, z.ndim))
         z = z * scales
@@ -159,7 +160,7 @@ def _rows_of_table(
         return arranged(jnp.tensordot(z, b, ((0,), (0,)), preferred_element_type=dtype))
 
     def arranged(array: jax.Array) -> jax.Array:
-        """Puts columns, or places and columns, in the order of the rows."""
+        """Transposes an array of columns or of rows to the axes of the result."""
         array = lax.expand_dims(array, range(len(order) - array.ndim))
         return lax.transpose(array, [order.index(axis) for axis in range(array.ndim)])
 
@@ -174,7 +175,7 @@ def _look_up_by_member(
     slice_sizes: tuple[int, ...],
     use: Use,
 ) -> jax.Array | None:
-    """Returns the rows of each table of a stack at indices of its own, as under vmap; or None."""
+    """Looks up rows in each table of a stack by separate indices, as under vmap."""
     # Of NumPy's integers, some of which JAX writes there, `jax.vmap` takes none.
     stack_axis, *other_stack_axes = map(int, dimension_numbers.operand_batching_dims)
     index_axis, *other_index_axes = map(int, dimension_numbers.start_indices_batching_dims)
@@ -215,7 +216,7 @@ def _look_up_by_member(
 
 
 def _axes_counted_without(removed_axis: int, axes: Sequence[int]) -> tuple[int, ...]:
-    """Returns axes as they are counted where one axis is removed."""
+    """Returns the indices of axes after the removal of one axis."""
     return tuple(axis - 1 if axis > removed_axis else axis for axis in axes)
 
 
@@ -228,7 +229,7 @@ def _take_along_axis(
     offsets: Sequence[int] | None = None,
     fill_value: float | None = None,
 ) -> jax.Array:
-    """Returns the look-up along an axis; the other axes stand at `offsets`.
+    """Returns the look-up along an axis, with the other axes at `offsets`.
 
     By default, the places stand where the axis stood. An index out of range gives zeros in factors:
     the base alone decides on the result there.
@@ -255,7 +256,7 @@ def _look_up_members(
     offsets: Sequence[int],
     look_up: Forward,
 ) -> Factored:
-    """Returns the weights of some indices of a stack; the places are batch axes.
+    """Returns the members of a stack at `indices`, with the index axes as batch axes.
 
     Args:
       weight: the stack.

@@ -40,7 +40,7 @@ from lora_jax.core.types import Outcome, Value
 def shared_product(
     use: Use, side: int, x: jax.Array, weight: Factored, contract: Dims
 ) -> jax.Array | None:
-    """Returns s·xA of a weight, cut out of one product for all weights that x meets in a jaxpr.
+    """Returns s·xA, cut out of one joint product for all weights that multiply this x.
 
     That product reads x once, and so does its derivative, which sums the cotangents of x as well.
     But the A's are copied for it: it pays where x has many rows.
@@ -86,7 +86,7 @@ def shared_product(
 
 
 def _weight_ahead(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
-    """Returns the weight on one side of a later product, as products see it; None if unknown."""
+    """Returns the weight on a side of a later product, or None if it is not known yet."""
     value = use.inputs.value_ahead(eqn.invars[side])
     if isinstance(value, Factored):
         value = value.seen_by_use("product")
@@ -94,7 +94,7 @@ def _weight_ahead(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
 
 
 def _join_by_rank(weights: Sequence[Factored], x: jax.Array) -> Factored:
-    """Returns a weight with the A's of several weights side by side, in the dtype of x."""
+    """Returns a weight whose A is the A's of several weights concatenated along the rank."""
     a = jnp.concatenate([weight.a.astype(x.dtype) for weight in weights])
     scales = [jnp.broadcast_to(weight.scales, (weight.rank,)) for weight in weights]
     unit_scale = jnp.ones((), scales[0].dtype)
@@ -102,7 +102,7 @@ def _join_by_rank(weights: Sequence[Factored], x: jax.Array) -> Factored:
 
 
 def _shareable_form(weight: Factored, contract: Sequence[int]) -> Hashable | None:
-    """Returns a key that is equal for weights that can share a product; None where one cannot.
+    """Returns a key that is equal for weights that can share one product with A, or None.
 
     It cannot where x is dropped out for it, where examples have adapters of their own, where A
     belongs to a stack or follows from other arrays, and in the mirror image.
@@ -121,13 +121,15 @@ def _shareable_form(weight: Factored, contract: Sequence[int]) -> Hashable | Non
 
 
 def base_product(use: Use, side: int) -> Callable[[Value], jax.Array]:
-    """Returns a function of x: the equation with W on a side, and x as the first other operand."""
+    """Returns the product with W as a function of the first other operand, x."""
 
     def multiply(x: jax.Array) -> jax.Array:
+        """Multiplies x by W, which may be quantized."""
         other_operands = [value for index, value in enumerate(use.values) if index != side]
         other_operands[0] = x
 
         def bind(w: jax.Array, *other_operands: Value) -> jax.Array:
+            """Applies the equation with W as an array."""
             operands = [*other_operands]
             operands.insert(side, w)
             result: jax.Array
@@ -140,7 +142,7 @@ def base_product(use: Use, side: int) -> Callable[[Value], jax.Array]:
 
 
 def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
-    """Returns the product of x with a weight, in either order; None if it has no factored form."""
+    """Returns the product of x with a weight, in either order, or None without a factored form."""
     weight_first = isinstance(use.values[0], Factored)
     x_side, weight_side = (1, 0) if weight_first else (0, 1)
     x = use.values[x_side]
@@ -192,7 +194,7 @@ def dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def example_columns_of(weight: Factored, use: Use) -> ExampleColumns | None:
-    """Returns the columns of rank that each row of the activation sees, where examples differ."""
+    """Returns the columns of the rank that each row of x uses, if examples have adapters."""
     if weight.rows is None:
         return None
     examples = use.activation_label
@@ -201,7 +203,7 @@ def example_columns_of(weight: Factored, use: Use) -> ExampleColumns | None:
 
 
 def check_token_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], use: Use) -> None:
-    """Raises TokensError unless the rows of x are in the order of the weight's mask, or all equal.
+    """Raises TokensError unless the rows of x are in the order of the weight's mask.
 
     Args:
       weight: a weight that some tokens alone see.
@@ -229,13 +231,13 @@ def check_token_order(weight: Factored, x: jax.Array, used_axes: Sequence[int], 
 
 
 def record_side(weight: Factored, role: Label, use: Use) -> None:
-    """Notes the side of a weight that a product contracts; see `lora_jax.adapt.sides`."""
+    """Records the side of a weight that a product contracts; see `lora_jax.adapt.sides`."""
     if role != "batch":
         sides.note_side(weight, role, use.eqn)
 
 
 def contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
-    """Returns the one role of the axes that a product contracts; None where it mixes two."""
+    """Returns the role of the axes that a product contracts, or None if it mixes two roles."""
     roles = {weight.labels[axis] for axis in contract if weight.base.shape[axis] != 1}
     if len(roles) > 1:
         return None
@@ -250,7 +252,7 @@ def contracted_role(weight: Factored, contract: Sequence[int]) -> Label | None:
 def match_unit_roles(
     weight: Factored, role: Label, contract: Sequence[int], batch: Sequence[int]
 ) -> Factored:
-    """Returns the weight with its axes of size one in the roles that a product uses them in."""
+    """Returns the weight with the roles of its size-one axes set as a product uses them."""
     labels = list(weight.labels)
     for axis, size in enumerate(weight.base.shape):
         if size != 1:
@@ -267,7 +269,7 @@ def match_unit_roles(
 
 
 def check_roles(weight: Factored, contract: Sequence[int], batch: Sequence[int], use: Use) -> None:
-    """Raises RoleError unless all in axes are contracted, or all out axes, and no other batched."""
+    """Raises RoleError unless a product contracts all in axes or all out axes of a weight."""
     shape = weight.base.shape
 
     def without_unit_axes(axes: Sequence[int]) -> set[int]:
@@ -309,7 +311,7 @@ def check_no_bias_on_b(interpreter: Interpreter, weight: Factored, use: Use) -> 
 
 
 def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
-    """Convolves with A, then multiplies by B at each place. In axes: space and input features."""
+    """Convolves x with A, then multiplies each position by B."""
     x, weight = use.values
     params = use.params
     if isinstance(x, Factored) or params["batch_group_count"] != 1:
@@ -329,6 +331,7 @@ def _conv_general_dilated(_: Interpreter, use: Use) -> Outcome:
     example_columns = example_columns_of(weight, use)
 
     def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
+        """Returns s·(xA)B, with xA as a convolution."""
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
         z = lax.conv_general_dilated(
             x,
@@ -367,7 +370,7 @@ def _convolution_kernel(weight: Factored, x: jax.Array, out_axis: int, n_groups:
 def _grouped_product_with_b(
     z: jax.Array, weight: Factored, n_groups: int, precision: Any, dtype: Any
 ) -> jax.Array:
-    """Returns zB for each group of output features.
+    """Returns zB, computed separately for each group of output features.
 
     Args:
       z: s·xA, [places…, groups * r].

@@ -1,4 +1,4 @@
-"""The rule for ragged products: rows sorted by group, each group with a weight of its own.
+"""The rule for ragged products, in which each group of sorted rows has its own weight.
 
 The **near** factor of a weight is the one that x is multiplied by, and the **far** factor the other
 one: A and B for xW, B and A for the mirror image.
@@ -22,7 +22,7 @@ _UNIT_COLUMNS = 256  # that two passes of a TPU's matrix unit take, 128 each
 
 
 class _GroupFactors(NamedTuple):
-    """The factors of all groups, in the dtype of x, and the rows of each group.
+    """The factors of all groups, in the dtype of x, and the number of rows of each group.
 
     Attributes:
       near: [groups, r, in].
@@ -40,7 +40,7 @@ class _GroupFactors(NamedTuple):
 def _ragged_factor_product(
     x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns s·(xA)B of each row, with its group's A, B and s, by two ragged products.
+    """Returns s·(xA)B with the factors of each row's group, by two ragged products.
 
     Args:
       x: [rows, in].
@@ -63,7 +63,7 @@ def _ragged_factor_product(
 def _joint_factor_product(
     x: jax.Array, factors: _GroupFactors, precision: lax.PrecisionLike, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns s·(xA)B by two plain products, where the ranks of all groups fit into a matrix unit.
+    """Returns s·(xA)B by two plain products, if all groups' ranks fit a matrix unit.
 
     For the arguments see `_ragged_factor_product`. The first product is with all A's side by side,
     of which each row keeps its group's columns, and the second with all B's. They cost the unit no
@@ -93,7 +93,7 @@ def _joint_factor_product(
 
 
 def vector_of_each_row(vectors: jax.Array, group_sizes: jax.Array, n_rows: int) -> jax.Array:
-    """Returns the vector, one of [groups, …], of the group that each row belongs to."""
+    """Returns the vector of each row's group, from vectors [groups, …]."""
     group_ends = jnp.cumsum(group_sizes)
     group_of_row = jnp.searchsorted(
         group_ends, jnp.arange(n_rows, dtype=group_ends.dtype), side="right"
@@ -102,7 +102,7 @@ def vector_of_each_row(vectors: jax.Array, group_sizes: jax.Array, n_rows: int) 
 
 
 def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
-    """Multiplies tokens that are sorted by expert: each group has its own A, B and s."""
+    """Multiplies tokens sorted by expert; each group has its own A, B and s."""
     x, weight, group_sizes = use.values
     if isinstance(x, Factored) or isinstance(group_sizes, Factored):
         return None
@@ -127,6 +127,7 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
         near, far = far, near
 
     def factor_product(x: jax.Array, weight: Factored, base_result: jax.Array) -> jax.Array:
+        """Returns s·(xA)B in the cheaper of its two forms."""
         factors = _GroupFactors(
             scales=weight.scales,
             near=near.astype(x.dtype),
@@ -147,7 +148,7 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
 
 
 def _is_product_of_rows(x: jax.Array, weight: Factored, use: Use) -> bool:
-    """Returns True if a ragged product is [rows, in] by [groups, in, out], the groups a stack."""
+    """Returns True for a ragged product of [rows, in] with a stack [groups, in, out]."""
     dimension_numbers = use.params["ragged_dot_dimension_numbers"]
     (x_contract, _), batch = dimension_numbers.dot_dimension_numbers
     return (

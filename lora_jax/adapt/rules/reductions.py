@@ -1,4 +1,4 @@
-"""The rule for sums over axes of a weight; a product by broadcasting ends in one.
+"""The rule for sums over axes of a weight, which also end products by broadcasting.
 
 ``(x[..., None] * w).sum(-2)`` scales a stack of copies of W, one for each row of x, along its in
 axes (see `lora_jax.adapt.rules.arithmetic`), and then sums over these.
@@ -21,7 +21,7 @@ from lora_jax.core.types import Outcome
 
 
 def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
-    """Sums A over in axes and B over out axes; where no axis of a role is left, forms AB.
+    """Sums A over in axes and B over out axes; forms AB if a role has no axis left.
 
     AB is then a product by broadcasting, or a row or column of sums: no larger than the output.
     """
@@ -60,14 +60,14 @@ def _reduce_sum(_: Interpreter, use: Use) -> Outcome:
 
 
 def _axes_after_removal(axes: Sequence[int], removed_axes: Sequence[int]) -> tuple[int, ...]:
-    """Returns axes as they are counted after some other axes were removed."""
+    """Returns the indices of axes after the removal of other axes."""
     return tuple(axis - sum(removed < axis for removed in removed_axes) for axis in axes)
 
 
 def _sum_over_role(
     use: Use, weight: Factored, matrix_axes: Sequence[int], stack_axes: Sequence[int]
 ) -> Outcome:
-    """Returns the sum of W + s·AB over all axes of a role, and over axes of its stack."""
+    """Returns the sum of W + s·AB over all axes of a role, and over stack axes."""
     if stack_axes and weight.gain is not None:
         return None
     (base_sum,) = use.bind(use.bases)
@@ -84,7 +84,7 @@ def _sum_over_role(
 
 
 def _sum_factors_over(weight: Factored, removed_axes: Sequence[int]) -> Factored:
-    """Returns the weight, A and B summed over in and out axes; its base is a shape only."""
+    """Returns the weight with A and B summed over in and out axes; its base is a shape."""
 
     def sum_over_removed(array: jax.Array, layout: Axes) -> jax.Array:
         array_axes = tuple(i for i, axis in enumerate(layout) if axis in removed_axes)
@@ -98,7 +98,7 @@ def _sum_factors_over(weight: Factored, removed_axes: Sequence[int]) -> Factored
 
 
 def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
-    """Returns the sum of the weights of a stack: their ranks lie side by side."""
+    """Returns the sum of a stack's weights, with their ranks concatenated."""
     if not stack_axes:  # nothing to sum
         return weight
     weight = move_scale_into_a(weight)
@@ -106,6 +106,7 @@ def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
     n_batch = len(weight.axes("batch")) - n_summed  # axes that stay
 
     def join_ranks(array: jax.Array, layout: Axes) -> jax.Array:
+        """Merges the summed axes of an array into its rank axis."""
         array_axes = [layout.index(axis) for axis in stack_axes]
         if RANK not in layout:  # the scales, which are one
             first_member = [0 if i in array_axes else slice(None) for i in range(array.ndim)]
@@ -119,7 +120,7 @@ def _sum_of_members(weight: Factored, stack_axes: Sequence[int]) -> Factored:
 
 
 def _apply_dropout_to_factor(weight: Factored, role: Label) -> Factored:
-    """Returns the weight with dropout in the factor whose axes are summed, as x has it."""
+    """Returns the weight with dropout applied to the factor whose axes are summed."""
     if not has_dropout(weight):
         return weight
     name = "a" if role == "in" else "b"
