@@ -1,4 +1,4 @@
-"""Paths of this machine, and folders that are written as a whole or not at all.
+"""Local paths, and folders that are written atomically.
 
 A folder is written under a hidden name beside its path, the **partial** folder, and renamed then.
 """
@@ -27,11 +27,11 @@ _KNOWN_SCHEMES = {*_MOUNT_COMMANDS, *"file hf http https hdfs ftp s3a r2 oci".sp
 
 
 class RemotePathError(ValueError):
-    """A path has a scheme, such as gs://, where a path of this machine is needed."""
+    """A path has a scheme, such as gs://, where a local path is needed."""
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Returns a path of this machine.
+    """Returns a local path.
 
     Raises:
       RemotePathError: it has a scheme; the message says what to do.
@@ -50,7 +50,7 @@ with `gcsfuse BUCKET FOLDER`, and pass the mounted folder.
 
 
 def remote_problem(path: str | os.PathLike[str]) -> str | None:
-    """Returns the end of a message about a path with a scheme, with the remedy; None without one.
+    """Returns the end of an error message about a path with a scheme; None without a scheme.
 
     The message begins with the path.
     """
@@ -108,7 +108,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, overwrite: bool, marker: str, kind: str) -> None:
-    """Checks that a folder may be written, or replaced.
+    """Checks that a folder may be created or replaced.
 
     Args:
       folder: the folder.
@@ -133,7 +133,7 @@ def check_writable(folder: Path, overwrite: bool, marker: str, kind: str) -> Non
 
 
 def partial_folder_of(folder: Path) -> Path:
-    """Returns the path of a folder's partial folder, hidden beside it."""
+    """Returns the path of the hidden partial folder beside a folder."""
     return folder.with_name(f".{folder.name}.partial")
 
 

@@ -1,4 +1,4 @@
-"""Initialisers of A and B: functions of a key, a kernel's sizes and its base.
+"""Initialisers of A and B: functions of a PRNG key, a kernel's sizes, and its base.
 
 An initialiser draws the factors of a weight's whole stack in one call; where the layers of a stack
 differ in rank, it is called for each layer. Batch axes (layers, experts) get independent draws and
@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class FactorShape:
-    """The sizes of a weight's factors, its in axes flattened to one, and its out axes too.
+    """The sizes of a weight's factors, with the in axes and the out axes flattened to one each.
 
     Attributes:
       batch: the batch axes (layers, experts).
@@ -67,7 +67,7 @@ class Initialiser(Protocol):
 
 
 def from_base(init: Callable[..., Factors]) -> Callable[..., Factors]:
-    """Marks an initialiser that computes the factors from W: the weight is then W + s·(AB − A₀B₀).
+    """Marks an initialiser that computes factors from W; the weight is then W + s·(AB − A₀B₀).
 
     Args:
       init: see `Initialiser`; it gets `kernel` and `scale`.
@@ -120,7 +120,7 @@ def gaussian(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
 
 
 def orthogonal(key: jax.Array, shape: FactorShape, dtype: DTypeLike) -> Factors:
-    """Draws A in the span of the even rows of an orthogonal matrix, B of the odd ones: AB = 0.
+    """Draws A from even rows of an orthogonal matrix and B from odd ones, so that AB = 0.
 
     PEFT's ``init_lora_weights="orthogonal"``: neither factor starts at zero.
 
@@ -190,6 +190,7 @@ def fast_pissa(iterations: int = 4, oversampling: int = 8) -> Callable[..., Fact
     def init(
         key: jax.Array, shape: FactorShape, dtype: DTypeLike, *, kernel: jax.Array, scale: jax.Array
     ) -> Factors:
+        """Computes the factors by subspace iteration."""
         _check_rank(shape.rank, kernel)
         # Find a basis q of the largest left singular vectors, then decompose W in this basis.
         n_vectors = min(shape.rank + oversampling, shape.fan_in, shape.fan_out)
@@ -229,6 +230,7 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
     is_exact = n_vectors == min(kernel.shape[-2:])
 
     def decompose(w: jax.Array) -> Factors:
+        """Decomposes one matrix, with the signs of Vᵀ normalised."""
         if is_exact:
             u, s, vt = jnp.linalg.svd(w, full_matrices=False)
         else:
@@ -249,7 +251,7 @@ def truncated(kernel: jax.Array, rank: int) -> Factors:
 
 
 def _check_rank(rank: int, kernel: jax.Array) -> None:
-    """Raises a ValueError if a kernel [batch…, in, out] has fewer singular values than rank."""
+    """Raises a ValueError if a kernel [batch…, in, out] has fewer singular values than the rank."""
     n_values = min(kernel.shape[-2:])
     if rank > n_values:
         raise ValueError(
@@ -259,7 +261,7 @@ def _check_rank(rank: int, kernel: jax.Array) -> None:
 
 
 def _subspace_svd(w: jax.Array, n_vectors: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns U, the singular values and Vᵀ of the largest ones, by ten subspace iterations."""
+    """Returns the largest singular values with U and Vᵀ, by ten subspace iterations."""
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def iterate(_: object, q: jax.Array) -> jax.Array:

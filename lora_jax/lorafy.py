@@ -1,4 +1,4 @@
-"""The transform of a parameter tree, its halves, and its inverses."""
+"""The transform of a parameter tree to an adapted tree, its split into halves, and its inverses."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -94,6 +94,7 @@ def lorafy(
     ties_of_path = ties_of(decisions, arrays, list(kinds or ()))
 
     def node_or_leaf(path: str, leaf: Leaf) -> Leaf:
+        """Returns the node of a leaf that a rule selects, or the leaf."""
         if path not in decisions:
             return leaf
         node = make_node(leaf, path, decisions[path], key, factor_makers)
@@ -109,7 +110,7 @@ def lorafy(
 
 
 class _Selection(NamedTuple):
-    """Holds the decisions of rules for the leaves of a tree.
+    """The decisions of rules for the leaves of a tree.
 
     Attributes:
       arrays: the leaves by path.
@@ -131,7 +132,7 @@ def _select(
     trace: Sequence[object] | None,
     kinds: Mapping[str, str] | None,
 ) -> _Selection:
-    """Returns the decisions of rules for a plain tree; arguments and errors are those of `lorafy`.
+    """Returns the decisions of rules for a plain tree; see `lorafy` for arguments and errors.
 
     Args:
       function: the name of the public function, for messages.
@@ -165,7 +166,7 @@ def left_out(
     trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Returns the reason for each kernel that "all-linear" leaves out, by path.
+    """Returns the reason for each kernel that "all-linear" excludes, by path.
 
     A reason begins with its kind: "looked up", "added", "head", "one-hot" or "every use would
     merge"; without `trace` "head", "embedding" or "unnamed" (the name of the array does not say
@@ -228,7 +229,7 @@ def map_parts(visit: Callable[[str, str, Leaf], Leaf], tree: Tree) -> Tree:
 
 
 def _is_parts_of_node(value: object) -> bool:
-    """Returns True if a value is the parts of one node: a dictionary of arrays."""
+    """Returns True if a value is the dictionary of one node's arrays."""
     if not isinstance(value, Mapping) or not value:
         return False
     return not any(isinstance(array, Mapping) or is_node(array) for array in value.values())
@@ -341,7 +342,7 @@ def strip(params: Tree) -> Tree:
 
 
 def merge(params: Tree) -> Tree:
-    """Returns the tree with W + s·AB in place of each adapted weight: no cost at inference.
+    """Returns the tree with merged weights W + s·AB, which cost nothing extra at inference.
 
     Each sum is taken in fp32 (or wider) and rounded once to W's dtype. A bias on B is added to the
     bias that stands beside the kernel.
@@ -377,7 +378,7 @@ def merge(params: Tree) -> Tree:
 
 
 def _check_mergeable(path: str, weight: LoraWeight) -> None:
-    """Raises a ValueError for a weight that is adapted for some uses or some tokens only."""
+    """Raises a ValueError for a weight that is adapted only for some uses or tokens."""
     if weight.uses != "all":
         limit = "for each of its uses" if weight.uses == "each" else "for one use of it only"
         raise ValueError(
@@ -394,14 +395,14 @@ def _check_mergeable(path: str, weight: LoraWeight) -> None:
 
 
 def _merge_unadapted_leaf(leaf: Leaf) -> Leaf:
-    """Returns the array of a leaf that is no adapted kernel, or of a node without its adapter."""
+    """Returns the array of a leaf that has no active LoRA factors."""
     if not is_node(leaf):
         return leaf
     return leaf.merged() if leaf.is_on else leaf.base
 
 
 def _add_shift_to_bias(merged_leaves: dict[str, Leaf], path: str, shift: jax.Array) -> None:
-    """Adds the shift of a weight to the bias that stands beside its kernel.
+    """Adds a weight's shift to the bias beside its kernel.
 
     Args:
       merged_leaves: the merged leaves by path; the bias is replaced.
@@ -429,7 +430,7 @@ def _add_shift_to_bias(merged_leaves: dict[str, Leaf], path: str, shift: jax.Arr
 
 
 def swap(params: Tree, other: Tree) -> Tree:
-    """Returns `params` with the adapter of another adapted tree: factors, scale, trained values.
+    """Returns `params` with the adapter of another tree: factors, scales, trained values.
 
     Where the two have the same ranks and variants, a function compiled for `params` runs on the
     result without compiling again, whatever the alphas.
@@ -468,7 +469,7 @@ def swap(params: Tree, other: Tree) -> Tree:
 
 
 def _describe_node(node: Node) -> str:
-    """Returns the kind of a node, its shape and its roles in words, for a message."""
+    """Returns a text with the kind, shape and roles of a node, for messages."""
     if isinstance(node, LoraWeight):
         return f"adapted with the shape {node.shape} and {node.roles}"
     return "trained in full" if isinstance(node, Trained) else "trained in some rows"
@@ -511,7 +512,7 @@ def trainable_mask(params: Tree) -> Tree:
 
 
 def count_params(params: Tree) -> tuple[int, int]:
-    """Returns the numbers (trained, all) of a tree's parameters, without padding and scales.
+    """Returns the numbers of (trained, all) parameters, without padding and scales.
 
     Args:
       params: a tree, adapted or plain; `jax.ShapeDtypeStruct` leaves will do.

@@ -1,4 +1,4 @@
-"""Optax parts for adapted trees: freezing the base, rates for A and B, and rules of thumb.
+"""Optax transformations for adapted trees: freezing the base, rates for A and B, and rate formulas.
 
 `freeze_base` is for those who optimise the whole adapted tree. The other transforms take updates of
 an adapter (the first half of `lora_jax.split`) or of a whole tree, and chain with any optimiser:
@@ -23,7 +23,7 @@ from lora_jax.lorafy import map_parts, nodes_of, trainable_mask
 
 
 def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `optimizer` for a whole adapted tree: it updates only the arrays that train.
+    """Returns `optimizer` for a whole adapted tree; it updates only the trained arrays.
 
     The frozen arrays get updates of zero (weight decay included) and no optimiser state. It is for
     gradients of the whole tree. Differentiating the adapter alone (`lora_jax.split`) costs less,
@@ -51,7 +51,7 @@ def freeze_base(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 def scale_factors(
     *, a: float = 1.0, b: float = 1.0, embedding: float | None = None
 ) -> optax.GradientTransformation:
-    """Multiplies the updates of A by `a` and the updates of B by `b`, as separate learning rates.
+    """Multiplies the updates of A by `a` and those of B by `b`, like separate learning rates.
 
     Chain it after an optimiser with its weight decay: A then learns at ``lr·a``, B at ``lr·b``, and
     all else that trains at `lr`.
@@ -70,6 +70,7 @@ def scale_factors(
     """
 
     def scale_update(path: str, name: str, update: jax.Array) -> jax.Array:
+        """Scales the update of one array."""
         if name not in ("a", "b"):
             return update
         factor = a if name == "a" else b
@@ -146,9 +147,11 @@ def project_b(params: Tree, *, damping: float = 1e-8) -> optax.GradientTransform
     def update(
         updates: Tree, state: ProjectionState, params: Tree = None
     ) -> tuple[Tree, ProjectionState]:
+        """Projects the gradients of all B's."""
         del params
 
         def project(path: str, name: str, gradient: jax.Array) -> jax.Array:
+            """Projects one gradient."""
             if name != "b" or path not in state.inverse:
                 return gradient
             inverse = state.inverse[path].astype(gradient.dtype)  # [batch…, r, r]
@@ -183,7 +186,7 @@ def learning_rate(
     steps: int | None = None,
     full: bool = False,
 ) -> float:
-    """Returns a learning rate to begin with: lr = 5e-5 · 10 · (2000 / hidden_size)^p.
+    """Returns a first guess of the learning rate: lr = 5e-5 · 10 · (2000 / hidden_size)^p.
 
     Fitted over 14 models by *LoRA Without Regret* (Schulman et al., Thinking Machines, 2025), with
     alpha = 32 and a constant schedule; nearly independent of the rank. For short runs, under 100
@@ -219,7 +222,7 @@ def learning_rate(
 
 
 def expert_rank(rank: int, active: int) -> int:
-    """Returns the rank for each expert at which a token's experts add up to `rank`, at least 1.
+    """Returns the rank per expert such that a token's experts together have `rank`, at least 1.
 
     It is `rank` divided by the number of experts that are active for a token (*LoRA Without
     Regret*): ``LoraRule(targets=["experts"], rank=expert_rank(16, active=8))``.

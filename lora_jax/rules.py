@@ -1,4 +1,4 @@
-"""Rules select the leaves of a parameter tree that are adapted or train in full, and say how."""
+"""Rules select the leaves of a parameter tree that are adapted or trained in full."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ PRESETS[ALL_LINEAR] = frozenset({*_LAYERS, "router", "pooler", "transform", "con
 
 
 def _repr_of_changed_fields(rule: "Rule") -> str:
-    """Returns the text of a rule with only the fields whose values are not the default."""
+    """Returns the repr of a rule with only the fields that differ from the defaults."""
     # Fields of variants have metadata, and come last.
     fields = sorted(dataclasses.fields(rule), key=lambda field: bool(field.metadata))
     values = {field.name: getattr(rule, field.name) for field in fields}
@@ -39,18 +39,18 @@ def _repr_of_changed_fields(rule: "Rule") -> str:
 
 
 def _source_text(value: object) -> str:
-    """Returns a field's value as it is written in a call."""
+    """Returns a field's value as Python source."""
     if isinstance(value, tuple):
         return repr(list(value))
     return getattr(value, "__name__", None) or repr(value)
 
 
 class AnyOf(tuple[str, ...]):
-    """List of names that may include some without a match, as in PEFT's configurations."""
+    """A list of names of which some may match nothing, as in PEFT's configurations."""
 
 
 class _RuleFields:
-    """Superclass of rules: raises an error with a remedy for keywords that a rule does not have."""
+    """Superclass of rules that explains unknown keywords in its error."""
 
     _peft_fields: dict[str, str]  # what to write for fields of PEFT's configurations
 
@@ -204,7 +204,7 @@ class LoraRule(_RuleFields, Variants):
         self._check_part_names()
 
     def _check_part_names(self) -> None:
-        """Raises a ValueError for a part of `extras` whose name another array has."""
+        """Raises a ValueError if a part of `extras` has the name of another array."""
         names = [part.name for part in self.parts]
         extra_names = {part.name for part in self.extras}
         reserved_names = extra_names & {*AXES, "value"}
@@ -216,7 +216,7 @@ class LoraRule(_RuleFields, Variants):
                 )
 
     def _check_variants(self) -> None:
-        """Raises a ValueError for variants that do not go with each other or with other fields."""
+        """Raises a ValueError for variants that exclude each other or other fields."""
         for variant in VARIANTS:
             self._check_settings(variant)
         for variant in self.variants:
@@ -240,7 +240,7 @@ class LoraRule(_RuleFields, Variants):
                 )
 
     def _check_settings(self, variant: Variant) -> None:
-        """Raises a ValueError for a variant's setting without the variant, or without sense."""
+        """Raises a ValueError for a setting without its variant, or an invalid one."""
         for setting in variant.settings:
             value = getattr(self, setting.name)
             if value != setting.default and variant not in self.variants:
@@ -252,7 +252,7 @@ class LoraRule(_RuleFields, Variants):
                 raise ValueError(f"{setting.name}={value!r} must be {setting.needed}.")
 
     def _check_invocation(self) -> None:
-        """Raises a ValueError for a wrong invocation, or a field that does not go with one."""
+        """Raises a ValueError for an invalid invocation, or a field that excludes it."""
         tokens = self.invocation
         if tokens is None:
             return
@@ -272,7 +272,7 @@ class LoraRule(_RuleFields, Variants):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The parts that train beside A and B."""
+        """The trained parts other than A and B."""
         return (*(part for variant in self.variants for part in variant.parts), *self.extras)
 
     @property
@@ -282,12 +282,12 @@ class LoraRule(_RuleFields, Variants):
 
     @property
     def stored_rank(self) -> int:
-        """The rank that A and B are stored with; with uses="each", the sum of both adapters'."""
+        """The rank that A and B are stored with; with uses="each", the sum for both uses."""
         return 2 * self.rank if self.uses == "each" else self.rank
 
     @property
     def scale(self) -> float:
-        """s, the factor of AB."""
+        """s, the factor that multiplies AB."""
         alpha = self.rank if self.alpha is None else self.alpha
         divisor = math.sqrt(self.rank) if self.scaling == "alpha/sqrt(rank)" else self.rank
         return alpha / divisor
@@ -295,7 +295,7 @@ class LoraRule(_RuleFields, Variants):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class TrainRule(_RuleFields):
-    """Trains the leaves that `targets` selects in full: a head, norms, biases; ``".*"`` is all.
+    """Trains the selected leaves in full: a head, norms, biases; targets ``".*"`` selects all.
 
     Args:
       targets: a string, `re.fullmatch`\\ ed on the whole path of the leaf, or a list of names,
@@ -348,7 +348,7 @@ Rule = LoraRule | TrainRule
 
 
 def _freeze_sequences(rule: Rule, *names: str) -> None:
-    """Replaces lists in the fields of a rule by tuples, so that rules can be hashed."""
+    """Replaces lists in a rule's fields by tuples, so that the rule is hashable."""
     for name in names:
         value = getattr(rule, name)
         if value is not None and not isinstance(value, (str, tuple)):

@@ -1,4 +1,4 @@
-"""Shardings of an adapted tree on a mesh: the base by a table, the adapter like its base.
+"""Shardings of an adapted tree on a mesh: a table for the base, from which the adapter's derive.
 
 A table has a line for each kind of leaf: a regular expression for its whole path, and a
 PartitionSpec for its *last* axes, so that one line serves a layer and a stack of layers:
@@ -60,6 +60,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
     """
 
     def leaf_sharding(path: str, leaf: Leaf) -> Leaf:
+        """Returns the shardings of one leaf."""
         if is_node(leaf):
             return _node_shardings(path, leaf, table, mesh)
         if not hasattr(leaf, "shape"):
@@ -70,7 +71,7 @@ def shardings(params: Tree, table: Table, mesh: Mesh) -> Tree:
 
 
 def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
-    """Returns the tree on the mesh, each array with the sharding that `shardings` returns.
+    """Returns the tree on the mesh, with the shardings that `shardings` returns.
 
     Args and errors are those of `shardings`.
 
@@ -88,6 +89,7 @@ def place(params: Tree, table: Table, mesh: Mesh) -> Tree:
     placed_arrays: dict[tuple[int, NamedSharding], Leaf] = {}
 
     def put(array: Leaf, sharding: NamedSharding | None) -> Leaf:
+        """Places one array, once for all weights that share it."""
         if not isinstance(sharding, NamedSharding):
             return array
         key = (id(array), sharding)  # an array that several weights share is placed once
@@ -115,7 +117,7 @@ def sharding_of(path: str, shape: Sequence[int], table: Table, mesh: Mesh) -> Na
 
 
 def _entries_of_leaf(path: str, shape: Sequence[int], table: Table) -> _Axes:
-    """Returns the table's entry for each axis; None for the leading axes of a stack."""
+    """Returns the table's entry for each axis; None for the stack axes in front."""
     for pattern, spec in table:
         if re.fullmatch(pattern, path) is None:
             continue
@@ -129,7 +131,7 @@ def _entries_of_leaf(path: str, shape: Sequence[int], table: Table) -> _Axes:
 
 
 def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array, without the axes of the mesh that do not divide its axes.
+    """Returns an array's sharding, without mesh axes that do not divide the array's axes.
 
     Args:
       axes: one entry an axis of the array: None, or a name or names of the mesh's axes. A name that
@@ -160,7 +162,7 @@ def sharding_for(axes: _Axes, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 
 
 def _dividing_names(size: int, entry: _Entry, mesh: Mesh, used_names: Sequence[str]) -> list[str]:
-    """Returns the axes of the mesh that one axis of an array is sharded over.
+    """Returns the mesh axes that evenly shard one axis of an array.
 
     Args:
       size: size of the array's axis.

@@ -131,7 +131,6 @@ def _trace_call(call: FlatCall, inputs: Mapping[int, Value]) -> Trace:
 
     def call_and_record(args: Tree, kwargs: Tree) -> list[Leaf]:
         """Returns the traced arrays, and records the rest of result and writes."""
-        # Returns the traced arrays, and keeps what else the result and the writes contain.
         args, kwargs = resolve_aliases(unwrap_opaque_leaves((args, kwargs)))
         snapshot = Snapshot.take((args, kwargs))
         result = alias_repeated_objects(call.fn(*args, **kwargs))

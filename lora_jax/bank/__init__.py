@@ -1,4 +1,4 @@
-"""Many adapters over one base: mixed within a batch, switched, added up.
+"""Many adapters over one base: mixed within a batch, switched, or summed.
 
 bank = lora_jax.bank.Bank(params, rules, slots=8)       # room for eight adapters over one base
 bank.add("sql", "runs/sql/adapter")                     # a folder, or an adapted tree

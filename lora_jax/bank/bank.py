@@ -1,4 +1,4 @@
-"""A bank: one base in memory, and many adapters over it, whose arrays are shared without a copy.
+"""A bank: one base in memory and many adapters over it, none of which copies the base's arrays.
 
 A slot is the place of one adapter in the arrays on the device. An adapter that has a slot is
 resident; the copies of all adapters are on the host.
@@ -38,7 +38,7 @@ _Method = TypeVar("_Method", bound=Forward)
 
 
 class OneBase:
-    """The base of all adapters of a bank, or of those that train side by side.
+    """The base that all adapters of a bank, or of side-by-side training, share.
 
     Attributes:
       leaves: the base's arrays, by path.
@@ -49,7 +49,7 @@ class OneBase:
         self._checksums_by_path: dict[str, dict[str, str]] = {}
 
     def check(self, context: str, tree: Tree) -> None:
-        """Checks that the frozen leaves of an adapted tree are the base's.
+        """Checks that the frozen leaves of an adapted tree are the leaves of the base.
 
         Leaves that are the same objects are equal; of others, checksums are compared (see
         `lora_jax.saving.fingerprint`). Those of the base are computed once.
@@ -97,7 +97,7 @@ def _arrays_of(tree: Tree) -> dict[str, Leaf]:
 
 
 def _is_same(leaf: Leaf, base_leaf: Leaf) -> bool:
-    """Returns True if two leaves are the same object, or hold the same arrays (codes, say)."""
+    """Returns True if two leaves are the same object, or consist of the same array objects."""
     if leaf is base_leaf:
         return True
     structure: jax.tree_util.PyTreeDef = jax.tree.structure(leaf)
@@ -114,7 +114,7 @@ _BASE_REMEDY = (
 
 
 class HeldNodes:
-    """Knows whether nodes of a bank's tree that were handed out are still held by someone.
+    """Tracks whether callers still hold nodes of a bank's tree that were returned to them.
 
     Whoever keeps a choice, its tree or a node of it holds them; an array alone does not.
     """
@@ -123,11 +123,11 @@ class HeldNodes:
         self._nodes: weakref.WeakSet[Slots] = weakref.WeakSet()
 
     def watch(self, tree: Tree) -> None:
-        """Begins to watch the nodes of a tree that is handed out, and kept nowhere else."""
+        """Tracks the nodes of a tree that is returned to a caller and referenced nowhere else."""
         self._nodes.update(slots_of(tree).values())
 
     def writable(self, arrays: AdapterArrays) -> AdapterArrays:
-        """Returns arrays of the nodes that may be donated: a copy if someone holds the nodes.
+        """Returns arrays that may be donated: a copy if a caller still holds the nodes.
 
         The holders keep the arrays that they have, so the nodes are watched no longer.
         """
@@ -141,7 +141,7 @@ class HeldNodes:
 
 
 def locked(method: _Method) -> _Method:
-    """Returns a method that holds the object's ``_lock``: no other thread runs one meanwhile."""
+    """Decorates a method so that only one thread at a time runs it, by the object's ``_lock``."""
 
     @functools.wraps(method)
     def locked_method(self: Any, /, *args: object, **kwargs: object) -> object:
@@ -216,7 +216,7 @@ class Bank:
     @property
     @locked
     def tree(self) -> Tree:
-        """The base with slots in place of each adapted leaf: an argument for `choose`.
+        """The base with slots in place of each adapted leaf, which `choose` takes as an argument.
 
         It holds the base's own arrays, and the slots' as they are now: while it is held, adapters
         that come or go do not change it.
@@ -228,13 +228,13 @@ class Bank:
     @property
     @locked
     def names(self) -> tuple[str, ...]:
-        """The names of the adapters, the base's not among them."""
+        """The names of the adapters, without the base."""
         return tuple(self._adapters)
 
     @property
     @locked
     def resident(self) -> tuple[str, ...]:
-        """The names of the adapters that have a slot, the least recently used first."""
+        """The names of the adapters that have a slot, from the least recently used one on."""
         return tuple(name for name in self._name_of_slot.values() if name is not None)
 
     @property
@@ -280,7 +280,7 @@ class Bank:
 
     @locked
     def remove(self, name: str) -> None:
-        """Removes an adapter; its slot is free.
+        """Removes an adapter and frees its slot.
 
         Raises:
           BankError: there is no adapter of that name.
@@ -311,7 +311,7 @@ class Bank:
 
     @locked
     def ids(self, names: Iterable[str]) -> jax.Array:
-        """Returns the slot of each name, [names] int32; gives slots to those that have none.
+        """Returns the slot of each name, [names] int32, and loads adapters that have no slot.
 
         Names of adapters that were moved out of their slots since are no longer right: call it for
         each batch.
@@ -397,7 +397,7 @@ class Bank:
         return peft.load(folder, self._model, self._params)
 
     def _put(self, name: str, adapter: Adapter) -> None:
-        """Keeps an adapter, and writes it into its slot or a free one, if there is any."""
+        """Stores an adapter on the host, and writes it to its slot or to a free slot, if any."""
         self._adapters[name] = adapter
         slot = self._slot_of(name)
         if slot is not None:
@@ -420,7 +420,7 @@ class Bank:
         self._touch(slot, name)
 
     def _touch(self, slot: int, name: str | None) -> None:
-        """Marks a slot as the most recently used, and sets its adapter; None frees the slot."""
+        """Marks a slot as the most recently used, and assigns it to `name`; None frees the slot."""
         del self._name_of_slot[slot]
         self._name_of_slot[slot] = name
 
@@ -432,6 +432,7 @@ class Bank:
         return None
 
     def _check_name_is_free(self, name: str) -> None:
+        """Raises a BankError if a name is reserved or taken."""
         if name == BASE:
             raise BankError(f"bank: the name {name!r} is reserved for the base.")
         if name in self._adapters:

@@ -22,7 +22,7 @@ from lora_jax.core.types import Forward, Leaf, Tree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A bank's tree, and the slot of each example of a batch; see `Bank.choose`.
+    """A bank's tree, with the slot of each example of a batch; see `Bank.choose`.
 
     Attributes:
       tree: the base with slots in place of adapted weights.
@@ -34,7 +34,7 @@ class Choice:
 
     @property
     def is_side_by_side(self) -> bool:
-        """True where all slots are factors side by side: no copies, heads, DoRA or biases on B."""
+        """True if all slots are plain factors, without copies, heads, DoRA or biases on B."""
         nodes = slots_of(self.tree).values()
         return all(isinstance(node, WeightSlots) and node.is_side_by_side for node in nodes)
 
@@ -87,7 +87,7 @@ def mixed(
     strict: bool = False,
     primitives: Mapping[str, Forward] | None = None,
 ) -> Forward:
-    """Returns `fn` for batches of which each example has an adapter of its own.
+    """Returns `fn` for batches in which each example has its own adapter.
 
     Pass `Bank.choose(names)` where `fn` takes a tree of parameters. The result of each example is
     that of `fn` with its adapter. Products with the base remain one product for all examples.
@@ -130,6 +130,7 @@ def mixed(
 
     @functools.wraps(fn)
     def forward(*args: Tree, **kwargs: Tree) -> Tree:
+        """Runs the function at once on the whole batch, or else example by example."""
         call = _Call.make(args, kwargs, in_axes, dict(kwarg_axes or {}), out_axes)
         if one_by_one or len(call.choice.ids) == 1 or not call.choice.is_side_by_side:
             return _run_one_by_one(adapted, call)
@@ -149,7 +150,7 @@ def mixed(
 
 
 class MixedWarning(UserWarning):
-    """A function runs on a mixed batch example by example, since these cannot be followed."""
+    """Warns that a function runs example by example, since its batch axis cannot be followed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +211,12 @@ class _Call:
         return cls(leaves=leaves, axes=axes, treedef=treedef, out_axes=out_axes, choice=choice)
 
     def axes_of(self, result: Tree) -> list[int | None]:
-        """Returns the axis that the examples must have in each leaf of a result."""
+        """Returns the required example axis of each leaf of a result."""
         return _axes_of_leaves(self.out_axes, result)
 
 
 def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Tree:
-    """Runs a function on the whole batch.
+    """Runs a function once on the whole batch.
 
     Raises:
       ExamplesError: its examples cannot be followed, or the result has them along other axes than
@@ -234,13 +235,14 @@ def _run_at_once(fn: Forward, interpreter: Interpreter, call: _Call) -> Tree:
 
 
 def _run_one_by_one(adapted: Forward, call: _Call) -> Tree:
-    """Runs an adapted function on batches of one example each: several under `jax.vmap`."""
+    """Runs an adapted function on each example by itself, several at a time by `jax.vmap`."""
     treedef: jax.tree_util.PyTreeDef
     varying_trees, axes_trees = zip(*map(_varying_arrays, call.leaves, call.axes), strict=True)
     arrays, treedef = jax.tree.flatten(varying_trees)
     axes = jax.tree.leaves(axes_trees)
 
     def run_example(index: jax.Array, *example_arrays: Leaf) -> Tree:
+        """Runs the function on one example."""
         leaves = [
             _take_example(leaf, example_tree, index)
             for leaf, example_tree in zip(
@@ -289,7 +291,7 @@ def _is_choice(value: object) -> bool:
 
 
 def _axes_of_leaves(prefix: Tree, tree: Tree) -> list[int | None]:
-    """Returns the examples' axis in each leaf of a tree, a `Choice` being one leaf.
+    """Returns the example axis of each leaf of a tree; a `Choice` counts as one leaf.
 
     Args:
       prefix: an axis or None for each subtree, as in `jax.vmap`.
@@ -301,6 +303,7 @@ def _axes_of_leaves(prefix: Tree, tree: Tree) -> list[int | None]:
         axes.extend([axis] * len(jax.tree.leaves(subtree)))
 
     def visit(axis: int | None, subtree: Tree) -> None:
+        """Appends the axes of the leaves of a subtree."""
         for value in jax.tree.leaves(subtree, is_leaf=_has_axes):
             if _is_choice(value):
                 axes.append(None)
@@ -314,7 +317,7 @@ def _axes_of_leaves(prefix: Tree, tree: Tree) -> list[int | None]:
 
 
 def _has_axes(value: object) -> bool:
-    """Returns True for values that determine the axes of their own arrays."""
+    """Returns True for values that define the example axes of their own arrays."""
     return _is_choice(value) or hasattr(value, "example_axes")
 
 
@@ -323,7 +326,7 @@ def _is_none(value: object) -> bool:
 
 
 def _axis(leaf: Leaf, axis: int | None, n_examples: int) -> int | None:
-    """Returns the axis of the examples in an argument, None where it is the same for all."""
+    """Returns the example axis of an argument, or None if it is the same for all examples."""
     if axis is None or not hasattr(leaf, "dtype") or not np.ndim(leaf):
         return None
     if axis >= leaf.ndim or leaf.shape[axis] != n_examples:
@@ -336,7 +339,7 @@ def _axis(leaf: Leaf, axis: int | None, n_examples: int) -> int | None:
 
 
 def _varying_arrays(leaf: Leaf, axis: int | None) -> tuple[Tree, Tree]:
-    """Returns the arrays of an argument that differ from example to example, and the axis of each.
+    """Returns the arrays of an argument that differ between examples, with their axes.
 
     Args:
       leaf: a `Choice`, an array, or anything else.
@@ -357,7 +360,7 @@ def _varying_arrays(leaf: Leaf, axis: int | None) -> tuple[Tree, Tree]:
 
 
 def _take_example(leaf: Leaf, example_arrays: Tree, index: jax.Array) -> Leaf:
-    """Returns an argument for one example.
+    """Returns the part of an argument that belongs to one example.
 
     Args:
       leaf: the argument for the batch.

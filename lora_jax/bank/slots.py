@@ -1,4 +1,4 @@
-"""The arrays of several adapters of one weight, in slots side by side.
+"""The arrays of several adapters of one weight, one slot for each adapter.
 
 The slot axis stands before the rank: [batch…, slots, r, in…]. All slots' factors are then one pair
 of factors of rank slots·r without a copy: the slots are side by side. A mixed batch is one product
@@ -31,7 +31,7 @@ WIDEST = 256
 
 
 class _Slots(NoArray):
-    """The part that the two kinds of slots share."""
+    """Superclass of both kinds of slots: raises an error if they are used as an array."""
 
     how_to_use = (
         "is a node of a bank, not an array: call the function that uses it through "
@@ -42,7 +42,7 @@ class _Slots(NoArray):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False)
 class WeightSlots(_Slots):
-    """A kernel W with the factors of several adapters.
+    """A kernel W with the factors of several adapters, one slot for each.
 
     Attributes:
       base: W itself; see `lora_jax.core.base`.
@@ -69,7 +69,7 @@ class WeightSlots(_Slots):
 
     @property
     def slot_axis(self) -> int:
-        """The axis of the slots, of each array."""
+        """The axis of each array that indexes the slots."""
         return len(self.roles.sizes(self.base.shape, "batch"))
 
     @property
@@ -79,7 +79,7 @@ class WeightSlots(_Slots):
 
     @property
     def n_here(self) -> int:
-        """The number of slots in the arrays."""
+        """The number of slots that the arrays hold."""
         return self.arrays["a"].shape[self.slot_axis]
 
     @property
@@ -89,7 +89,7 @@ class WeightSlots(_Slots):
 
     @property
     def is_side_by_side(self) -> bool:
-        """True where slots are factors side by side, without copies, DoRA or a bias on B."""
+        """True if all slots are plain factors, without copies, DoRA or a bias on B."""
         return (
             not self.per_example
             and self.uses != "each"
@@ -110,16 +110,16 @@ class WeightSlots(_Slots):
 
     @property
     def _slots(self) -> jax.Array:
-        """The slots in the arrays, [slots] int."""
+        """The indices of the slots that the arrays hold, [slots] int."""
         return jnp.arange(self.n_here) + int(not self.has_base)
 
     @property
     def _joint_rank(self) -> int:
-        """The rank of the factors of all slots side by side."""
+        """The sum of the ranks of all slots."""
         return self.n_here * self.rank
 
     def _joint_weight(self, parts: Parts) -> LoraWeight:
-        """Returns the weight that the factors of all slots adapt."""
+        """Returns the weight with the factors of all slots concatenated along the rank."""
         return LoraWeight(
             base=self.base,
             arrays=parts,
@@ -129,7 +129,7 @@ class WeightSlots(_Slots):
         )
 
     def _side_by_side(self, scales: jax.Array) -> Parts:
-        """Returns the factors of all slots as one pair, and the scales of its columns.
+        """Returns the concatenated factors of all slots, and the scale of each column.
 
         Args:
           scales: [batch…, slots].
@@ -147,7 +147,7 @@ class WeightSlots(_Slots):
         }
 
     def chosen(self, ids: jax.Array) -> "WeightSlots":
-        """Returns the weight for a batch: with a copy of each example's factors, if that is best.
+        """Returns the weight for a batch, with copies of each example's factors if cheaper.
 
         Args:
           ids: [examples] int, the slot of each.
@@ -162,7 +162,7 @@ class WeightSlots(_Slots):
         return self.replace(arrays=arrays, per_example=True)
 
     def only(self, slot: jax.Array) -> "WeightSlots":
-        """Returns the weight with a copy of one slot, [] int, as slot 1, beside the base."""
+        """Returns the weight with the base and a copy of one slot, [] int, as slot 1."""
         index = slot - (not self.has_base)
         arrays = {
             name: lax.dynamic_index_in_dim(array, index, self.slot_axis)
@@ -171,7 +171,7 @@ class WeightSlots(_Slots):
         return self.replace(arrays=arrays, has_base=False)
 
     def take_example(self, arrays: Parts, index: jax.Array) -> LoraWeight:
-        """Returns the adapted weight of one example.
+        """Returns the adapted weight for one example.
 
         Args:
           arrays: the weight's arrays; without the slot axis where the slots are examples.
@@ -196,7 +196,7 @@ class WeightSlots(_Slots):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False)
 class ValueSlots(_Slots):
-    """A leaf that adapters train in full, a head, say: a value in each slot.
+    """A leaf that each adapter trains in full, such as a head, with a value in each slot.
 
     Attributes:
       arrays: {"value": [slots, …]}, the base's in slot 0; or from slot 1 on, where `base` is given.
@@ -230,7 +230,7 @@ class ValueSlots(_Slots):
         return ValueSlots({"value": value + nans.astype(value.dtype)}, per_example=True)
 
     def take_example(self, arrays: Parts, index: jax.Array) -> Trained:
-        """Returns the leaf of one example; see `WeightSlots.take_example`."""
+        """Returns the leaf for one example; see `WeightSlots.take_example`."""
         return Trained(arrays["value"])
 
     def __repr__(self) -> str:
@@ -241,12 +241,12 @@ Slots = WeightSlots | ValueSlots
 
 
 def _take_slots(arrays: Parts, ids: jax.Array, axis: int) -> Parts:
-    """Returns the arrays with the slot of each example in the place of the slots."""
+    """Returns the arrays with the slot of each example along the slot axis."""
     return {name: jnp.take(array, ids, axis=axis, mode="clip") for name, array in arrays.items()}
 
 
 def _nan_unless_slot(ids: jax.Array, n_slots: int) -> jax.Array:
-    """Returns 0 for ids of slots, NaN for others: an error that traced ids can report, too.
+    """Returns 0 for valid slot ids and NaN for others, to report an error with traced ids.
 
     Callers add it to scales or values, so that the results of these examples become NaN.
     """
@@ -259,7 +259,7 @@ def slot_shape(array: Shaped, axis: int) -> jax.ShapeDtypeStruct:
 
 
 def _leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeDef]:
-    """Returns the leaves of a bank's tree with their paths, nodes whole, and its treedef."""
+    """Returns the leaves of a bank's tree with their paths, and its treedef; nodes are leaves."""
     return flatten_with_paths(tree, is_leaf=lambda x: isinstance(x, Slots) or is_leaf(x))
 
 
@@ -276,7 +276,7 @@ def map_slots(visit: Callable[[str, Slots], Leaf], tree: Tree) -> Tree:
 
 
 def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
-    """Returns slots for adapters like a node, all of them empty: the base alone.
+    """Returns empty slots, which stand for the base alone, for adapters like a given node.
 
     On a mesh, A lies as W's in axes do, B as its out axes; slots and ranks are not split.
 
@@ -299,7 +299,7 @@ def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
 
 
 def _sharding(node: LoraWeight, name: str) -> NamedSharding | None:
-    """Returns the sharding of an array of slots; None where W lies on one device."""
+    """Returns the sharding of an array of slots; None if W is on one device."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(node.base)]
     named_shardings = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
     if not named_shardings or named_shardings[0].mesh.size == 1:

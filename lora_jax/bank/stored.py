@@ -1,4 +1,4 @@
-"""Adapters on the host: the arrays that a bank keeps of each, and the arrays that fill a slot.
+"""Stores adapters on the host, and computes the arrays that fill a slot.
 
 A slot's values are the arrays that one adapter writes into it: factors of the bank's rank, and
 neutral values for parts that the adapter lacks.
@@ -22,11 +22,11 @@ Adapter = dict[str, LoraWeight | Trained]  # by path, without the base, its arra
 
 
 class BankError(ValueError):
-    """An adapter does not fit into a bank, or is not there."""
+    """An adapter does not fit into a bank, or the bank does not contain it."""
 
 
 def adapter_values(name: str, tree: Tree, slots: Mapping[str, Slots]) -> Adapter:
-    """Returns an adapter as a bank keeps it, once it fits.
+    """Returns an adapter's nodes in the form that a bank stores, after a check that it fits.
 
     Args:
       name: name of the adapter, for messages.
@@ -79,7 +79,7 @@ def _check_fits(name: str, path: str, node: Node, slots: Mapping[str, Slots]) ->
 
 
 def _check_weight_fits(name: str, path: str, node: LoraWeight, slots: WeightSlots) -> None:
-    """Raises a BankError if an adapted weight's rank, roles or parts have no room in its slots."""
+    """Raises a BankError if the slots have no room for a weight's rank, roles or parts."""
     if node.invocation is not None:
         raise BankError(
             f"bank: {name!r} is an activated LoRA, which acts only from its invocation on, "
@@ -114,7 +114,7 @@ def _check_weight_fits(name: str, path: str, node: LoraWeight, slots: WeightSlot
 def values_of(
     adapter: Adapter, slots: Mapping[str, Slots], base: Mapping[str, BaseLike]
 ) -> dict[str, dict[str, Leaf]]:
-    """Returns the values of a slot for an adapter, by path and name of the array.
+    """Returns the values that an adapter puts into a slot, by path and name of the array.
 
     They have the shapes of the slots' arrays, less the slot axis.
 
@@ -127,7 +127,7 @@ def values_of(
 
 
 def _values(node: Leaf, slots: Slots, base: BaseLike) -> dict[str, Leaf]:
-    """Returns the values of a slot for one leaf; without a node, those of the base alone."""
+    """Returns the values that one leaf puts into a slot; without a node, those of the base."""
     if isinstance(slots, ValueSlots):
         return {"value": base if node is None else node.value}
     slot_axis = slots.slot_axis
@@ -153,7 +153,7 @@ def _values(node: Leaf, slots: Slots, base: BaseLike) -> dict[str, Leaf]:
 
 
 def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Leaf]:
-    """Returns a, b and scale of an adapter with further parts, and its gain and shift.
+    """Returns a, b, scale, gain and shift of an adapter whose variant has more parts.
 
     Factors are first padded to the bank's rank, so that adapters of all ranks run the same compiled
     function.
@@ -181,7 +181,7 @@ def _parts_of_variant(node: LoraWeight, slots: WeightSlots) -> dict[str, Leaf]:
 
 
 def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
-    """Compiles the function from an adapter with further parts to the arrays of a slot.
+    """Compiles the function that converts a variant's arrays to the arrays of a slot.
 
     Args:
       node: as adapters have it, of the bank's rank; its arrays may be shapes.
@@ -194,7 +194,7 @@ def compile_variant(node: LoraWeight, slots: WeightSlots) -> None:
 def _canonical_node(
     node: LoraWeight, slots: WeightSlots, arrays: Mapping[str, Leaf], rank: int
 ) -> LoraWeight:
-    """Returns a node over the slots' base that differs from others of its kind in arrays alone.
+    """Returns a node over the slots' base, with settings that do not vary within a variant.
 
     So all of them share one compiled function.
     """
@@ -205,6 +205,6 @@ def _canonical_node(
 
 @jax.jit
 def _factored_parts(node: LoraWeight) -> dict[str, jax.Array]:
-    """Returns the arrays by which a node's variant computes its products."""
+    """Returns the arrays with which a node's variant computes its products."""
     parts = node.factored().parts
     return {name: jnp.asarray(array) for name, array in parts.items()}

@@ -36,6 +36,7 @@ def add_slots(
     nodes = nodes_of(lorafy(shapes, rules, trace=trace, kinds=kinds))
 
     def slots_of_leaf(path: str, leaf: Leaf) -> Tree:
+        """Returns the slots of a leaf, or the leaf if no rule selects it."""
         node = nodes.get(path)
         if node is None:
             return leaf
@@ -52,7 +53,7 @@ def add_slots(
 
 
 def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Sequence[object] | None]:
-    """Returns a tree's shapes, and a trace whose arguments hold the very same shapes."""
+    """Returns a tree of shapes, and the trace with the same shape objects in its arguments."""
     struct_of_leaf: dict[int, Leaf] = {}  # by the leaf's id
     for _, leaf in flatten_with_aliases(params, is_base)[0]:
         if hasattr(leaf, "shape"):
@@ -72,7 +73,7 @@ def _abstract(params: Tree, trace: Sequence[object] | None) -> tuple[Tree, Seque
 
 
 def write(tree: Tree, arrays: Mapping[str, Parts], slot: int, values: Mapping[str, Parts]) -> Tree:
-    """Returns a bank's tree with other values in a slot.
+    """Returns a bank's tree with new values in one slot.
 
     Args:
       tree: the tree.
@@ -108,7 +109,7 @@ def _update_slot(
     slot: jax.typing.ArrayLike,
     axes: tuple[tuple[str, int], ...],
 ) -> dict[str, Parts]:
-    """Returns arrays, by path and name, with other values in a slot; in the arrays' own memory."""
+    """Returns arrays, by path and name, with new values in one slot; updates in place."""
     updated: dict[str, Parts] = {}
     for path, axis in axes:
         updated[path] = {

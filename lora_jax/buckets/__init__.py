@@ -1,1 +1,1 @@
-"""Folders in buckets (gs://): read by copies on this machine, and written whole."""
+"""Folders in buckets (gs://): read through local copies, and replaced atomically when written."""

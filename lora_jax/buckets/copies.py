@@ -1,4 +1,4 @@
-"""Copies of folders in buckets on this machine, to read and to write.
+"""Local copies of folders in buckets, for reading and writing.
 
 A store cannot rename a folder. While this library writes a folder, the folder therefore contains a
 mark (`UNFINISHED_MARK`), and a folder with the mark counts as missing. All objects of a folder are
@@ -63,7 +63,7 @@ Result = TypeVar("Result")
 
 
 def replace_copy_paths(text: str | os.PathLike[str]) -> str:
-    """Returns a text in which addresses in buckets replace the paths of their copies.
+    """Returns a text with bucket addresses in place of the paths of local copies.
 
     >>> from lora_jax.buckets.copies import replace_copy_paths
     >>> replace_copy_paths("saved in /tmp/lora_jax_bucket_x1/gs/bucket/run/adapter")
@@ -73,12 +73,12 @@ def replace_copy_paths(text: str | os.PathLike[str]) -> str:
 
 
 def is_copy(path: str | os.PathLike[str]) -> bool:
-    """Returns True for a path in a copy of a bucket's folder. Each process has its own copy."""
+    """Returns True for a path in a local copy of a bucket's folder; each process has its own."""
     return bucket_address_of(path) is not None
 
 
 def bucket_address_of(path: str | os.PathLike[str]) -> BucketPath | None:
-    """Returns the address in a bucket that a path is a copy of; None for other paths."""
+    """Returns the bucket address that a local copy came from; None for other paths."""
     match = _COPY_PATH.fullmatch(os.fspath(path))
     return None if match is None else bucket_path(f"gs://{match[1]}")
 
@@ -86,7 +86,7 @@ def bucket_address_of(path: str | os.PathLike[str]) -> BucketPath | None:
 def path_to_read(
     path: str | os.PathLike[str], is_wanted: Callable[[str], bool] = lambda name: True
 ) -> Path:
-    """Returns a path to read from on this machine: the path itself, or a copy of a bucket's folder.
+    """Returns a local path to read from: the path itself, or a copy of a bucket's folder.
 
     A copy is made once for each state of the folder, in the user's cache folder, where it stays
     while it is in use; see `lora_jax.buckets.kept`.
@@ -134,7 +134,7 @@ def path_to_read(
 
 
 def folder_with_files(path: str | os.PathLike[str], names: Container[str]) -> Path:
-    """Returns a folder to look at some files; of a folder in a bucket, a copy of these files.
+    """Returns a local folder with these files; for a bucket, a copy of only these files.
 
     The folder may be missing.
     """
@@ -152,7 +152,7 @@ def path_of_copy(root: Path, address: BucketPath) -> Path:
 
 
 def _make_copy(root: Path, address: BucketPath, objects: Mapping[str, ObjectFacts]) -> None:
-    """Downloads a folder's objects, or the object at the address (""), to a new root."""
+    """Downloads a folder's objects, or the object at the address (""), to a new folder."""
     root.parent.mkdir(parents=True, exist_ok=True)
     delete_unused_copies(root.parent)
     partial_root = Path(tempfile.mkdtemp(prefix=".partial", dir=root.parent))
@@ -169,7 +169,7 @@ def _make_copy(root: Path, address: BucketPath, objects: Mapping[str, ObjectFact
 
 
 def list_finished_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
-    """Returns the objects of a folder, without those of subfolders that are being written.
+    """Returns the objects of a folder, without subfolders that are still being written.
 
     Raises:
       BucketError: the folder itself is being written, or a kill interrupted the writing.
@@ -191,7 +191,7 @@ def list_finished_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
 
 
 def fetch_objects(address: BucketPath, objects: Mapping[str, ObjectFacts], folder: Path) -> None:
-    """Downloads objects of a folder ("" for the address itself) to a folder of this machine."""
+    """Downloads objects of a folder ("" for the address itself) to a local folder."""
 
     def fetch(name: str) -> None:
         file = folder / name if name else folder
@@ -214,7 +214,7 @@ def run_parallel(work: Callable[[str], object], names: Iterable[str]) -> None:
 
 
 def upload_folder(folder: Path, address: BucketPath, unchanged: Container[str] = ()) -> None:
-    """Writes a folder of this machine to a bucket, and replaces the folder there.
+    """Uploads a local folder to a bucket, and replaces the folder there.
 
     Until all files are written, the folder counts as missing; see the module.
 
@@ -234,14 +234,14 @@ def upload_folder(folder: Path, address: BucketPath, unchanged: Container[str] =
 
 
 def files_in(folder: Path) -> list[str]:
-    """Returns the files in a folder, at any depth, by their names within it."""
+    """Returns the files in a folder, at any depth, as paths relative to it."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 @contextlib.contextmanager
 def path_to_write(path: str | os.PathLike[str], *, by_all: bool = False) -> Iterator[Path]:
-    """Yields a path of this machine to write to; what is written for a bucket is then sent there.
+    """Yields a local path to write to, and uploads what was written for a bucket.
 
     The path shows what the bucket contains already: small files have their content, and others are
     empty. A writer can thus refuse to replace a folder, or read its card.
@@ -284,7 +284,7 @@ def path_to_write(path: str | os.PathLike[str], *, by_all: bool = False) -> Iter
 
 @contextlib.contextmanager
 def _barrier(address: BucketPath, by_all: bool) -> Iterator[None]:
-    """Lets all processes end a block at once, and an error in one of them end it in all."""
+    """Makes all processes leave a block together; an error in one is raised in all."""
     problem = None
     try:
         yield
@@ -305,7 +305,7 @@ def _barrier(address: BucketPath, by_all: bool) -> Iterator[None]:
 
 
 def _file_states(copy: Path) -> dict[str, tuple[int, int]]:
-    """Returns the time of the last change and the size of each file; "" stands for the copy."""
+    """Returns the mtime and size of each file; "" stands for the copy itself."""
     paths = {"": copy}
     if copy.is_dir():
         paths = {name: copy / name for name in files_in(copy)}
@@ -318,7 +318,7 @@ def _file_states(copy: Path) -> dict[str, tuple[int, int]]:
 
 
 def _fetch_outline(address: BucketPath, copy: Path) -> None:
-    """Makes the files of a bucket's folder on this machine: only small ones have their content."""
+    """Creates the files of a bucket's folder locally; only small files get their content."""
     objects = list_objects(address)
     objects.pop(UNFINISHED_MARK, None)  # a kill left the mark, so the folder may be replaced
     for name in objects:
@@ -336,7 +336,7 @@ def _fetch_outline(address: BucketPath, copy: Path) -> None:
 def writes_to_buckets(
     *, by_all: bool
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorates a function that writes its first argument `folder`, so that it takes gs:// folders.
+    """Decorates a function so that its first argument `folder` may be a gs:// address.
 
     Args:
       by_all: whether all processes call the function together; see `path_to_write`.
@@ -345,6 +345,7 @@ def writes_to_buckets(
     def decorate(save: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(save)
         def save_anywhere(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+            """Calls the function with a local folder, and uploads it."""
             folder: Any = args[0] if args else options["folder"]
             if bucket_path(folder) is None:
                 return save(*args, **options)

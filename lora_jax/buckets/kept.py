@@ -1,4 +1,4 @@
-"""Keeps the copies of buckets' folders on this machine while they are in use, and deletes others.
+"""Protects local copies of bucket folders while processes use them, and deletes old ones.
 
 A process holds a shared lock on each copy that it reads, until the process ends. Before another
 copy is made, unused copies are deleted: no process holds them, and none has asked for them in a
@@ -26,7 +26,7 @@ _lock_files_of_working_copies: dict[Path, int] = {}  # file descriptor by root
 
 
 def hold_copy(root: Path) -> bool:
-    """Keeps a copy until this process ends; returns False if the copy does not exist."""
+    """Protects a copy until this process ends; returns False if the copy does not exist."""
     if sys.platform != "win32" and root.is_dir():
         with contextlib.suppress(OSError):  # in a read-only cache, nothing is deleted anyway
             if root not in _lock_files_of_copies:
@@ -84,7 +84,7 @@ def drop_working_folder(root: Path) -> None:
 
 
 def delete_unused_copies(folder: Path) -> None:
-    """Deletes the copies in a folder that no process holds, and that were unused for a month."""
+    """Deletes the copies in a folder that no process uses, and that are a month old."""
     for root in folder.iterdir():
         with contextlib.suppress(OSError):  # it is held, or gone
             use_file = root / _LOCK_FILE
@@ -95,7 +95,7 @@ def delete_unused_copies(folder: Path) -> None:
 
 
 def _delete_copy(root: Path) -> None:
-    """Deletes a copy; raises an OSError if a process holds it."""
+    """Deletes a copy; raises an OSError if a process uses it."""
     if sys.platform == "win32":
         return
     file = os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""A working copy of a folder in a bucket, whose changes are sent to the bucket from time to time.
+"""A local working copy of a folder in a bucket, whose changes are uploaded at intervals.
 
 An object cannot be appended to. So a run writes its files to a folder of this machine, and `send`
 brings the bucket up to date. An adapter's folder appears in the bucket whole or not at all, and so
@@ -40,7 +40,7 @@ _MAX_TRIES = 5
 
 
 class FolderMirror:
-    """A working copy of a folder in a bucket.
+    """A local working copy of a folder in a bucket.
 
     Attributes:
       address: the folder in the bucket.
@@ -48,7 +48,7 @@ class FolderMirror:
     """
 
     def __init__(self, address: BucketPath, is_apart: Callable[[str], bool]) -> None:
-        """Makes a working copy of the folder's present content.
+        """Makes a working copy of the folder's current content.
 
         Args:
           address: the folder in the bucket.
@@ -83,7 +83,7 @@ class FolderMirror:
         )
 
     def send(self) -> None:
-        """Sends changed files to the bucket, and deletes objects whose files were deleted."""
+        """Uploads changed files, and deletes objects whose files were deleted."""
         with self._lock:
             states = self._file_states()
             changed = {n for n, state in states.items() if self._sent_states.get(n) != state}
@@ -102,7 +102,7 @@ class FolderMirror:
             self._sent_states = states
 
     def clear_apart(self, lock: str) -> None:
-        """Deletes the files that others write to the bucket; see `is_apart`.
+        """Deletes the files that bypass this mirror; see `is_apart`.
 
         Args:
           lock: The name of the lock, which stays.
@@ -112,7 +112,7 @@ class FolderMirror:
         run_parallel(lambda name: delete_object(self.address / name), deleted_names)
 
     def close(self) -> None:
-        """Sends changed files, and deletes the working copy.
+        """Uploads changed files, and deletes the working copy.
 
         Raises:
           BucketError: the files could not be sent; names the folder that keeps them.
@@ -129,11 +129,11 @@ class FolderMirror:
         self.drop()
 
     def drop(self) -> None:
-        """Deletes the working copy."""
+        """Deletes the working copy without uploading."""
         drop_working_folder(self._root)
 
     def _file_states(self) -> dict[str, tuple[int, int]]:
-        """Returns the state of each file, without temporary files and files that lie apart."""
+        """Returns the state of each file that the mirror uploads."""
         states = {}
         for name in files_in(self.folder):
             is_temporary = any(part.startswith(".") for part in name.split("/"))
@@ -149,7 +149,7 @@ class FolderMirror:
             write_object(self.address / name, (self.folder / name).read_bytes())
 
     def _send_adapter(self, name: str) -> None:
-        """Sends an adapter's folder, or deletes it from the bucket if it was deleted here."""
+        """Uploads an adapter's folder, or deletes it in the bucket if deleted locally."""
         folder = self.folder / name
         address = self.address / name
         if (folder / _ADAPTER_FILE).is_file():
@@ -164,7 +164,7 @@ class FolderMirror:
 
 
 def _adapter_folder_of(name: str, files: set[str]) -> str:
-    """Returns the adapter's folder that a file belongs to; "" for none."""
+    """Returns the adapter folder that contains a file; "" if none does."""
     parts = name.split("/")
     for depth in range(1, len(parts)):
         folder = "/".join(parts[:depth])

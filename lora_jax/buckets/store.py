@@ -1,4 +1,4 @@
-"""Lists, reads and writes the objects of Google Cloud Storage, each by its generation.
+"""Lists, reads and writes objects of Google Cloud Storage, with checks of their generations.
 
 An object appears at once or not at all, and each version of it has a number, its generation. A
 store cannot rename or append. Requests with passing errors (503, a lost connection) are repeated
@@ -22,19 +22,19 @@ ABSENT = 0  # the generation of an object that is not there
 
 
 class BucketError(OSError):
-    """A bucket that cannot be used, or an object or folder that is not in it."""
+    """A bucket cannot be used, or it lacks an object or folder."""
 
 
 class NotInBucket(BucketError):
-    """There is no such object or folder."""
+    """An object or folder does not exist."""
 
 
 class ObjectChanged(BucketError):
-    """An object has another generation than the one that was asked for."""
+    """An object's generation differs from the requested one."""
 
 
 class BucketPath(NamedTuple):
-    """The address of an object, or of a folder of them."""
+    """The address of an object, or of a folder of objects."""
 
     bucket: str
     name: str  # without slashes around it; "" for the bucket itself
@@ -47,7 +47,7 @@ class BucketPath(NamedTuple):
 
 
 class ObjectFacts(NamedTuple):
-    """An object as the store describes it."""
+    """The metadata of an object in the store."""
 
     generation: int
     size: int  # bytes
@@ -55,7 +55,7 @@ class ObjectFacts(NamedTuple):
 
 
 def bucket_path(path: str | os.PathLike[str]) -> BucketPath | None:
-    """Returns the address in a bucket that a path names; None for other paths.
+    """Returns the parsed gs:// address, or None for other paths.
 
     >>> from lora_jax.buckets.store import bucket_path
     >>> bucket_path("gs://bucket/runs/mine/")
@@ -68,7 +68,7 @@ def bucket_path(path: str | os.PathLike[str]) -> BucketPath | None:
 
 
 def list_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
-    """Returns the objects under a folder, at any depth, by their names within it."""
+    """Returns the objects in a folder, at any depth, by their relative names."""
     prefix = f"{folder.name}/" if folder.name else ""
     with _explain_client_errors(folder):
         blobs = _client().list_blobs(
@@ -86,7 +86,7 @@ def list_objects(folder: BucketPath) -> dict[str, ObjectFacts]:
 
 
 def find_object(path: BucketPath) -> ObjectFacts | None:
-    """Returns an object's facts; None if there is no such object."""
+    """Returns an object's metadata; None if the object does not exist."""
     if not path.name:
         return None
     with _explain_client_errors(path):
@@ -99,7 +99,7 @@ def find_object(path: BucketPath) -> ObjectFacts | None:
 
 
 def read_object(path: BucketPath) -> tuple[bytes, int] | None:
-    """Returns an object's content and generation; None if there is no such object."""
+    """Returns an object's content and generation; None if the object does not exist."""
     while True:
         facts = find_object(path)
         if facts is None:
@@ -132,7 +132,7 @@ def download(path: BucketPath, generation: int, file: Path) -> None:
 
 
 def write_object(path: BucketPath, content: bytes | Path, generation: int | None = None) -> int:
-    """Writes an object, which appears whole; returns its generation.
+    """Writes an object atomically, and returns its generation.
 
     Args:
       path: the address of the object.
@@ -157,7 +157,7 @@ def write_object(path: BucketPath, content: bytes | Path, generation: int | None
 
 
 def delete_object(path: BucketPath, generation: int | None = None) -> bool:
-    """Deletes an object; returns False where it is gone, or has another generation."""
+    """Deletes an object; returns False if it does not exist or its generation differs."""
     try:
         with _explain_client_errors(path):
             blob = _client().bucket(path.bucket).blob(path.name)
@@ -180,7 +180,7 @@ def _facts_of_blob(blob: Any) -> ObjectFacts:
 
 @functools.cache
 def _client() -> Any:
-    """Returns the client of the store, which is made once and keeps its connections open."""
+    """Returns the storage client, which is created once and keeps its connections open."""
     return _storage_module().Client(project=None)  # a project is needed to make buckets alone
 
 
@@ -212,7 +212,7 @@ def _not_found_error() -> type[Exception]:
 
 @contextlib.contextmanager
 def _explain_client_errors(path: BucketPath) -> Iterator[None]:
-    """Turns the client's errors in a block into a BucketError that names the path and a remedy."""
+    """Converts the client's errors in a block to a BucketError with a remedy."""
     _storage_module()
     import requests
     from google.api_core import exceptions

@@ -1,1 +1,1 @@
-"""Makes an adapted weight: its axes, its arrays, its base, and products with them."""
+"""Adapted weights: their axes, arrays and base, and the products with them."""

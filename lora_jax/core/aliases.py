@@ -1,4 +1,4 @@
-"""Keeps the sharing of NNX objects as a part of the tree's structure.
+"""Keeps the sharing of NNX objects as part of a tree's structure.
 
 An **object** is a module, a stream of keys or a Variable of NNX. A tree may contain it at several
 key paths. JAX's pytrees know no identity: a tree that is flattened and rebuilt has a copy at each
@@ -25,7 +25,7 @@ KeyedLeaves = list[tuple[KeyPath, Leaf]]
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
 class Alias:
-    """Stands for an object of NNX at each of its key paths but the first.
+    """Stands for a shared NNX object at each of its key paths but the first.
 
     Attributes:
       alias_keys, object_keys: the key paths of the alias and of the object, without the keys that
@@ -79,6 +79,7 @@ class Alias:
 
     @property
     def _usage_message(self) -> str:
+        """Returns the message for an alias that is used as the object."""
         return (
             f"This is only a reference to the {self.kind.__name__} at {self.path!r}, which an "
             "adapted module contains several times. Call your function through lora_jax.adapt, "
@@ -87,11 +88,11 @@ class Alias:
         )
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
-        """Raises a TypeError that says what to do."""
+        """Raises a TypeError with a remedy."""
         raise TypeError(self._usage_message)
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Raises an AttributeError that says what to do."""
+        """Raises an AttributeError with a remedy."""
         raise AttributeError(name if name.startswith("_") else self._usage_message)
 
     def __repr__(self) -> str:
@@ -101,7 +102,7 @@ class Alias:
 def flatten_with_aliases(
     tree: Tree, is_leaf: Callable[[Leaf], bool] | None = None
 ) -> tuple[KeyedLeaves, jax.tree_util.PyTreeDef]:
-    """Returns the leaves with their key paths, and the structure, of the tree with aliases.
+    """Returns the leaves with their key paths, and the structure, of a tree with aliases.
 
     Raises:
       ValueError: an object contains itself.
@@ -137,7 +138,7 @@ def flatten_with_aliases(
 
 
 def resolve_aliases(tree: Tree) -> Tree:
-    """Returns a tree with objects in place of aliases; the tree itself if it has no aliases.
+    """Returns a tree with objects in place of aliases, or the tree itself if it has none.
 
     Raises:
       ValueError: the tree lacks an object that an alias stands for.
@@ -150,7 +151,7 @@ def resolve_aliases(tree: Tree) -> Tree:
     rebuilt_objects: dict[int, Leaf] = {}  # by the id of the original
 
     def rebuild(subtree: Tree, subtree_path: KeyPath) -> Tree:
-        """Returns a subtree whose aliases are replaced by rebuilt objects."""
+        """Returns a subtree in which rebuilt objects replace aliases."""
 
         def is_alias_or_original(child: object) -> bool:
             is_original = id(child) in original_ids and child is not subtree
@@ -198,7 +199,7 @@ def _object_of_each_alias(tree: Tree) -> dict[KeyPath, Leaf]:
 
 
 def alias_repeated_objects(tree: Tree) -> Tree:
-    """Returns a tree with aliases for repeated objects; the tree itself if it has none."""
+    """Returns a tree with aliases for repeated objects, or the tree itself."""
     keyed_leaves, treedef = flatten_with_aliases(tree)
     tree_with_aliases = treedef.unflatten(leaf for _, leaf in keyed_leaves)
     return tree_with_aliases if _aliases_with_paths(tree_with_aliases) else tree
@@ -233,7 +234,7 @@ def _aliases_with_paths(tree: Tree) -> list[tuple[KeyPath, Alias]]:
 
 
 def is_nnx_object(value: Leaf) -> bool:
-    """Returns True if a value is an object of NNX: a module, a stream, a Variable."""
+    """Returns True if a value is an NNX object: a module, a stream, a Variable."""
     # Before NNX is imported, which is slow, there are no objects.
     return "flax.nnx" in sys.modules and _is_nnx_class(type(value))  # type: ignore[arg-type]
 
@@ -247,7 +248,7 @@ def _is_nnx_class(kind: type) -> bool:
 def nnx_objects(
     tree: Tree, visited: dict[int, object] | None = None
 ) -> Iterator[tuple[KeyPath, Leaf]]:
-    """Yields each object of NNX in a tree, with its first key path.
+    """Yields each NNX object of a tree, with its first key path.
 
     Args:
       tree: any tree.
@@ -268,7 +269,7 @@ def nnx_objects(
 
 
 def _keyed_children(value: Leaf) -> KeyedLeaves:
-    """Returns the children of an object, with a key each."""
+    """Returns the children of an object, each with its key."""
     # JAX asks first about the object itself, which is no leaf, and then about its children. (An
     # object that contains itself is its own child, so identities cannot tell the two apart.)
     answers = iter([False])

@@ -1,4 +1,4 @@
-"""Axis roles: the axes of a weight that an activation contracts, and those that come out.
+"""Axis roles: which axes of a weight an activation contracts, and which remain in the result.
 
 Roles are recorded, never guessed from sizes. Axes are counted from the end, so that a slice of
 a stack (one layer inside `jax.lax.scan`) has the roles of the stack.
@@ -18,7 +18,7 @@ EMBEDDING_NAMES = frozenset({"embedding"})
 
 @dataclasses.dataclass(frozen=True)
 class AxisRoles:
-    """The in axes and the out axes of a weight, as negative integers; all others are batch axes."""
+    """The in axes and out axes of a weight, as negative integers; other axes are batch axes."""
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
@@ -66,7 +66,7 @@ class AxisRoles:
         return tuple(role_of(axis) for axis in range(-ndim, 0))
 
     def sizes(self, shape: Sequence[int], label: Label) -> tuple[int, ...]:
-        """Returns the sizes of the axes of `shape` that have the role `label`, in their order."""
+        """Returns the sizes of the axes of `shape` with the role `label`, in order."""
         labels = self.labels(len(shape))
         return tuple(size for size, role in zip(shape, labels, strict=True) if role == label)
 
@@ -86,7 +86,7 @@ GAIN, ACTIVATION = "gain", "activation"
 
 @dataclasses.dataclass(frozen=True)
 class ProductOrder:
-    """Describes the place of a kernel's products among the operations of a function.
+    """The position of a kernel's products among the operations of a function.
 
     Attributes:
       is_one_hot_lookup: whether the other operand of a product is one-hot.
@@ -101,7 +101,7 @@ class ProductOrder:
 
 @dataclasses.dataclass(frozen=True)
 class ObservedRoles:
-    """The roles of the axes of a leaf, read from what a traced function does with it.
+    """The axis roles of a leaf, inferred from a traced function.
 
     Attributes:
       roles: the roles of its axes.
@@ -118,6 +118,6 @@ class ObservedRoles:
 
 
 def default_roles(name: str, ndim: int) -> AxisRoles | None:
-    """Returns the roles of Flax's convention for a leaf's name; None without a convention."""
+    """Returns the roles that Flax's conventions give a leaf of this name, or None."""
     has_convention = name in KERNEL_NAMES | EMBEDDING_NAMES and ndim >= 2
     return AxisRoles((-2,), (-1,)) if has_convention else None

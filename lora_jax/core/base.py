@@ -1,4 +1,4 @@
-"""Bases: an adapted weight has W as an array, or as a `Base`, such as quantized codes and scales.
+"""Bases: the W of an adapted weight, as an array or as a `Base` such as quantized codes.
 
 Only this file looks inside a base. Other files use its shape, its dtype and the functions below. A
 `Base` is one leaf of a tree: `lorafy` puts factors beside it as beside an array. `adapt` **forms**
@@ -69,7 +69,7 @@ class Base(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackMember:
-    """A base that is one member of a stack, together with the stack.
+    """A base that is one member of a stack, with a reference to the stack.
 
     A compiled kernel that reads the member out of the stack needs no copy of the member. All other
     code uses `member`.
@@ -104,7 +104,7 @@ class StackMember:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A base after operations that rearranged or cast it; `as_array` applies them to W.
+    """A base after operations that rearranged or cast it; `as_array` applies these to W.
 
     Attributes:
       source: the base before the operations.
@@ -136,12 +136,12 @@ class _View:
 
 
 class NoArray:
-    """Superclass of nodes that raise an error with a remedy where they are used as arrays."""
+    """Superclass of nodes that raise an error with a remedy if they are used as arrays."""
 
     how_to_use: str
 
     def replace(self, **changes: Leaf) -> Self:
-        """Returns a copy with other values in some of the attributes."""
+        """Returns a copy with other values of some attributes."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def _raise_not_an_array(self, *_: object, **__: object) -> NoReturn:
@@ -159,7 +159,7 @@ def is_base(value: Leaf) -> bool:
 
 
 def is_of_4_bits(array: Shaped) -> bool:
-    """Returns True if an accelerator stores two elements of an array in a byte."""
+    """Returns True if an accelerator stores two elements of this array in a byte."""
     return array.dtype.name in ("int4", "uint4", "float4_e2m1fn")
 
 
@@ -170,12 +170,12 @@ def as_array(base: BaseLike) -> jax.Array:
 
 
 def stand_in(base: BaseLike) -> BaseLike:
-    """Returns the array or the shape to trace a function with in place of a base."""
+    """Returns the array or shape with which a function is traced in place of a base."""
     return jax.eval_shape(as_array, base) if is_base(base) else base
 
 
 def is_abstract(base: BaseLike) -> bool:
-    """Returns True if a base has shapes only (`jax.ShapeDtypeStruct`)."""
+    """Returns True if a base consists of shapes only (`jax.ShapeDtypeStruct`)."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
 
 
@@ -204,7 +204,7 @@ def product(fn: Callable[..., jax.Array], base: BaseLike, *operands: jax.Array) 
 
 
 def has_rows_kernel(base: BaseLike) -> bool:
-    """Returns True if stacks of this kind of base may have a compiled kernel for few rows of x."""
+    """Returns True if stacks of this kind of base may have a TPU kernel for few rows of x."""
     return hasattr(type(base), "rows_kernel")
 
 
@@ -261,7 +261,7 @@ def along(base: BaseLike, move: Move, touched: Sequence[int] = ()) -> BaseLike:
 
 
 def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
-    """Returns one member of a stack, without the stack's axis.
+    """Returns one member of a stack, without the stack axis.
 
     Args:
       base: base of the stack.
@@ -270,6 +270,7 @@ def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
     """
 
     def index_array(array: jax.Array, axes: Axes) -> jax.Array:
+        """Returns the member's part of one array."""
         if axis not in axes:
             return array
         array_axis = axes.index(axis)
@@ -280,7 +281,7 @@ def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
 
 
 def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
-    """Returns the base if it can be split into pieces that are bases, else W as an array.
+    """Returns the base if it can be sharded as it is, else W as an array.
 
     Args:
       base: base of a weight.
@@ -291,7 +292,7 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     is_splittable_array: list[bool] = []
 
     def check_array(array: Leaf, axes: Axes) -> Leaf:
-        """Records whether each axis of an array can be split evenly, or need not be split."""
+        """Records whether an array can be split evenly along its split axes."""
         is_even_axis: list[bool] = []
         for size, axis, n_pieces in zip(array.shape, axes, parts, strict=True):
             is_whole = size == 1 or n_pieces == 1
@@ -304,7 +305,7 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
 
 
 def _apply_primitive(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:
-    """Returns the result of a primitive with one operand and one result."""
+    """Applies a primitive with one operand and one result."""
     outputs = primitive.bind(array, **primitive.get_bind_params(params))
     result: jax.Array = outputs[0] if primitive.multiple_results else outputs
     return result

@@ -32,13 +32,13 @@ Space: Any = jax.memory.Space
 
 
 def move_to_memory(array: Any, space: Space) -> Any:
-    """Returns an array in a memory space; the array itself if it is there already."""
+    """Returns an array in a memory space, or the array itself if it is there already."""
     is_in_space = jax.typeof(array).memory_space == space
     return array if is_in_space else jax.device_put(array, space)
 
 
 def varying_mesh_axes(array: Any) -> frozenset[str]:
-    """Returns the axes of the mesh along which an array may differ, by its type in shard_map."""
+    """Returns the mesh axes along which an array varies, by its type in shard_map."""
     array_type = jax.typeof(array)
     manual_axes = getattr(array_type, "manual_axis_type", None)
     if manual_axes is None:  # in older releases of JAX

@@ -1,4 +1,4 @@
-"""A weight with its factors: what `adapt` carries through a function in place of an array.
+"""An adapted weight inside a traced function: `adapt` carries it in place of an array.
 
 A weight's **parts** are the arrays beside its base, by name. A weight is **formed** where A and B
 stand among its parts, and **compact** where they follow from smaller parts.
@@ -34,18 +34,18 @@ _COMPACT_PARTS = ("shared_a", "shared_b", "latent", "lambda_b")
 
 
 class ExamplesError(ValueError):
-    """The examples of a batch, each with an adapter of its own, cannot be told apart."""
+    """Raised if examples with separate adapters cannot be told apart in a batch."""
 
 
 class TokensError(ValueError):
-    """A weight acts on some tokens only, and a use of it does not tell which tokens these are.
+    """Raised if a use does not show on which tokens a weight's adapter acts.
 
     The use may also have its tokens in another order than the mask.
     """
 
 
 class _MessagePath(str):
-    """A path that equals every other path, so that similar layers share a compiled function."""
+    """A path, for messages only: it equals every other, so that layers share compiled code."""
 
     __slots__ = ()
 
@@ -132,7 +132,7 @@ class Factored:
         return not self.parts.keys().isdisjoint(_COMPACT_PARTS)
 
     def formed(self) -> "Factored":
-        """Returns the weight with a and b in place of the parts that they are computed from."""
+        """Returns the weight with a and b computed from the parts that determine them."""
         if not self.is_compact:
             return self
         return self.replace(a=self.a, b=self.b, **dict.fromkeys(_COMPACT_PARTS))
@@ -150,11 +150,11 @@ class Factored:
         )
 
     def _without_adapter(self) -> BaseLike:
-        """Returns W: an array, or a weight without parts."""
+        """Returns W, as an array or as a weight without parts."""
         return dataclasses.replace(self, parts={}) if is_base(self.base) else self.base
 
     def seen_by_use(self, use: str) -> BaseLike:
-        """Returns the weight that one use of a tied table sees: W alone, or W with its factors.
+        """Returns the weight as one use of a tied table sees it, perhaps without its factors.
 
         Args:
           use: "lookup" or "product".
@@ -193,7 +193,7 @@ class Factored:
 
     @property
     def scales(self) -> jax.Array:
-        """The factors of the columns of xA: s [batch…, 1], or s·lambda_d [batch…, r]."""
+        """The scales of the columns of xA: s [batch…, 1], or s·lambda_d [batch…, r]."""
         scale: jax.Array = jnp.expand_dims(self.scale, self.scale.ndim)
         if self.lambda_d is None:
             return scale
@@ -217,7 +217,7 @@ class Factored:
     def with_base_and_labels(
         self, base: BaseLike, labels: Sequence[Label], narrow: Sequence[int] | None = None
     ) -> "Factored":
-        """Returns the weight on a base of another shape whose axes keep the order in each role.
+        """Returns the weight with a reshaped base that keeps each role's axis order.
 
         Args:
           base: the base of the result.
@@ -229,6 +229,7 @@ class Factored:
         narrow_shape = base.shape if narrow is None else narrow
 
         def reshape_part(name: str, array: jax.Array) -> jax.Array:
+            """Reshapes a part like the base."""
             # A mask of examples or tokens has no axes of the base.
             is_mask = EXAMPLE in self.layout(name)
             if is_mask:
@@ -240,7 +241,7 @@ class Factored:
         return dataclasses.replace(self, base=base, parts=parts, labels=tuple(labels))
 
     def merged(self) -> jax.Array:
-        """Returns (W + s·AB)·diag(g): in fp32 (or wider), rounded once to W's dtype."""
+        """Returns (W + s·AB)·diag(g), computed in fp32 or wider and rounded once to W's dtype."""
         base = as_array(self.base)
         if not self.parts:
             return base
@@ -286,7 +287,7 @@ class Factored:
 
 
 def wrong_rows_message(weight: Factored, rows: Sequence[int]) -> str:
-    """Returns the message for an activation whose rows are not the tokens of a mask.
+    """Returns the message for an activation whose rows do not match a token mask.
 
     Args:
       weight: the weight, with its mask.

@@ -1,4 +1,4 @@
-"""The product of few rows of x, as in decoding, with a quantized W alone, for TPUs.
+"""Products of few rows of x, as in decoding, with a quantized W: the forms for TPUs.
 
 A training step multiplies thousands of rows by W, and XLA decodes W inside the product. With few
 rows, XLA for TPUs would write the decoded W to memory first, for every token. The **flat** form of
@@ -38,7 +38,7 @@ Product = Callable[[BaseLike, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowsCall:
-    """The forms of one product of W and x, each a function (W, x) -> xW.
+    """The implementations of one product of W and x, each a function (W, x) -> xW.
 
     Attributes:
       kernel: the form for one TPU, the rows kernel.
@@ -56,7 +56,7 @@ class RowsCall:
 
 
 def call_rows(call: RowsCall, base: BaseLike, x: jax.Array) -> jax.Array:
-    """Returns xW, in the form for the platform that the program is lowered for."""
+    """Returns xW by the implementation for the target platform."""
     leaves, tree = jax.tree.flatten((base, x))
     jaxpr = jax.make_jaxpr(_product_of_leaves(tree, call.plain))(*leaves)
     result: jax.Array = _ROWS_PRIMITIVE.bind(*leaves, jaxpr=jaxpr, call=call, tree=tree)
@@ -69,7 +69,7 @@ _ROWS_PRIMITIVE = Primitive("few_rows")
 
 
 def _product_of_leaves(tree: Any, product: Product) -> Callable[..., jax.Array]:
-    """Returns a product as a function of the leaves of the pair (W, x)."""
+    """Returns the product as a function of the flattened pair (W, x)."""
     return lambda *leaves: product(*jax.tree.unflatten(tree, leaves))
 
 
@@ -86,6 +86,7 @@ def _lower_plain_product(ctx: Any, *leaves: Any, jaxpr: Any, **_: Any) -> Any:
 
 
 def _lower_for_tpu(ctx: Any, *leaves: Any, call: RowsCall, tree: Any, **_: Any) -> Any:
+    """Lowers the product to the kernel for one TPU, or to the flat form for several."""
     # Inside shard_map the context has a mesh instead of a number of devices.
     n_devices = getattr(ctx.module_context.axis_context, "num_devices", None)
     form = call.kernel if n_devices == 1 else call.flat
@@ -96,7 +97,7 @@ def _lower_for_tpu(ctx: Any, *leaves: Any, call: RowsCall, tree: Any, **_: Any) 
 def _differentiate(
     primals: Sequence[Any], tangents: Sequence[Any], *, call: RowsCall, tree: Any, **_: Any
 ) -> Any:
-    """Returns the product and its tangent: the JVP of the differentiable form."""
+    """Returns the product and its tangent, by the JVP of the differentiable form."""
     product = _product_of_leaves(tree, call.differentiable)
     # Leaves with a symbolic zero as tangent are constants of the derivative.
     variable_indices = [
@@ -119,7 +120,7 @@ def _differentiate(
 def _map_product(
     leaves: Sequence[Any], axes: Sequence[int | None], *, call: RowsCall, tree: Any, **_: Any
 ) -> tuple[Any, int]:
-    """Returns the product mapped over an axis of some leaves, and the axis of the result."""
+    """Returns the product under vmap, and the mapped axis of the result."""
     *base_axes, x_axis = axes
     is_base_mapped = any(axis is not None for axis in base_axes)
     # Each example has its own W: use the product that `jax.vmap` can map.
@@ -150,7 +151,7 @@ class BaseDot(NamedTuple):
 
 
 def base_dot(x: jax.Array, base: BaseLike, spec: BaseDot) -> jax.Array:
-    """Returns xW, or Wᵀx where the weight comes first, as `lax.dot_general` does.
+    """Returns xW, or Wᵀx if the weight comes first, like `lax.dot_general`.
 
     Args:
       x: any array.
@@ -179,7 +180,7 @@ def _dot_by_platform(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
 
 
 def _rows_kernel_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall | None:
-    """Returns the call of a rows kernel; None if W is no layer of a stack that has a kernel."""
+    """Returns the call of a rows kernel, or None if W belongs to no stack with a kernel."""
     member_and_casts = stack_member(base)
     if member_and_casts is None:
         return None
@@ -193,6 +194,7 @@ def _rows_kernel_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall |
         return None
 
     def run_kernel(base: BaseLike, x: jax.Array) -> jax.Array:
+        """Runs the kernel on the stack and the member's index."""
         # `base` has the structure of `member`, but the arrays of this call.
         base_member_and_casts = stack_member(base)
         assert base_member_and_casts is not None, "the operand has the structure of a stack member"
@@ -213,7 +215,7 @@ def _rows_kernel_call(x: jax.Array, base: BaseLike, spec: BaseDot) -> RowsCall |
 
 
 def _plain_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
-    """Returns xW, or Wᵀx where the weight comes first, by `lax.dot_general` as it is."""
+    """Returns xW, or Wᵀx if the weight comes first, by a plain `lax.dot_general`."""
 
     def dot(w: jax.Array, x: jax.Array) -> jax.Array:
         if spec.weight_first:
@@ -224,7 +226,7 @@ def _plain_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
 
 
 def flat_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
-    """Returns xW in the flat form: at least eight rows of x, between barriers."""
+    """Returns xW in the flat form: x padded to at least eight rows, between barriers."""
     n_row_axes = x.ndim - len(spec.contract[0])
     row_shape = x.shape[:n_row_axes]
     n_rows = math.prod(row_shape)
@@ -243,7 +245,7 @@ def flat_dot(spec: BaseDot, base: BaseLike, x: jax.Array) -> jax.Array:
 
 
 def _has_few_rows(x: jax.Array, base: BaseLike, spec: BaseDot) -> bool:
-    """Returns True if W is no array, the last axes of x are contracted, and x has few rows."""
+    """Returns True if W is quantized, x has few rows, and its last axes are contracted."""
     is_plain_product = not (spec.weight_first or spec.batch[0] or spec.params.get("out_sharding"))
     if not is_base(base) or not is_plain_product:
         return False

@@ -21,7 +21,7 @@ from lora_jax.core.parts import layout_of_axes
 
 
 def accumulation_dtype(dtype: DTypeLike) -> DTypeLike:
-    """Returns the dtype to accumulate in: fp32, or the operands' own dtype if that is wider."""
+    """Returns the accumulation dtype: fp32, or the operands' own dtype if it is wider."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
     widest: DTypeLike = jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -1,4 +1,4 @@
-"""Carries leaves that are no arrays through compiled functions: activations, flags, names.
+"""Carries leaves that are not arrays through compiled functions: activations, flags, names.
 
 A module of Equinox has functions and Python numbers among its leaves, which `jax.jit` refuses or
 traces. `wrap_opaque_leaves` makes them a part of the tree's structure. `unwrap_opaque_leaves` makes
@@ -17,7 +17,7 @@ from lora_jax.core.weight import is_leaf
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
-    """Holds a leaf that is no array; equal to another one with an equal or the same value."""
+    """Wraps a leaf that is not an array; equal wrappers have the same or equal values."""
 
     value: object
 
@@ -49,7 +49,7 @@ def _is_opaque(value: Leaf) -> bool:
 
 
 def wrap_opaque_leaves(tree: Tree) -> Tree:
-    """Wraps each leaf that is no array in an `Opaque`, which has no leaves."""
+    """Wraps each leaf that is not an array in an `Opaque`, which has no leaves."""
     treedef: jax.tree_util.PyTreeDef
     keyed, treedef = flatten_with_aliases(tree, is_leaf)
     if all(hasattr(leaf, "shape") for _, leaf in keyed):

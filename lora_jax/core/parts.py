@@ -1,4 +1,4 @@
-"""The arrays of an adapted weight, and the roles of their axes: the one table of their layout.
+"""The layout of an adapted weight's arrays: the axis roles of each, in one table.
 
 Everything that moves, slices, shards, joins or saves the arrays of a weight reads their axes here.
 The **layout** of an array is the weight's axis that each of its axes holds. An axis that the weight
@@ -56,7 +56,7 @@ NEUTRAL = {"gain": 1.0, "lambda_d": 1.0}
 
 
 def layout_of_axes(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
-    """Returns the layout of an array: the weight's axis for each of its axes, or a negative number.
+    """Returns, for each axis of an array, the weight's axis, or a negative number for others.
 
     Args:
       axes: the roles of the array's axes, as in `AXES`.
@@ -76,7 +76,7 @@ def layout_of_axes(axes: Sequence[Role], labels: Sequence[Label]) -> Axes:
 def shape_of_axes(
     axes: Sequence[Role], shape: Sequence[int], labels: Sequence[Label], rank: int, u: int = 0
 ) -> Axes:
-    """Returns the shape of an array that belongs to a weight.
+    """Returns the shape of one of a weight's arrays.
 
     Args:
       axes: the roles of the array's axes, as in `AXES`.
@@ -100,7 +100,7 @@ def shape_of_axes(
 def align_to_axes(
     array: jax.Array, axes: Axes, result_axes: Mapping[int, int], ndim: int
 ) -> jax.Array:
-    """Transposes an array to the axes of a result, with size one along the axes that it lacks.
+    """Transposes an array to a result's axes, with size one along axes that it lacks.
 
     Args:
       array: the array; it has size one along each axis of the weight not in `result_axes`.
@@ -118,13 +118,13 @@ def align_to_axes(
 
 
 def rank_axis(axes: Sequence[Role], labels: Sequence[Label]) -> int:
-    """Returns the axis of an array that holds the rank, -1 where it has none."""
+    """Returns the rank axis of an array, or -1 if it has none."""
     array_layout = layout_of_axes(axes, labels)
     return array_layout.index(RANK) if RANK in array_layout else -1
 
 
 def pad_rank(array: jax.Array, axis: int, rank: int) -> jax.Array:
-    """Pads an array with zeros along the axis of the rank.
+    """Pads an array with zeros along the rank axis.
 
     Args:
       array: the array.
@@ -140,7 +140,7 @@ def pad_rank(array: jax.Array, axis: int, rank: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("ranks", "axis"))
 def join_layers_unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
-    """Concatenates the layers of a stack along the rank, without their padding.
+    """Concatenates the layers of a stack along the rank, without padding.
 
     Args:
       array: [layers, …, rank, …].
@@ -159,7 +159,7 @@ def join_layers_unpadded(array: jax.Array, ranks: Sequence[int], axis: int) -> j
 
 
 def zero_rank_padding(array: jax.Array, ranks: Sequence[int], axis: int) -> jax.Array:
-    """Returns an array with zeros in its padding along an axis of the rank."""
+    """Returns an array with its padding along a rank axis set to zero."""
     if len(set(ranks)) == 1:
         return array
     rank_of_layer = np.array(ranks, np.int32).reshape(-1, *[1] * (array.ndim - 1))

@@ -19,7 +19,7 @@ _BOX_ATTRIBUTES = frozenset({"value", "raw_value"})
 
 
 def path_string(key_path: tuple[object, ...]) -> str:
-    """Returns a key path of `jax.tree_util` joined by ``/``, without a box's attribute."""
+    """Returns a key path of `jax.tree_util` joined by ``/``, without the attribute of a box."""
     if key_path and isinstance(key_path[-1], GetAttrKey) and key_path[-1].name in _BOX_ATTRIBUTES:
         key_path = key_path[:-1]
     return keystr(key_path, simple=True, separator="/")
@@ -52,13 +52,13 @@ def flatten_with_paths(
 
 
 def fold_in_path(key: jax.Array, path: str) -> jax.Array:
-    """Returns the key of one path, which depends on no other path and on no process."""
+    """Returns a key derived from a path, equal in every process."""
     digest = hashlib.sha256(path.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "little"))
 
 
 def check_prng_key(argument: str, key: Leaf) -> jax.Array:
-    """Returns a PRNG key, typed or raw, after a check of its type.
+    """Checks the type of a PRNG key, typed or raw, and returns it.
 
     Args:
       argument: the name of the argument, for the message.
@@ -77,7 +77,7 @@ def check_prng_key(argument: str, key: Leaf) -> jax.Array:
 
 
 def has_segments(path: str, name: str) -> bool:
-    """Returns True if `name` ("q_proj", "mlp/up_proj") is one or more whole segments of `path`."""
+    """Returns True if `name` ("q_proj", "mlp/up_proj") is a run of whole segments of `path`."""
     return f"/{name}/" in f"/{path}/"
 
 
@@ -87,7 +87,7 @@ def leaf_name(path: str) -> str:
 
 
 def numbered_layer(path: str, *, stacked: bool) -> int | None:
-    """Returns the layer of a path, its first numbered segment ("layers/3/…", "h_3/…"), or None.
+    """Returns the first numbered segment of a path ("layers/3/…", "h_3/…"), or None.
 
     In the path of a stack of kernels, the numbers of Linen's automatic names ("ScanBlock_0",
     "Dense_0") count modules, not layers, and are ignored.
@@ -117,7 +117,7 @@ def most_similar(name: str, paths: Iterable[str], n: int = 5) -> list[str]:
 def check_same_paths(
     caller: str, adapter_paths: Collection[str], node_paths: Collection[str]
 ) -> None:
-    """Raises ValueError unless an adapter has arrays for each node of a tree, and no others.
+    """Raises ValueError unless an adapter's paths are exactly the paths of a tree's nodes.
 
     Args:
       caller: the caller's name, for the message.

@@ -65,11 +65,11 @@ class ProductCall(NamedTuple):
         return [axis for axis in range(x.ndim) if axis not in (*self.contract[0], *self.batch[0])]
 
     def free_stack(self, weight: Factored) -> tuple[int, ...]:
-        """Returns the free batch axes of the weight."""
+        """Returns the batch axes of the weight that the product does not batch."""
         return tuple(axis for axis in weight.axes("batch") if axis not in self.batch[1])
 
     def sides(self, weight: Factored) -> tuple[Axes, Axes]:
-        """Returns the near axes and the far axes of the weight."""
+        """Returns the contracted (near) and the remaining (far) axes of the weight."""
         in_axes = weight.axes("in")
         out_axes = weight.axes("out")
         if set(self.contract[1]) == set(in_axes):
@@ -78,7 +78,7 @@ class ProductCall(NamedTuple):
 
 
 class ExampleColumns(NamedTuple):
-    """The columns of A that each row of an activation sees, where examples have own adapters.
+    """The columns of A that each row of x uses, if each example has its own adapter.
 
     Attributes:
       mask: [examples, r], 1 for the columns of an example's adapter, 0 for others.
@@ -172,7 +172,7 @@ def dot(
 
 
 def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
-    """Returns the mirror image for a free stack, each of whose layers has its own gain.
+    """Returns xWᵀ for a free stack in which each layer has its own gain.
 
     Copies x for each layer, times the layer's gain, batches the stack, and puts the axes of the
     result in order.
@@ -253,7 +253,7 @@ def combine_base_and_factors(
 
 
 def _is_cheap_to_recompute(weight: Factored) -> bool:
-    """Returns True if recomputing a product for the gain costs less than keeping it.
+    """Returns True if recomputing a product for the gain costs less than storing it.
 
     That holds for the narrow keys and values of grouped-query attention.
     """
@@ -261,7 +261,7 @@ def _is_cheap_to_recompute(weight: Factored) -> bool:
 
 
 def _gain_in_layout_of_x(weight: Factored, x: jax.Array, contract: Dims, batch: Dims) -> jax.Array:
-    """Returns the gain in x's layout and dtype, where the out axes are contracted."""
+    """Returns the gain in x's layout and dtype, for contracted out axes."""
     x_axes = dict(zip(contract[1] + batch[1], contract[0] + batch[0], strict=True))
     return align_to_axes(weight.gain, weight.layout("gain"), x_axes, x.ndim).astype(x.dtype)
 
@@ -284,7 +284,7 @@ def _vector_in_result_layout(
 def _product_with_factors(
     x: jax.Array, weight: Factored, call: ProductCall, dtype: DTypeLike, z: jax.Array | None
 ) -> jax.Array:
-    """Returns s·(xA)B, with the free axes of x flattened to one where z has them so."""
+    """Returns s·(xA)B; the free axes of x are flattened if those of z are."""
     if weight.is_compact:
         # B is formed again in the backward pass: kept, it would take a copy for each layer.
         def scale_and_multiply(xa: jax.Array, weight: Factored) -> jax.Array:
@@ -315,7 +315,7 @@ def scaled_product(
 
 
 def name_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
-    """Returns s·xA under the name that policies keep, if it is much smaller than x.
+    """Returns s·xA, named for remat policies if it is much smaller than x.
 
     Args:
       z: s·xA.
@@ -326,7 +326,7 @@ def name_if_narrow(z: jax.Array, rank: int, contracted: int) -> jax.Array:
 
 
 def is_worth_keeping(rank: int, contracted: int) -> bool:
-    """Returns True if s·xA is so small beside x that policies keep it: see `NARROW_PRODUCT`."""
+    """Returns True if s·xA is so much smaller than x that remat policies keep it."""
     return rank * _MIN_ELEMENTS_PER_RANK <= contracted
 
 
@@ -356,7 +356,7 @@ def _multiply_by_a(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Arr
 
 
 def _scale_xa(x: jax.Array, xa: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
-    """Returns z = s·xA in x's dtype; the axes of z that are x's free ones are mostly flattened."""
+    """Returns z = s·xA in x's dtype, with mostly flattened free axes."""
     x_batch, w_batch = call.batch
     x_free = call.x_free(x)
     n_batch = len(w_batch)
@@ -379,7 +379,7 @@ def _scale_xa(x: jax.Array, xa: jax.Array, weight: Factored, call: ProductCall) 
 def _zero_inactive_tokens(
     z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall
 ) -> jax.Array:
-    """Returns s·xA with zeros for the tokens that do not see the adapter.
+    """Returns s·xA with zeros for tokens that do not use the adapter.
 
     Raises:
       TokensError: the free axes of x are not those of the mask, in its order, nor both as one.
@@ -401,7 +401,7 @@ def _zero_inactive_tokens(
 def _multiply_by_b(
     z: jax.Array, x: jax.Array, weight: Factored, call: ProductCall, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns zB: the rank is contracted, and the batch axes of the weight are batched."""
+    """Returns zB, contracted over the rank and batched over the weight's batch axes."""
     w_batch = call.batch[1]
     free_stack = call.free_stack(weight)
     near_axes, far_axes = call.sides(weight)
@@ -437,7 +437,7 @@ def _multiply_by_b(
 
 
 def apply_dropout(x: jax.Array, weight: Factored) -> jax.Array:
-    """Returns A's input: x with dropout, where the weight has a key."""
+    """Returns A's input: x, with dropout if the weight has a key."""
     if not has_dropout(weight):
         return x
     key = weight.key.reshape(-1)[0]  # the layers of a stack that x meets at once share one mask
@@ -447,17 +447,17 @@ def apply_dropout(x: jax.Array, weight: Factored) -> jax.Array:
 
 
 def has_dropout(weight: Factored) -> bool:
-    """Returns True if dropout acts on a weight's input: the weight has a key and a rate."""
+    """Returns True if a weight has a dropout key and a rate."""
     return weight.key is not None and weight.dropout > 0
 
 
 def has_explicit_sharding(x: jax.Array) -> bool:
-    """Returns True if x's type says how it is sharded (a mesh with explicit axes)."""
+    """Returns True if x's type contains its sharding (a mesh with explicit axes)."""
     return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
 def is_mesh_set() -> bool:
-    """Returns True if `jax.set_mesh` has set a mesh of several devices, which x may lie on."""
+    """Returns True if `jax.set_mesh` has set a mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
@@ -465,7 +465,7 @@ def is_mesh_set() -> bool:
 def _sharding_of_xa(
     x: jax.Array, x_batch: tuple[int, ...], x_free: list[int], n_free_stack: int
 ) -> jax.sharding.NamedSharding:
-    """Returns the sharding of xA: that of x, and replicated over the free stack and the rank."""
+    """Returns the sharding of xA: x's, replicated over the free stack and the rank."""
     sharding = jax.typeof(x).sharding
     entries = [sharding.spec[axis] for axis in (*x_batch, *x_free)]
     spec = jax.sharding.PartitionSpec(*entries, *[None] * (n_free_stack + 1))

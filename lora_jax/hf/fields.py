@@ -1,4 +1,4 @@
-"""Checks the fields of Hugging Face's config.json; an unknown field with an effect is an error."""
+"""Checks the fields of a config.json; an unknown field that has an effect is an error."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ _NON_NEGATIVE_FIELDS = frozenset("rms_norm_eps layer_norm_eps initializer_range"
 
 
 class ConfigError(ValueError):
-    """A model configuration that is not supported, or not complete."""
+    """A model configuration is not supported or not complete."""
 
 
 class FieldTypeError(ConfigError):
@@ -90,7 +90,7 @@ def read_json_fields(path: Path, owner: str, error_class: type[ValueError]) -> d
 
 
 def check_supported(name: str, value: object, known: Collection[KnownT]) -> KnownT:
-    """Returns a supported value; raises a ConfigError that lists them for any other value."""
+    """Returns a supported value; raises a ConfigError for any other value."""
     if value not in known:
         listing = ", ".join(map(str, known))
         raise ConfigError(f"{name} {value!r} is not supported. Supported values are {listing}.")
@@ -177,7 +177,7 @@ def _check_number(name: str, value: Any, field: "dataclasses.Field[Any]", kind: 
 
 
 def read_eos(config: Fields) -> tuple[int, ...]:
-    """Returns the end tokens of a config.json, which has one, several or none."""
+    """Returns the end tokens of a config.json as a tuple."""
     eos = config.get("eos_token_id")
     if eos is None:
         return ()
@@ -185,7 +185,7 @@ def read_eos(config: Fields) -> tuple[int, ...]:
 
 
 def write_eos(tokens: tuple[int, ...]) -> list[int] | int | None:
-    """Returns the field that `read_eos` reads back as these tokens."""
+    """Returns the config.json field for these end tokens, as `read_eos` reads it."""
     if not tokens:
         return None
     return list(tokens) if len(tokens) > 1 else tokens[0]

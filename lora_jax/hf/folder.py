@@ -1,4 +1,4 @@
-"""Finds the weights in a model's folder, and describes other content of such a folder."""
+"""Finds the weight files of a model's folder, and describes problems with such a folder."""
 
 import json
 import re
@@ -22,7 +22,7 @@ _LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 
 def describe_damage(path: Path, error: object) -> str:
-    """Returns the error message for a file that its reader refuses."""
+    """Returns the error message for a file that cannot be parsed."""
     pointer_problem = describe_lfs_pointer(path)
     if pointer_problem is not None:
         return pointer_problem
@@ -42,7 +42,7 @@ def describe_lfs_pointer(path: Path) -> str | None:
 
 
 def describe_folder_without_config(folder: Path) -> str | None:
-    """Returns the message for a folder of an adapter or of GGUF files; None for other folders."""
+    """Returns the message for an adapter's or a GGUF folder; None for others."""
     for adapter_folder in (folder, folder / _ADAPTER_OF_RUN):
         is_peft = (adapter_folder / _PEFT_CONFIG).is_file()
         if is_peft or (adapter_folder / _ADAPTER_METADATA).is_file():
@@ -57,7 +57,7 @@ def describe_folder_without_config(folder: Path) -> str | None:
 
 
 def _describe_adapter_folder(folder: Path, is_peft: bool) -> str:
-    """Returns the message that a folder is an adapter, with the way to load it over its base."""
+    """Returns the message for an adapter's folder: how to load it over its base."""
     base = None
     try:
         if is_peft:
@@ -80,7 +80,7 @@ def _describe_adapter_folder(folder: Path, is_peft: bool) -> str:
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
-    """Returns the file of each tensor by the index; without an index, {"": the single file}.
+    """Returns the file of each tensor by the index; {"": the single file} without an index.
 
     Raises:
       WeightsError: there are no weights, or the index is damaged; says what the folder holds.
@@ -105,13 +105,14 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Returns the file of each tensor, by an index of shards.
+    """Returns the file of each tensor from an index of shards.
 
     Raises:
       WeightsError: the index is damaged, lists a tensor twice, or names files of other folders.
     """
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Returns pairs as a dict; raises a WeightsError for duplicate names."""
         counts = Counter(name for name, _ in pairs)
         duplicates = sorted(name for name, count in counts.items() if count > 1)
         if duplicates:
@@ -142,7 +143,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _describe_other_files(folder: Path) -> str:
-    """Returns the end of a message on missing weights: what the folder holds, and what to do."""
+    """Returns the end of a message on missing weights: other contents, and a remedy."""
     problem = describe_folder_without_config(folder)
     if problem is not None:
         return f". {problem}"
@@ -175,7 +176,7 @@ def _describe_other_files(folder: Path) -> str:
 
 
 def _conversion_command(folder: Path, hub_name: str | None) -> str:
-    """Returns the command that writes a model again as safetensors.
+    """Returns the command that converts a model to safetensors.
 
     Args:
       folder: the model's folder.

@@ -1,4 +1,4 @@
-"""Declares the file format of a family: the reader of its configuration, and names of tensors."""
+"""The file format of a model family: its configuration reader and its tensor names."""
 
 import dataclasses
 import re
@@ -16,19 +16,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class ModelConfig(Protocol):
-    """A family's configuration: hashable, and read from and written as a config.json."""
+    """A family's configuration: hashable, read from and written to a config.json."""
 
     @property
     def model_type(self) -> str:
         """Hugging Face's name of the family."""
 
     def to_hf(self) -> dict[str, object]:
-        """Returns the config.json that reads back as this configuration."""
+        """Returns the config.json fields of this configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFLayout:
-    """The layout of a family's models in GGUF files.
+    """The layout of a family's GGUF files.
 
     Attributes:
       architecture: the files' ``general.architecture``.
@@ -50,7 +50,7 @@ class GGUFLayout:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFormat:
-    """A family's reader of configurations, and its names of tensors.
+    """A family's configuration reader and its tensor names.
 
     Attributes:
       read: (parsed config.json, options by keyword) -> the configuration.

@@ -1,4 +1,4 @@
-"""Reads generation_config.json: the tokens that end an answer, and the settings of sampling."""
+"""Reads generation_config.json: the end tokens and the sampling settings."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ _VALUES_WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The fields of a generation_config.json. Hashable, as a part of a configuration.
+    """The fields of a generation_config.json. Hashable, as part of a configuration.
 
     Attributes:
       text: the file's text, which `lora_jax.models.save_pretrained` writes again.
@@ -59,7 +59,7 @@ class Generation:
 
     @cached_property
     def fields(self) -> Fields:
-        """The fields as they are written."""
+        """The fields as written in the file."""
         fields: Fields = json.loads(self.text)
         return fields
 
@@ -70,7 +70,7 @@ class Generation:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The temperature, top_p and top_k that are given; temperature 0 for greedy decoding.
+        """The temperature, top_p and top_k of the file; temperature 0 for greedy decoding.
 
         A file with ``"do_sample": false`` asks for that, whatever its temperature. Without the
         field, a temperature counts. A top_k of 0 or -1 keeps all tokens, and is left out.
@@ -85,7 +85,7 @@ class Generation:
         return {name: value for name, value in settings.items() if value is not None}
 
     def check_sampling(self) -> None:
-        """Raises a ConfigError for a value of `sampling` that nothing can be sampled with."""
+        """Raises a ConfigError for invalid values of `sampling`."""
         for name, value in self.sampling.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and _IS_VALID_SAMPLING_VALUE[name](value)):
@@ -95,7 +95,7 @@ class Generation:
 
     @property
     def others(self) -> dict[str, object]:
-        """The further fields that change sampling, but are not applied here."""
+        """The other fields that change sampling, but are not applied here."""
         effective = {}
         for name, neutral_values in _VALUES_WITHOUT_EFFECT.items():
             value = self.fields.get(name)
@@ -105,7 +105,7 @@ class Generation:
 
 
 def end_token_ids(config: AnyConfig) -> tuple[int, ...]:
-    """Returns the tokens that end a text in config.json or in generation_config.json.
+    """Returns the end tokens from config.json or generation_config.json.
 
     In some models, only one of the two files names the end of a turn.
 
@@ -137,7 +137,7 @@ def read_generation_config(path: Path) -> Generation:
 
 
 def add_generation_config(config: AnyConfig, folder: Path) -> AnyConfig:
-    """Adds the generation_config.json of a folder to the configuration of its model.
+    """Adds a folder's generation_config.json to the configuration of its model.
 
     The configuration stays as it is if the folder lacks the file, or if the model does not generate
     text and so has no such field.

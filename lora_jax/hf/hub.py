@@ -1,4 +1,4 @@
-"""Finds the files of a model by a name or a path: here, on the hub, in its cache or a package."""
+"""Finds a model's files by name or path: locally, on the hub, in its cache or in a package."""
 
 import json
 import re
@@ -23,14 +23,14 @@ class ModelNotFound(OSError):
 
 
 class LocalModel(NamedTuple):
-    """A local folder or GGUF file, and a note for the user if other files than named are used."""
+    """A local folder or GGUF file, with a note to the user if it replaces the requested files."""
 
     path: Path
     note: str | None = None
 
 
 def find_model(name_or_path: str | Path) -> LocalModel:
-    """Finds a model's files, and downloads them from the hub if need be.
+    """Finds a model's files, and downloads them from the hub if needed.
 
     A hub name that is complete in the local Hugging Face cache is used as it is. Otherwise the hub
     is asked, unless HF_HUB_OFFLINE is set; a hub that does not answer within ten seconds counts as
@@ -73,7 +73,7 @@ def snapshot_revision(path: Path) -> str | None:
 
 
 def name_on_other_machines(name_or_path: str | Path) -> str | None:
-    """Returns a model's name that is valid on other machines; None for a local path.
+    """Returns a model's name that works on other machines; None for a local path.
 
     Args:
       name_or_path: a hub name, a snapshot in the Hugging Face cache, or another path.
@@ -89,7 +89,7 @@ def name_on_other_machines(name_or_path: str | Path) -> str | None:
 
 
 def look_up_model(name_or_path: str | Path) -> LocalModel | str:
-    """Finds a model's files as ``find_model`` does; returns the reason if there are none.
+    """Finds a model's files as ``find_model`` does, or returns the reason why there are none.
 
     Args:
       name_or_path: a folder, a GGUF file, or a hub name.
@@ -121,7 +121,7 @@ def look_up_model(name_or_path: str | Path) -> LocalModel | str:
 
 
 def stand_in(name_or_path: str | Path) -> str | None:
-    """Describes the weights of a package that replace the hub's; None if the hub's are used.
+    """Describes the package's weights that replace the hub's; None if none do.
 
     Args:
       name_or_path: a model whose files are on this machine.
@@ -146,7 +146,7 @@ def hub_error(name: str, problem: str) -> ModelNotFound:
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """Finds a model's configuration; downloads only this file from the hub.
+    """Finds a model's configuration; downloads only that file from the hub.
 
     Args:
       name_or_path: a config.json, a folder with one, a GGUF file, or a hub name.
@@ -173,7 +173,7 @@ def find_config(name_or_path: str | Path) -> Path:
 
 
 def _local_path(name_or_path: str | Path, patterns: list[str] = _BUCKET_FILE_PATTERNS) -> Path:
-    """Returns a path on this machine, which need not exist; copies a bucket's files that match.
+    """Returns the local path for a path or a bucket's address, whose needed files are copied.
 
     Raises:
       ModelNotFound: the bucket cannot be read, or the path has another scheme.
@@ -202,7 +202,7 @@ def _single_gguf_file(folder: Path) -> Path | None:
 
 
 def check_hub_name(name_or_path: str | Path) -> str:
-    """Returns a name of the form owner/model; raises ModelNotFound for any other."""
+    """Returns a name of the form owner/model; raises ModelNotFound for others."""
     name = str(name_or_path)
     is_path = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json"))
     if name.count("/") != 1 or is_path:
@@ -262,6 +262,7 @@ def probe_hub(
     problems: list[str | None] = []  # of the one request; None if there was an answer
 
     def ask_hub() -> None:
+        """Asks the hub, and appends the error or None."""
         try:
             request_info = getattr(hub.HfApi(), f"{kind}_info")
             request_info(name, timeout=seconds)
@@ -278,7 +279,7 @@ def probe_hub(
 def _download_snapshot(
     name: str, *, local_only: bool, patterns: list[str] | None = None
 ) -> Path | str:
-    """Returns the snapshot's folder, or the reason why there is none."""
+    """Returns the snapshot's folder, or the reason why the download failed."""
     hub = _import_huggingface_hub()
     try:
         files = patterns or _MODEL_FILE_PATTERNS
@@ -288,7 +289,7 @@ def _download_snapshot(
 
 
 def _has_all_weights(folder: Path) -> bool:
-    """Returns True if a folder has a configuration and all weights, which a cache may lack."""
+    """Returns True if a folder has its configuration and all weights."""
     if not (folder / "config.json").exists():
         return False
     index = folder / "model.safetensors.index.json"
@@ -304,6 +305,7 @@ def _first_line_of_error(error: Exception) -> str:
 
 
 def _import_huggingface_hub() -> ModuleType:
+    """Returns the module huggingface_hub; an ImportError says how to install it."""
     try:
         import huggingface_hub
         import huggingface_hub.constants

@@ -1,4 +1,4 @@
-"""Makes arrays of images by a preprocessor_config.json: resize, crop, rescale, normalise."""
+"""Converts images to arrays by a preprocessor_config.json: resize, crop, rescale, normalise."""
 
 import dataclasses
 import functools
@@ -44,12 +44,12 @@ _IMAGE_FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF HEIF JPEG2000 ICO".split()
 
 
 class ImageError(ValueError):
-    """An image that cannot be read."""
+    """An image cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """The steps from an image to a model's ``pixel_values``, as transformers' Pillow back end.
+    """Converts an image to ``pixel_values`` as transformers does with Pillow.
 
     Attributes:
       size: (height, width) to resize to; None to keep the image's.
@@ -90,7 +90,7 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, fields: Fields) -> "ImageProcessor":
-        """Reads the fields of a preprocessor_config.json, as transformers 4 and 5 write it.
+        """Reads the fields of a preprocessor_config.json of transformers 4 or 5.
 
         Args:
           fields: the parsed file.
@@ -128,7 +128,7 @@ class ImageProcessor:
         return cls(**settings)
 
     def to_hf(self) -> dict[str, object]:
-        """Returns the fields that ``from_hf`` reads back as this processor."""
+        """Returns the preprocessor_config.json fields of this processor."""
         processor_type = "ViTImageProcessor" if self.crop is None else "BitImageProcessor"
         fields: dict[str, object] = {
             "image_processor_type": processor_type,
@@ -151,7 +151,7 @@ class ImageProcessor:
         return fields
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes preprocessor_config.json into a folder that exists."""
+        """Writes preprocessor_config.json into an existing folder."""
         text = json.dumps(self.to_hf(), indent=2, sort_keys=True)
         (local_path(folder) / IMAGE_PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -163,7 +163,7 @@ class ImageProcessor:
         return len(self.mean), *size
 
     def pixels(self, image: ImageLike) -> np.ndarray:
-        """Returns an image resized and cut, [channels, height, width] uint8.
+        """Returns an image resized and cropped, [channels, height, width] uint8.
 
         Args:
           image: a file's path or bytes; a ``PIL.Image.Image``; or a dict with one of them, as
@@ -179,7 +179,7 @@ class ImageProcessor:
         return pixels
 
     def values(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns pixel values for a model, fp32, of `pixels`: [..., channels, height, width]."""
+        """Returns fp32 pixel values from `pixels`: [..., channels, height, width]."""
         channel_indices = np.arange(len(self.mean))[:, None, None]
         values: np.ndarray = self._value_of_level[channel_indices, pixels]
         return values
@@ -190,7 +190,7 @@ class ImageProcessor:
 
     @functools.cached_property
     def _value_of_level(self) -> np.ndarray:
-        """The value of each of the 256 levels in each channel, [channels, 256] fp32."""
+        """The pixel value of each of 256 levels, [channels, 256] fp32."""
         scale = 1.0 if self.scale is None else self.scale
         levels = (np.arange(256) * scale).astype(np.float32)
         mean = np.array(self.mean, np.float32)[:, None]
@@ -199,7 +199,7 @@ class ImageProcessor:
 
     @functools.cached_property
     def _processor(self) -> Any:
-        """The image processor of transformers that resizes and crops."""
+        """The transformers image processor that resizes and crops."""
         size: dict[str, int] | None = None
         if self.shortest_edge is not None:
             size = {"shortest_edge": self.shortest_edge}
@@ -239,7 +239,7 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
 
 
 def make_pixel_processor(module: str, name: str, **fields: object) -> Any:
-    """Returns an image processor of transformers that runs on Pillow and makes bytes, not floats.
+    """Returns an image processor of transformers that uses Pillow and returns bytes.
 
     Args:
       module: the name of the model's package, such as "vit".
@@ -257,7 +257,7 @@ def make_pixel_processor(module: str, name: str, **fields: object) -> Any:
 
 
 def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
-    """Returns an image, decoded and upright, as a ``PIL.Image.Image``.
+    """Returns an image, decoded and rotated upright, as a ``PIL.Image.Image``.
 
     A transparent file shows the colours beneath, as in transformers' ``load_image``. A transparent
     ``PIL.Image.Image`` gets a white background, as in transformers' image processors.
@@ -298,14 +298,14 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
 
 
 def _paste_on_white(pil: ModuleType, image: ImageLike) -> ImageLike:
-    """Returns a transparent image on a white background."""
+    """Returns a transparent image pasted on a white background."""
     image = image.convert("RGBA")
     ground = pil.Image.new("RGBA", image.size, (255, 255, 255, 255))
     return pil.Image.alpha_composite(ground, image)
 
 
 def is_image_file(path: Path) -> bool:
-    """Returns True if the content of a file begins like an image."""
+    """Returns True if a file starts like an image file."""
     pil = _import_pillow()
     pil.Image.init()
     formats = [name for name in _IMAGE_FORMATS if name in pil.Image.OPEN]
@@ -354,7 +354,7 @@ def _read_resize_settings(fields: Fields) -> dict[str, Any]:
 
 
 def _read_height_and_width(name: str, size: object) -> tuple[int, int]:
-    """Returns the height and the width in a field that holds both, or one number for both."""
+    """Returns the height and width from a field with both, or with one for both."""
     if isinstance(size, int):
         return size, size
     if isinstance(size, dict) and {*size} == {"height", "width"}:
@@ -367,6 +367,7 @@ def _size_fields(size: tuple[int, int]) -> dict[str, int]:
 
 
 def _import_pillow() -> ModuleType:
+    """Returns the package Pillow; an ImportError says how to install it."""
     try:
         import PIL
         import PIL.Image

@@ -1,4 +1,4 @@
-"""Maps Hugging Face's names and layouts of tensors to ours and back, by key tables.
+"""Converts between Hugging Face's tensors and our parameters, by key tables.
 
 A table is a list of rows, one for each parameter, made from a configuration alone (see
 ``lora_jax.models.key_table``). Reading and writing both follow it, and ``check_tensors`` compares a
@@ -51,7 +51,7 @@ class WeightsError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One parameter, as both sides store it.
+    """One parameter: its path and shape in our tree, and its tensors in Hugging Face's files.
 
     Attributes:
       path: ours, "/"-joined: ``model/layers/mlp/up_proj/kernel``.
@@ -86,17 +86,17 @@ class Row:
     spec: PartitionSpec = PartitionSpec()
 
     def dtype_of(self, others: DTypeLike) -> np.dtype:
-        """Returns the parameter's dtype in a tree whose others have this one."""
+        """Returns the parameter's dtype in a tree with this dtype."""
         return np.promote_types(others, np.float32) if self.wide else np.dtype(others)
 
     @property
     def members(self) -> list[tuple[int, ...]]:
-        """The index of each tensor in the stack; the empty index where there is no stack."""
+        """The index of each tensor in the stack, or one empty index without a stack."""
         return list(itertools.product(*map(range, self.stack)))
 
     @property
     def hf_names(self) -> list[str]:
-        """Hugging Face's names, in the order of ``members``."""
+        """Hugging Face's tensor names, in the order of ``members``."""
         if self.numbers is None:
             return [self.hf.format(*index) for index in self.members]
         names = []
@@ -106,27 +106,27 @@ class Row:
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """The shape of each of Hugging Face's tensors."""
+        """The shape of each Hugging Face tensor."""
         return self.shape[::-1] if self.transpose else self.shape
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
-        """Our shape, with the axes of the stack in front."""
+        """The parameter's shape, with the stack axes first."""
         return (*self.stack, *self.shape)
 
 
 class SubTensor(NamedTuple):
-    """A tensor that a file holds within another one: tensor `name`, cut by `file_index`."""
+    """A tensor that is stored as a slice of another tensor: `name`, sliced by `file_index`."""
 
     name: str  # in the file
     file_index: tuple[int | slice, ...]
 
     def shape_of(self, file_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the part's shape, given the shape of the tensor that holds it."""
+        """Returns the shape of the slice, given the shape of the stored tensor."""
         return np.broadcast_to(np.int8(0), file_shape)[self.file_index].shape
 
     def index_in_tensor(self, part_index: tuple[slice, ...]) -> tuple[int | slice, ...]:
-        """Returns a slice of the part as a slice of the tensor that holds it."""
+        """Returns the index in the stored tensor for a slice of this tensor."""
         remaining_slices = list(part_index)
         tensor_index: list[int | slice] = []
         for cut in self.file_index:
@@ -138,7 +138,7 @@ class SubTensor(NamedTuple):
 
 
 def _slice_of_slice(outer: slice, inner: slice) -> slice:
-    """Returns the slice of an axis that takes `inner` from the slice `outer` of the axis."""
+    """Returns the slice of an axis that equals slicing by `outer` and then by `inner`."""
     start = outer.start or 0
     stop = outer.stop if inner.stop is None else start + inner.stop
     return slice(start + (inner.start or 0), stop)
@@ -149,7 +149,7 @@ _DERIVED_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|position_ids|masked_
 
 
 def find_absent_parts(shapes: Mapping[str, object], table: Sequence[Row]) -> list[str]:
-    """Returns the optional parts of the table that a file lacks entirely, in the table's order."""
+    """Returns the optional parts that a file lacks completely, in the table's order."""
     stored_parts = {row.part for row in table if any(name in shapes for name in row.hf_names)}
     absent = [row.part for row in table if row.part and row.part not in stored_parts]
     return list(dict.fromkeys(absent))
@@ -161,7 +161,7 @@ def check_tensors(
     where: str,
     ignored: re.Pattern[str] | None = None,
 ) -> None:
-    """Compares a file's tensors with the table.
+    """Compares a file's tensor names and shapes with the table.
 
     Args:
       shapes: Hugging Face's name -> shape, for all tensors in the file or folder.
@@ -227,7 +227,7 @@ def write_converted(values: np.ndarray, out: np.ndarray, where: str) -> None:
 
 
 def nest_leaves(leaves: Iterable[tuple[str, Leaf]]) -> Params:
-    """Returns a nested dict, from "/"-joined paths and their values."""
+    """Returns a nested dict made from "/"-joined paths and their values."""
     tree: Params = unflatten_dict(dict(leaves), sep="/")
     return tree
 
@@ -315,13 +315,13 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
 
 
 def hf_tensor_of_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
-    """Returns a tensor of a parameter, or of an array of its codes, in Hugging Face's layout."""
+    """Returns a tensor of a parameter, or of its code array, in Hugging Face's layout."""
     array = _read_member_on_host(leaf, index)
     return array.T if row.transpose else array
 
 
 def _read_member_on_host(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
-    """Returns leaf[index] on the host, and copies nothing else of the leaf.
+    """Returns leaf[index] on the host without copying the rest of the leaf.
 
     It reads shard by shard, because JAX refuses to index an array on a mesh with explicit axes.
     JAX would also keep a NumPy copy of the whole leaf as long as the leaf lives.
@@ -345,7 +345,7 @@ def _read_member_on_host(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
 def _index_in_shard(
     index: tuple[int, ...], shard_slices: tuple[slice, ...], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Returns an index of the first axes within a shard; None if the shard does not hold it."""
+    """Returns an index of the first axes relative to a shard; None if it is outside."""
     index_in_shard = []
     for axis, axis_index in enumerate(index):
         start, stop, _ = shard_slices[axis].indices(shape[axis])
@@ -357,5 +357,5 @@ def _index_in_shard(
 
 @jax.jit
 def _index_array(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
-    """Returns array[index] with one compiled program for all members of a stack."""
+    """Returns array[index], with one compiled program for all members of a stack."""
     return array[index]

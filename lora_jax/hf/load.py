@@ -82,6 +82,7 @@ def load_params(
         check_kernels_have_codes(source, [row for row in stored_rows if row.path in codings])
 
     def read_codes(row: Row, row_sharding: Sharding | None) -> Coded | None:
+        """Returns a row's quantized kernel; None if it stays an array."""
         if keeps_codes:
             return read_stored_codes(source, row, param_dtype, row_sharding)
         coding = codings[row.path]
@@ -122,7 +123,7 @@ def _stored_codes_message(n_kernels: int) -> str:
 def _float_kernels_message(
     source: Source, float_kernels: list[Row], n_kernels: int, *, stored: bool
 ) -> str:
-    """Returns the warning for kernels that were to be in codes, and are read as arrays."""
+    """Returns the warning for kernels that should be quantized but are read as floats."""
     path = float_kernels[0].path
     if stored:
         return (
@@ -141,7 +142,7 @@ def param_shapes(
     quantize: str | Codes | Sequence[QuantRule] | None = None,
     source: HasCodes | None = None,
 ) -> Params:
-    """Returns the shapes of what `load_params` returns; reads no weights.
+    """Returns the shapes that `load_params` would return, without reading weights.
 
     Args:
       table: the parameters.
@@ -154,6 +155,7 @@ def param_shapes(
     codings = select_codings(table, dtype, quantize, source)
 
     def leaf_shape(row: Row) -> Leaf:
+        """Returns the shapes of one parameter."""
         array = jax.ShapeDtypeStruct(row.stacked_shape, row.dtype_of(dtype))
         if row.path not in codings:
             return array
@@ -195,7 +197,7 @@ def select_codings(
 
 
 def find_absent_parameters(source: Source) -> list[Row]:
-    """Returns the parameters of optional parts, such as heads, that a source lacks entirely.
+    """Returns the parameters of optional parts, such as heads, that a source lacks.
 
     Raises:
       WeightsError: other tensors are missing, left over or misshaped; one error lists all of them.
@@ -205,7 +207,7 @@ def find_absent_parameters(source: Source) -> list[Row]:
 
 
 def _match_source_to_table(source: Source) -> tuple[list[Row], list[str]]:
-    """Returns the key table that a source fits, and the optional parts that it lacks entirely."""
+    """Returns the key table that matches a source, and the optional parts it lacks."""
     table = source.format.table(source.config)
     absent = find_absent_parts(source.shapes, table)
     stored_rows = [row for row in table if row.part not in absent]
@@ -214,7 +216,7 @@ def _match_source_to_table(source: Source) -> tuple[list[Row], list[str]]:
 
 
 def _draw_parameter(row: Row, std: float, key: jax.Array) -> jax.Array:
-    """Draws a parameter as transformers does: kernels from N(0, std²), biases 0, scales 1."""
+    """Initialises a parameter as transformers does: kernels N(0, std²), biases 0, scales 1."""
     name = row.path.rsplit("/", 1)[-1]
     if name == "kernel":
         path_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
@@ -230,7 +232,7 @@ def _read_parameter(
     sharding: Sharding | None,
     layers: range | None = None,
 ) -> jax.Array:
-    """Reads a parameter onto its devices. Each box is read once, and freed before the next.
+    """Reads a parameter onto its devices, one block at a time.
 
     Args:
       source, row: the parameter.
@@ -265,7 +267,7 @@ def _read_parameter(
 
 
 def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
-    """Reads a box of a parameter: one range for each axis."""
+    """Reads a block of a parameter, given by one range for each axis."""
     values = np.empty([len(axis_range) for axis_range in box], dtype)
     n_stack_axes = len(row.stack)
     stack_ranges = box[:n_stack_axes]
@@ -286,7 +288,7 @@ def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype)
 
 
 def _check_dtypes(source: Source, table: list[Row]) -> None:
-    """Raises a WeightsError that lists the tensors which are no floats."""
+    """Raises a WeightsError that lists tensors which are not floats."""
     problems = []
     for row in table:
         for name in (*row.hf_names, *row.aliases):
@@ -300,7 +302,7 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
 
 
 def _check_aliases(source: Source, table: list[Row]) -> None:
-    """Raises WeightsError if a file's second tensor of a tied pair differs from the first."""
+    """Raises WeightsError if the two stored tensors of a tied pair differ."""
     for row in table:
         for alias in row.aliases:
             if alias not in source.shapes:

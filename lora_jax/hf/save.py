@@ -40,7 +40,7 @@ _TOKENIZER_FILES = (
 def choose_file_dtypes(
     params: Tree, table: Sequence[Row], dtype: DTypeLike | None, *, in_codes: bool = False
 ) -> dict[str, np.dtype]:
-    """Returns path -> dtype in the file, after a check of the tree; none for codes.
+    """Returns path -> dtype in the file, after a check of the tree; codes have none.
 
     Args:
       params: the parameter tree.
@@ -144,7 +144,7 @@ def _write_shards(
 
 
 def _split_into_shards(tensor_bytes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
-    """Splits names, in their order, where a file would grow beyond the maximum."""
+    """Splits names, in order, into files of at most the maximum size."""
     shards: list[list[str]] = [[]]
     shard_bytes = 0
     for name, n_bytes in tensor_bytes.items():
@@ -160,7 +160,7 @@ def _split_into_shards(tensor_bytes: Mapping[str, int], max_shard_size: int) -> 
 def _convert_member(
     row: Row, leaf: Leaf, index: tuple[int, ...], dtype: np.dtype, name: str
 ) -> np.ndarray:
-    """Returns a tensor of a parameter in its dtype in the file."""
+    """Returns a tensor of a parameter, cast to its dtype in the file."""
     tensor = hf_tensor_of_member(row, leaf, index)
     if tensor.dtype == dtype:
         return tensor
@@ -187,7 +187,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def write_chat_template(folder: Path, template: str) -> None:
-    """Writes a chat template in the place of the one that a folder's tokenizer has."""
+    """Replaces the chat template of a folder's tokenizer."""
     for file in folder.glob("chat_template*"):
         file.unlink()
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")

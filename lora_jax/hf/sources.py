@@ -1,4 +1,4 @@
-"""Sources of weights: a folder of safetensors or a GGUF file, read one tensor at a time.
+"""Sources of weights: a safetensors folder or a GGUF file, read one tensor at a time.
 
 A *file name* of a tensor is the name in the files. A *table name* is the name in the family's key
 table, under which callers ask for the tensor. A tensor of the table may be a part of one of the
@@ -43,7 +43,7 @@ _TIE_FIELD = "tie_word_embeddings"
 
 
 class HasCodes(Protocol):
-    """The shapes of the tensors of a model that lie in codes.
+    """The shapes of a model's quantized tensors.
 
     Attributes:
       where: the folder or file, for messages.
@@ -55,11 +55,11 @@ class HasCodes(Protocol):
     coded_names: frozenset[str]
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        """Returns the shapes of what `Source.codes` returns."""
+        """Returns the shapes of the result of `Source.codes`."""
 
 
 class Source(HasCodes, Protocol):
-    """A model's configuration and its tensors, by the table's names, in Hugging Face's layout.
+    """A model's configuration and tensors, by the table's names and in Hugging Face's layout.
 
     Attributes:
       format: the family's.
@@ -76,13 +76,13 @@ class Source(HasCodes, Protocol):
     kept_forms_note: str
 
     def read(self, name: str) -> np.ndarray:
-        """Reads a tensor, as it is stored or in fp32."""
+        """Reads a tensor, in its stored dtype or in fp32."""
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
         """Writes ``tensor[index]`` into ``out``, in its dtype."""
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes.
+        """Returns a quantized tensor's stored codes as NumPy arrays; None if it is not quantized.
 
         Args:
           name: the tensor.
@@ -90,10 +90,10 @@ class Source(HasCodes, Protocol):
         """
 
     def locate(self, name: str) -> str:
-        """Returns the file that holds a tensor."""
+        """Returns the file that contains a tensor."""
 
     def form(self, name: str) -> str:
-        """Returns the form that a tensor lies in, by the file's own name for it: "Q5_K", "F16"."""
+        """Returns the form in which a tensor is stored, by the file's own name: "Q5_K", "F16"."""
 
 
 class SafetensorsFolder:
@@ -151,11 +151,11 @@ class SafetensorsFolder:
             self.config = dataclasses.replace(self.config, **{_TIE_FIELD: False})
 
     def _table_name(self, file_name: str) -> str:
-        """Returns the table's name of a tensor of the files."""
+        """Returns the table's name of a tensor in the files."""
         return self.format.table_name(file_name, self.config)
 
     def _sub_tensors_by_table_name(self, tensors: Mapping[str, Header]) -> dict[str, SubTensor]:
-        """Returns the part of the files that each tensor is, by the table's names."""
+        """Returns the stored slice of each tensor of the table."""
         shapes = {name: header.shape for name, header in tensors.items()}
         parts = self.format.parts(self.config, shapes)
         divided_tensors = {part.name for part in parts.values()}
@@ -165,14 +165,14 @@ class SafetensorsFolder:
         return {name: all_parts[file_name] for name, file_name in file_names.items()}
 
     def _quantization_by_table_names(self, fields: Fields) -> Fields:
-        """Returns the quantization_config with the table's names of modules; {} without one."""
+        """Returns the quantization_config by the table's module names."""
         quantization: Fields = fields.get("quantization_config") or {}
         if all(self._table_name(name) == name for name in self._headers):
             return quantization
         return rename_modules(quantization, self._table_name)
 
     def _has_own_head(self) -> bool:
-        """Returns True if the configuration ties a head that differs from its embedding here."""
+        """Returns True if a tied head differs from its embedding in the files."""
         if not vars(self.config).get(_TIE_FIELD):
             return False
         tied_pairs = []
@@ -193,7 +193,7 @@ class SafetensorsFolder:
         return False
 
     def _file_names_by_table_name(self, names: Iterable[str]) -> dict[str, str]:
-        """Returns the tensors' names in the family's table -> their names in the files.
+        """Returns table name -> name in the files.
 
         A tied tensor that the files hold by an alias alone gets the name of its row.
         """
@@ -212,7 +212,7 @@ class SafetensorsFolder:
         return file_name_of
 
     def _open_shards(self, folder: Path) -> None:
-        """Opens all shards of the folder; raises a WeightsError if the index names others."""
+        """Opens all shards; raises a WeightsError if the index names others."""
         shard_of_tensor = read_weight_map(folder)
         for shard in sorted(set(shard_of_tensor.values())):
             self._open_shard(folder / shard)
@@ -221,7 +221,7 @@ class SafetensorsFolder:
                 raise WeightsError(f"{folder / INDEX_FILE} puts {name} in {shard}, which lacks it")
 
     def _open_shard(self, path: Path) -> None:
-        """Opens a file, and adds the headers of its tensors."""
+        """Opens a file, and reads the headers of its tensors."""
         try:
             file = safe_open(path, framework="np", backend="pread")
             self._files[path] = file
@@ -235,7 +235,7 @@ class SafetensorsFolder:
             raise WeightsError(describe_damage(path, error)) from None
 
     def _fetch_rows(self, file_name: str, rows: slice | None) -> np.ndarray:
-        """Reads rows of a tensor of the files as they lie there; all rows for None."""
+        """Reads rows of a stored tensor unconverted; all rows for None."""
         path = self._paths[file_name]
         try:
             if path not in self._raw_files:
@@ -245,7 +245,7 @@ class SafetensorsFolder:
             raise WeightsError(f"{path}: cannot read {file_name}: {error}") from None
 
     def entries(self, name: str) -> dict[str, TensorEntry]:
-        """Returns the stored tensors of a coded weight, keyed by the key table's names."""
+        """Returns the stored tensors of a quantized weight, by the table's names."""
         stored = self._stored[self._sub_tensors[name].name]
         entries: dict[str, TensorEntry] = {}
         for tensor in stored.tensors:
@@ -257,6 +257,7 @@ class SafetensorsFolder:
         return self._read_slice(name, tuple(slice(None) for _ in self.shapes[name]))
 
     def read_into(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        """Reads a slice into an array, block by block if it is large."""
         label = f"{self.locate(name)}: {name}"
         if not index or name in self.coded_names:
             write_converted(self._read_slice(name, index), out, label)
@@ -288,7 +289,7 @@ class SafetensorsFolder:
         return self.dtypes[name]
 
     def _read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads a slice of a tensor of the table, as it is stored or in fp32."""
+        """Reads a slice of a table's tensor, in its stored dtype or in fp32."""
         part = self._sub_tensors[name]
         path = self._locations[name]
         coded = self.codes(name, np.float32)
@@ -311,7 +312,7 @@ def read_config_file(path: Path, formats: ModelFormats, **options: object) -> An
 
 
 def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[Any, Fields]:
-    """Returns a configuration, and the fields of the file, whose codes are known."""
+    """Returns a configuration, and the raw fields, after a check of their quantization."""
     problem = None if path.exists() else describe_folder_without_config(path.parent)
     if problem is not None:
         raise ConfigError(f"{path} is missing: {problem}")

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """Loads the tokenizer that goes with ``from_pretrained(name_or_path)``.
+    """Loads the tokenizer for ``from_pretrained(name_or_path)``.
 
     Args:
       name_or_path: folder, GGUF file or hub name.
@@ -52,7 +52,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def find_tokenizer(name_or_path: str | Path) -> Path:
-    """Finds a tokenizer's files; from the hub, downloads these alone, without a model.
+    """Finds a tokenizer's files; downloads only these from the hub.
 
     Args:
       name_or_path: folder, GGUF file or hub name.
@@ -69,13 +69,13 @@ def find_tokenizer(name_or_path: str | Path) -> Path:
 
 
 def _tokenizer_folder(name_or_path: str | Path) -> Path | None:
-    """Returns a folder that holds a tokenizer, perhaps beside a GGUF file with one; else None."""
+    """Returns a folder with a tokenizer, such as the one of a GGUF file; None otherwise."""
     folder = Path(name_or_path).expanduser()
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _load_from_folder(path: Path) -> Tokenizer:
-    """Returns the tokenizer of a folder; raises a ConfigError with a remedy if it is damaged."""
+    """Returns the tokenizer of a folder; raises a ConfigError if it is damaged."""
     auto_tokenizer = import_transformers().AutoTokenizer
     try:
         return auto_tokenizer.from_pretrained(path, trust_remote_code=False)
@@ -115,7 +115,7 @@ def tokenizer_from_gguf(metadata: Fields) -> Tokenizer:
 
 
 def make_fast_tokenizer(core: CoreTokenizer, **special: str) -> Tokenizer:
-    """Returns transformers' tokenizer around one of the package `tokenizers`.
+    """Wraps a tokenizer of the package `tokenizers` as a transformers tokenizer.
 
     Args:
       core: a ``tokenizers.Tokenizer``.
@@ -125,7 +125,7 @@ def make_fast_tokenizer(core: CoreTokenizer, **special: str) -> Tokenizer:
 
 
 def import_transformers(module: str = "transformers", needed_by: str = "a tokenizer") -> ModuleType:
-    """Imports a module of transformers without its advice to install torch.
+    """Imports a module of transformers without the advice to install torch.
 
     Args:
       module: the module's whole name.

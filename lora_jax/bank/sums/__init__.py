@@ -1,1 +1,1 @@
-"""Sums of adapters, and adapters taken out of fine-tuned models."""
+"""Sums of adapters, and adapters extracted from fine-tuned models."""

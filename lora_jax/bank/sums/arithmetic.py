@@ -15,7 +15,7 @@ Sign = Literal["total", "frequency"]
 
 @dataclasses.dataclass(frozen=True)
 class CombineMethod:
-    """A way to combine adapters.
+    """A method to combine adapters, such as "ties" or "dare".
 
     Attributes:
       summands: "ranks" lays the factors side by side along the rank, which is the exact sum;
@@ -68,7 +68,7 @@ def combined(
     rank: int = 0,
     is_mirrored: bool = False,
 ) -> Factors:
-    """Returns A [batch…, r, in] and B [batch…, r, out] of several adapters of one matrix or stack.
+    """Returns the combined A [batch…, r, in] and B [batch…, r, out] of one weight's adapters.
 
     Their scale is 1.
 
@@ -121,10 +121,11 @@ def _sum_changes(
     rank: int,
     method: CombineMethod,
 ) -> Factors:
-    """Returns the factors of a sum of changes s·AB, one matrix of the stack after the other."""
+    """Returns the factors of a sum of s·AB, computed for one matrix of the stack at a time."""
     batch_shape = scales[0].shape
 
     def sum_matrix(member: tuple[list[Factors], list[jax.Array], jax.Array]) -> Factors:
+        """Returns the factors of the sum for one matrix."""
         member_factors, member_scales, member_key = member
         changes = []
         for (a, b), scale in zip(member_factors, member_scales, strict=True):
@@ -160,7 +161,7 @@ def _summed(
 
 
 def _largest(tensors: jax.Array, density: float) -> jax.Array:
-    """Returns matrices […, rows, columns] with the largest elements alone, 0 for the others."""
+    """Returns matrices […, rows, columns] with all but the largest elements set to 0."""
     elements = tensors.reshape(*tensors.shape[:-2], -1)
     n_kept = int(density * elements.shape[-1])
     _, indices = lax.top_k(jnp.abs(elements), n_kept)

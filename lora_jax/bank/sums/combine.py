@@ -1,4 +1,4 @@
-"""Sums of adapters over one base: one adapter that stands for several, with weights.
+"""Combines adapters over one base to one adapter: their weighted sum.
 
 The terms of a leaf are its nodes in the trees. `shared_base` checks first that the trees have one
 base.
@@ -89,7 +89,7 @@ def shared_base(what: str, trees: Mapping[str, Tree]) -> dict[str, Leaf]:
 
 
 def _shape(leaf: Leaf) -> tuple[int, ...] | None:
-    """Returns the shape of a leaf; None for leaves that are no arrays."""
+    """Returns the shape of a leaf; None for leaves that are not arrays."""
     shape: tuple[int, ...] | None = getattr(leaf, "shape", None)
     return shape
 
@@ -184,6 +184,7 @@ def combine(
     key = jax.random.key(0) if key is None else key
 
     def sum_leaf(path: str, leaf: Leaf) -> Leaf:
+        """Returns the summed node of a leaf, or the leaf itself."""
         if path not in terms_by_path:
             return leaf
         terms = terms_by_path[path]
@@ -199,7 +200,7 @@ def combine(
 def _method(
     how: str, rank: int | None, density: float | None, sign: Sign | None, key: jax.Array | None
 ) -> CombineMethod:
-    """Returns the way to combine, after a check of the options that it takes and needs."""
+    """Returns the method by its name, after a check of its options."""
     if how not in METHODS:
         hint = " PEFT's 'cat' is 'exact'." if how == "cat" else ""
         raise ValueError(f"combine: how={how!r} is unknown. Choose one of {list(METHODS)}.{hint}")
@@ -230,7 +231,7 @@ def _method(
 
 
 def _terms(trees: Sequence[Tree], base: Tree | None) -> dict[str, dict[int, Node]]:
-    """Returns the nodes of each path, by the index of their tree."""
+    """Returns the nodes of each path in all trees, by the index of the tree."""
     if base is not None and nodes_of(base):
         raise ValueError(
             "combine: base must be the plain tree, but it is adapted. Pass lora_jax.strip(base)."
@@ -259,7 +260,7 @@ def _check_terms(
     base_leaves: Mapping[str, Leaf],
     weights: Sequence[float],
 ) -> None:
-    """Raises a ValueError where the nodes of one path have no sum."""
+    """Raises a ValueError if the nodes of one path cannot be summed."""
     lora_indices = [index for index, node in terms.items() if isinstance(node, LoraWeight)]
     value_indices = [index for index in terms if index not in lora_indices]
     if lora_indices and value_indices:
@@ -281,7 +282,7 @@ def _check_terms(
 
 
 def _check_lora_terms(path: str, terms: _Terms, method: CombineMethod) -> None:
-    """Raises a ValueError where the adapters of one weight have no sum."""
+    """Raises a ValueError if the adapters of one weight cannot be summed."""
     first_index, first_node = next(iter(terms.items()))
     for index, node in terms.items():
         if node.invocation is not None:
@@ -369,7 +370,7 @@ def _sum_weights(
 
 
 def _sum_is_constant(values: Sequence[jax.Array], weights: Sequence[float]) -> bool:
-    """Returns True if a sum is the common value of all, whatever it was before training."""
+    """Returns True if all values are equal and the weights sum to 1."""
     are_equal = all(
         value is values[0] or bool(jnp.array_equal(value, values[0])) for value in values[1:]
     )
@@ -377,7 +378,7 @@ def _sum_is_constant(values: Sequence[jax.Array], weights: Sequence[float]) -> b
 
 
 def _sum_values(nodes: Sequence[Leaf], weights: np.ndarray, base_leaf: BaseLike) -> Node:
-    """Returns the sum of leaves that train in full or in some rows: v₀ + Σ wᵢ(vᵢ − v₀).
+    """Returns the sum of fully or partly trained leaves: v₀ + Σ wᵢ(vᵢ − v₀).
 
     Without v₀, `_check_terms` has made sure that the sum is the value of each.
     """
@@ -405,7 +406,7 @@ def _sum_values(nodes: Sequence[Leaf], weights: np.ndarray, base_leaf: BaseLike)
 def _sum_changes(
     base_leaf: BaseLike, values: Sequence[jax.Array], weights: np.ndarray
 ) -> jax.Array:
-    """Returns v₀ + Σ wᵢ(vᵢ − v₀) in fp32 or wider."""
+    """Returns v₀ + Σ wᵢ(vᵢ − v₀), in fp32 or wider."""
     dtype = accumulation_dtype(base_leaf.dtype)
     base_value = as_array(base_leaf).astype(dtype)
     changes: list[jax.Array] = [

@@ -1,4 +1,4 @@
-"""Adapters taken out of models that were fine-tuned in full."""
+"""Extracts adapters from models that were fine-tuned in full."""
 
 import dataclasses
 import functools
@@ -30,12 +30,12 @@ _FIELDS = frozenset(
 
 
 class ExtractWarning(UserWarning):
-    """A leaf that fine-tuning has changed is no part of the adapter."""
+    """Warns of a leaf that fine-tuning changed, but that the adapter does not include."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Extraction:
-    """The share of a change that an adapter has, weight by weight. `print` shows it as a table.
+    """The errors of an extracted adapter, and the changes that it lacks; printed as a table.
 
     Attributes:
       ranks: ranks of each kernel's layers, or one for all, by path.
@@ -79,7 +79,7 @@ def extract(
     trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> tuple[Tree, Extraction]:
-    """Returns `before` with an adapter for what full fine-tuning has changed, and what is lost.
+    """Returns `before` with an adapter for the change by full fine-tuning, and the lost share.
 
     Each selected kernel gets the best approximation AB of Δ = after − before (Eckart–Young), from
     its singular values in fp32 (or wider), one layer of a stack at a time; the scale is 1.
@@ -180,7 +180,7 @@ def extract(
 
 
 def _cheap_rule(rule: Rule) -> Rule:
-    """Returns a rule of rank 1 that selects the same; checks that all it says has effect."""
+    """Returns a rule of rank 1 with the same targets; checks that each field has an effect."""
     if not isinstance(rule, LoraRule):
         return rule
     for field in dataclasses.fields(rule):
@@ -192,7 +192,7 @@ def _cheap_rule(rule: Rule) -> Rule:
 
 
 def _leaves(before: Tree, after: Tree) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Returns the arrays of both trees by path, after a check that they belong together."""
+    """Returns the arrays of both trees by path, after a check that the trees match."""
     leaves_before = _plain_leaves("before", before)
     leaves_after = _plain_leaves("after", after)
     unmatched_paths = sorted(set(leaves_before) ^ set(leaves_after))
@@ -268,7 +268,7 @@ def _rank(energies: np.ndarray, rank: int | None, energy: float | None) -> int:
 def _decomposed(
     before: BaseLike, after: BaseLike, layer: jax.Array | int, labels: tuple[Label, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns A [batch…, k, in], B [batch…, k, out] and singular values S [batch…, k] of a change.
+    """Returns A [batch…, k, in], B [batch…, k, out] and singular values [batch…, k] of a change.
 
     Args:
       before, after: the kernels, or the stacks of which one layer is decomposed.
@@ -302,17 +302,18 @@ def _decomposed(
 
 
 def _wide_dtype(*dtypes: DTypeLike) -> DTypeLike:
-    """Returns the widest of some dtypes, fp32 at least."""
+    """Returns the widest of some dtypes, at least fp32."""
     return max(map(accumulation_dtype, dtypes), key=lambda dtype: np.dtype(dtype).itemsize)
 
 
 def _change(before: BaseLike, after: BaseLike) -> float:
-    """Returns ‖after − before‖; 1 for leaves of no floats that differ."""
+    """Returns ‖after − before‖; for leaves that are not floats, 1 if they differ."""
     return 0.0 if before is after else float(_distance(before, after))
 
 
 @jax.jit
 def _distance(before: BaseLike, after: BaseLike) -> jax.Array:
+    """Returns ‖after − before‖ as an array, or whether leaves that are not floats differ."""
     array_before = as_array(before)
     array_after = as_array(after)
     if not _is_float(array_before):

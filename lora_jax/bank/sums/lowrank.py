@@ -1,4 +1,4 @@
-"""Factors of low rank: the best approximation of a matrix, and stacks of several ranks."""
+"""Factors of low rank: the best approximation of a matrix, and stacks of layers that differ in rank."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,7 +15,7 @@ Factors = tuple[jax.Array, jax.Array]  # A [batch…, r, in] and B [batch…, r,
 
 
 def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
-    """Returns the best approximation of a product AᵀB by one of lower rank (Eckart–Young).
+    """Returns the best approximation of a product AᵀB with a lower rank (Eckart–Young).
 
     From QR decompositions of both factors and the singular values of a core [R, R]: nothing of the
     product's size is formed. Each factor gets the roots of the singular values.
@@ -30,6 +30,7 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
     """
 
     def compress(factors: Factors) -> Factors:
+        """Returns the compressed factors, by QR and an SVD of the small core."""
         a, b = factors
         q_a, r_a = jnp.linalg.qr(a.mT)  # [in, k], [k, R]
         q_b, r_b = jnp.linalg.qr(b.mT)
@@ -40,7 +41,7 @@ def nearest_product(a: jax.Array, b: jax.Array, rank: int) -> Factors:
 
 
 def map_batch(fn: Callable[[Tree], Factors], arrays: Tree, n_batch: int) -> Factors:
-    """Returns a function's results for each index of the batch axes, computed one after the other.
+    """Returns a function's results for each index of the batch axes, one at a time.
 
     Args:
       fn: called with arrays that lack the batch axes.
@@ -57,19 +58,19 @@ def map_batch(fn: Callable[[Tree], Factors], arrays: Tree, n_batch: int) -> Fact
 
 
 def nearest_factors(change: jax.Array, rank: int) -> Factors:
-    """Returns the factors of the best approximation of a matrix [batch…, in, out] of this rank."""
+    """Returns the best factors of this rank for a matrix [batch…, in, out]."""
     u, s, vt = jnp.linalg.svd(change, full_matrices=False)
     return split_roots(u, s, vt, rank)
 
 
 def split_roots(u: jax.Array, s: jax.Array, vt: jax.Array, rank: int) -> Factors:
-    """Returns the factors of the largest singular values, whose roots each of the two gets."""
+    """Returns U√S and √SVᵀ of the largest singular values."""
     root = jnp.sqrt(s[..., :rank, None])
     return root * u[..., :rank].mT, root * vt[..., :rank, :]
 
 
 def replace_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) -> LoraWeight:
-    """Returns a weight with other factors, and a scale of 1; of 0 in layers of rank 0."""
+    """Returns a weight with new factors and scale 1; scale 0 in layers of rank 0."""
     has_one_rank = len(set(ranks)) == 1
     node = node.replace(arrays={}, ranks=ranks[:1] if has_one_rank else ranks)
     a, b = factors
@@ -82,7 +83,7 @@ def replace_factors(node: LoraWeight, factors: Factors, ranks: tuple[int, ...]) 
 def stack_layers(
     groups: Iterable[tuple[list[int], Factors | None]], depth: int
 ) -> tuple[Factors, tuple[int, ...]]:
-    """Returns the factors of a stack, from those of its layers, and the layers' ranks.
+    """Returns the stacked factors of layers, and the rank of each layer.
 
     Ranks below the largest are filled up with zeros.
 
@@ -106,6 +107,7 @@ def stack_layers(
     index_of_layer = np.argsort([*present_layers, *absent_layers])
 
     def stack(factor_groups: list[jax.Array]) -> jax.Array:
+        """Stacks the layers of one factor, padded to the largest rank."""
         padded_groups = [pad_rank(factor, -2, largest_rank) for factor in factor_groups]
         if absent_layers:
             layer_shape = padded_groups[0].shape[1:]

@@ -1,4 +1,4 @@
-"""The arrays of one weight in several adapters, summed layers of one rank at a time.
+"""Sums the arrays of one weight in several adapters, by groups of layers with equal ranks.
 
 A *term* is an adapter in a sum. A *lane* is a part of the rank that is a sum of its own: a weight
 of whose uses each has its own half of the rank has two lanes.
@@ -23,7 +23,7 @@ ARRAYS = ("a", "b", "scale", "start_a", "start_b")
 
 
 def ranks_by_layer(nodes: Sequence[LoraWeight]) -> tuple[Ranks, ...]:
-    """Returns the rank of each node's change, layer by layer; of one layer where none differ.
+    """Returns the ranks of all nodes' changes, layer by layer, or once if layers do not differ.
 
     A weight with start factors, W + s(AB − A₀B₀), changes W by twice its rank.
     """
@@ -41,7 +41,7 @@ def ranks_by_layer(nodes: Sequence[LoraWeight]) -> tuple[Ranks, ...]:
 def rank_of_sum(
     ranks: Ranks, sizes: tuple[int, int], method: CombineMethod, rank: int | None
 ) -> int:
-    """Returns the rank of a sum.
+    """Returns the rank of the sum.
 
     Args:
       ranks: ranks of its terms; 0 of those that are absent.
@@ -73,7 +73,7 @@ def summed(
     method: CombineMethod,
     dtype: DTypeLike,
 ) -> Factors:
-    """Returns A [batch…, r, in] and B [batch…, r, out] of a sum; ranks are filled up with zeros.
+    """Returns the summed A [batch…, r, in] and B [batch…, r, out], padded to the largest rank.
 
     Args:
       arrays: arrays of each adapter, those of `ARRAYS` that it has.
@@ -92,7 +92,7 @@ def summed(
     n_lanes = 2 if uses == "each" else 1
 
     def sum_layers(lane: int, term_ranks: Ranks, layers: list[int]) -> Factors | None:
-        """Returns one lane of layers in which each term has one rank; None if all ranks are 0."""
+        """Returns the factors of layers with equal ranks; None if all ranks are 0."""
         terms = [term for term, rank in enumerate(term_ranks) if rank > 0]
         if not terms:
             return None
@@ -144,7 +144,7 @@ def _factors_and_scale(
     n_batch: int,
     dtype: DTypeLike,
 ) -> tuple[Factors, jax.Array]:
-    """Returns A [batch…, r, in], B [batch…, r, out] and s [batch…] of some layers of an adapter.
+    """Returns A [batch…, r, in], B [batch…, r, out] and s [batch…] of some layers.
 
     A₀ and B₀ are part of them: W + s(AB − A₀B₀) is W + s·[A A₀][B; −B₀].
 

@@ -1,1 +1,1 @@
-"""Training of many adapters over one base, side by side."""
+"""Trains many adapters over one base, side by side."""

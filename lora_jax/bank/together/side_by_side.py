@@ -1,4 +1,4 @@
-"""Drives runs of training side by side: one step of each at a time.
+"""Drives several training runs side by side, one step of each at a time.
 
 Each run is the loop of `lora_jax.training.loop.training_steps`, as a run alone has it; the driver
 takes the steps of all at once.
@@ -19,7 +19,7 @@ Metrics = Mapping[str, Leaf]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrivenRun:
-    """A run that leaves its steps to a driver.
+    """A run whose steps are taken by the caller of its generator.
 
     Attributes:
       turns: yields the number of a step to take, is sent its metrics and tokens, and returns what
@@ -35,7 +35,7 @@ class DrivenRun:
 
 @dataclasses.dataclass(frozen=True)
 class RunEnding:
-    """The result of a run, or the error that ended it."""
+    """The result of a run, or the exception that ended it."""
 
     result: Any = None
     error: BaseException | None = None
@@ -48,7 +48,7 @@ def side_by_side(
     ended: Callable[[str, RunEnding], object] = lambda name, ending: None,
     turned: Callable[[], object] = lambda: None,
 ) -> dict[str, RunEnding]:
-    """Trains all runs to their ends. One that ends or fails leaves; the others do not notice.
+    """Trains all runs to their ends; a run that ends or fails does not affect the others.
 
     Args:
       step: takes a step with each run that has a batch, and returns their metrics; see
@@ -67,7 +67,7 @@ def side_by_side(
     next_steps: dict[str, int] = {}  # of the runs that go on
 
     def call_run(name: str, function: Callable[..., Any], *args: object) -> Any:
-        """Returns the result of a run's function; None where the run has ended."""
+        """Calls a function of a run; returns None if that ends the run."""
         try:
             return function(*args)
         except StopIteration as end:
@@ -80,7 +80,7 @@ def side_by_side(
         return None
 
     def take_turn(name: str, step_result: tuple[Metrics, int] | None) -> None:
-        """Sends a run the result of its last step, None at first, and notes its next step."""
+        """Sends a run the result of its last step, and stores the number of its next."""
         step_number = call_run(name, runs[name].turns.send, step_result)
         if step_number is not None:
             next_steps[name] = step_number
@@ -111,7 +111,7 @@ def side_by_side(
 
 
 def _make_batch(run: DrivenRun, step_number: int) -> HostBatch:
-    """Returns a run's batch; where a signal dropped it, the run saves its steps and stops."""
+    """Returns a run's batch; if a signal dropped the batch, the run saves and stops."""
     try:
         return run.batch(step_number)
     except Dropped as dropped:

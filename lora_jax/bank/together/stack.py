@@ -1,4 +1,4 @@
-"""A stack: adapters of one kind over one base, which one compiled step trains side by side.
+"""A stack of adapters of one kind over one base, trained side by side by one compiled step.
 
 Slots stand where those of a bank stand, so that a mixed batch reads the arrays that train. The
 *content* of a slot is the state of its adapter, and the *fixed* arrays beside W, which do not
@@ -33,7 +33,7 @@ from lora_jax.training.step import State
 
 
 class Stack:
-    """Adapters of one kind in slots.
+    """Adapters of one kind, each in a slot of stacked arrays.
 
     Attributes:
       kind: what they have in common.
@@ -50,7 +50,7 @@ class Stack:
         n_slots: int,
         compiler_options: Mapping[str, str] | None = None,
     ) -> None:
-        """Makes a stack of free slots.
+        """Makes a stack whose slots are all free.
 
         Args:
           kind: the adapters' kind.
@@ -75,7 +75,7 @@ class Stack:
         self.use(forward)
 
     def use(self, forward: Logits) -> None:
-        """Takes the steps from now on with a function; compiles once for each function."""
+        """Uses another model function for the following steps; compiles each function once."""
         if forward not in self._steps_by_forward:
             self._steps_by_forward[forward] = compiled_steps(
                 self.kind, forward, self._axes, self._shardings, self._compiler_options
@@ -83,7 +83,7 @@ class Stack:
         self._steps = self._steps_by_forward[forward]
 
     def grow(self, n_new: int) -> None:
-        """Adds free slots; the next step compiles anew."""
+        """Adds free slots; the next step is compiled again."""
 
         def append(array: jax.Array, new_slots: jax.Array, axis: int) -> jax.Array:
             return jnp.concatenate([array, new_slots], axis)
@@ -101,7 +101,7 @@ class Stack:
         self.names += [None] * n_new
 
     def shrink(self) -> None:
-        """Drops the free slots; the next step compiles anew."""
+        """Removes the free slots; the next step is compiled again."""
         used_slots = np.array([slot for slot, name in enumerate(self.names) if name is not None])
 
         def select_used(array: jax.Array, axis: int) -> jax.Array:
@@ -114,21 +114,21 @@ class Stack:
         self.names = [self.names[slot] for slot in used_slots.tolist()]
 
     def _free_slots(self, n_slots: int, slot_shapes: Tree) -> Tree:
-        """Returns the content of free slots, from the shapes of one."""
+        """Returns the contents of free slots, made from the shapes of one slot."""
         make_array = functools.partial(_empty_array, n_slots)
         return self._placed(jax.tree.map(make_array, slot_shapes, self._axes))
 
     def _placed(self, content: Tree) -> Tree:
-        """Returns the content of slots on the stack's mesh, if it has one."""
+        """Returns slot contents placed on the stack's mesh, if it has one."""
         return content if self._shardings is None else jax.device_put(content, self._shardings)
 
     def _forget_choices(self) -> None:
-        """Begins to watch choices of new arrays: of what trains, and of what does not."""
+        """Starts to track choices anew, after the arrays were replaced."""
         self._held_adapters = HeldNodes()
         self._held_fixed = HeldNodes()
 
     def _writable_state(self) -> State:
-        """Returns the state, whose memory may be taken; choices that are held keep their arrays."""
+        """Returns the state for donation; choices that callers hold keep their arrays."""
         adapter = self._held_adapters.writable(self.state.adapter)
         state: State = self.state._replace(adapter=adapter)
         return state
@@ -145,7 +145,7 @@ class Stack:
         self.names[slot] = name
 
     def _rates_with(self, slot: int, tenant: Tenant) -> np.ndarray:
-        """Returns the learning rates of all slots, [slots, updates], with an adapter's in one."""
+        """Returns the learning rates of all slots, [slots, updates], with one adapter's added."""
         old_rates = self._numbers.rates
         n_updates = -(-tenant.steps // UPDATES) * UPDATES
         rates_of_updates = jax.vmap(tenant.schedule)(jnp.arange(n_updates))
@@ -174,7 +174,7 @@ class Stack:
     def step(
         self, base: Tree, calls: Sequence[Mapping[str, ArrayBatch]]
     ) -> dict[str, dict[str, float]]:
-        """Takes a step with each adapter that has a batch; the others stay as they are.
+        """Takes a step with each adapter that has a batch; the others stay unchanged.
 
         Args:
           base: the plain tree.
@@ -206,7 +206,7 @@ class Stack:
     def compile(
         self, base: Tree, calls: Sequence[Mapping[str, ArrayBatch]]
     ) -> list[jax.stages.Compiled]:
-        """Compiles the programs by which `step` takes such a step; takes none.
+        """Compiles the programs that `step` would run for these batches, without running them.
 
         Args:
           base, calls: see `step`.
@@ -224,7 +224,7 @@ class Stack:
         return programs
 
     def _arguments(self, base: Tree, batches: Mapping[str, ArrayBatch]) -> tuple[Tree, ...]:
-        """Returns the arguments of the step of all slots after the state."""
+        """Returns the arguments of the joint step after the state."""
         is_active = np.array([name in batches for name in self.names])
         any_batch = list(batches.values())[0]
         blank_batch = jax.tree.map(np.zeros_like, any_batch)
@@ -233,7 +233,7 @@ class Stack:
         return self.fixed, self._numbers, base, is_active, stacked_batch
 
     def slots(self, base: Tree) -> Tree:
-        """Returns the arrays that train as a bank's tree, whose slot 0 is the base; no copies.
+        """Returns the trained arrays as a bank's tree without copies; its slot 0 is the base.
 
         While the tree is held, no step changes it.
         """
@@ -253,7 +253,7 @@ class Stack:
 def _named_batches(
     calls: Sequence[Mapping[str, ArrayBatch]],
 ) -> list[tuple[str, ArrayBatch]]:
-    """Returns the batches of all calls, with the names of their adapters."""
+    """Returns the (adapter name, batch) pairs of all calls."""
     return [(name, batch) for call in calls for name, batch in call.items()]
 
 
@@ -268,12 +268,12 @@ def _take(stacked: Tree, slot: jax.typing.ArrayLike, axes: tuple[int, ...]) -> T
 
 
 def _flat(axes: Tree) -> tuple[int, ...]:
-    """Returns the axes of a tree's arrays, as an argument that a compiled function is chosen by."""
+    """Returns the axes of a tree's arrays as a hashable argument."""
     return tuple(jax.tree.leaves(axes))
 
 
 def _empty_array(n_slots: int, leaf: Shaped, axis: int) -> jax.Array:
-    """Returns an array of free slots, from the shape of one and the axis of the slots."""
+    """Returns an array of free slots, from the shape of one slot and the slot axis."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), n_slots)
     shape = (*leaf.shape[:axis], n_slots, *leaf.shape[axis:])
@@ -281,7 +281,7 @@ def _empty_array(n_slots: int, leaf: Shaped, axis: int) -> jax.Array:
 
 
 def _slots(shell: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Tree:
-    """Returns the slots of one weight, less the base's."""
+    """Returns the slots of one weight, without a slot for the base."""
     if isinstance(shell, Trained):
         return ValueSlots({"value": arrays["value"]}, base=base)
     if not isinstance(shell, LoraWeight) or shell.extras or "start_a" in arrays:

@@ -1,4 +1,4 @@
-"""The step of a stack of adapters, and the layout of what it works on.
+"""The compiled step of a stack of adapters, and the layout of its stacked arrays.
 
 It is `lora_jax.training.make_step` over all slots: gradients under `jax.vmap`, where products with
 the base are one product for all, then the update of each, by its own loss, clip and decay. Or over
@@ -29,7 +29,7 @@ UPDATES = 1024  # learning rates are stored for a multiple of so many updates
 
 
 class TenantNumbers(NamedTuple):
-    """Holds the numbers that adapters of a kind differ in; in a stack, stacked.
+    """Numbers in which adapters of one kind may differ; stacked by slot in a stack.
 
     Attributes:
       rates: [updates] fp32, the learning rate of each update.
@@ -48,7 +48,7 @@ def traced_step(
     batch: Batch,
     compiler_options: Mapping[str, str] | None = None,
 ) -> tuple[jax.stages.Traced, State]:
-    """Traces the step of a stack that need not be there.
+    """Traces the step that a stack of such adapters would have, without making the stack.
 
     Args:
       forward: the adapted function that the loss calls.
@@ -85,7 +85,7 @@ def traced_step(
 
 
 def tree_of(kind: StackKind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree:
-    """Returns an adapted tree of a kind.
+    """Returns the adapted tree of an adapter of a kind.
 
     Args:
       kind: kind of the adapter.
@@ -103,7 +103,7 @@ def tree_of(kind: StackKind, base: Tree, adapter: Arrays, fixed: Arrays) -> Tree
 
 
 def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
-    """Returns a slot's content for an adapter before its first step, or where it goes on."""
+    """Returns the contents of a slot for an adapter, before its first step or when it resumes."""
     adapter, _ = split(tenant.params)
     optimizer = kind.make_optimizer(
         tenant.schedule, tenant.params, tenant.weight_decay, tenant.grad_clip
@@ -130,7 +130,7 @@ def content_of(kind: StackKind, tenant: Tenant) -> tuple[State, Arrays]:
 
 
 def form_of(kind: StackKind, tenant: Tenant) -> tuple[Tree, Tree, Tree]:
-    """Returns a slot's shapes, the axes of the slots and the shardings of (state, fixed arrays)."""
+    """Returns the shapes of a slot's contents, their slot axes, and their shardings."""
 
     def content(params: Tree, key: jax.Array) -> tuple[State, Arrays]:
         return content_of(kind, dataclasses.replace(tenant, params=params, key=key))
@@ -145,7 +145,7 @@ def form_of(kind: StackKind, tenant: Tenant) -> tuple[Tree, Tree, Tree]:
 
 
 def _state_axes(kind: StackKind, state: State) -> Tree:
-    """Returns the axis of the slots in each array of a stacked state.
+    """Returns the slot axis of each array of a stacked state.
 
     An optimiser's arrays have it where the adapter's have it, if they have their shapes.
     """
@@ -160,7 +160,7 @@ def _state_axes(kind: StackKind, state: State) -> Tree:
 
 
 def _array_at(arrays: Mapping[str, Mapping[str, Leaf]], keys: KeyPath) -> tuple[str, Leaf]:
-    """Returns the path that a key path ends with, and the array there: a weight's, or None."""
+    """Returns the path at the end of a key path, and the array there, if any."""
     if len(keys) < 2:
         return "", None
     path = getattr(keys[-2], "key", "")
@@ -169,7 +169,7 @@ def _array_at(arrays: Mapping[str, Mapping[str, Leaf]], keys: KeyPath) -> tuple[
 
 
 def _shardings(slot_shapes: Tree, axes: Tree, tenant: Tenant) -> Tree:
-    """Returns the sharding of each stacked array; None where the adapter lies on no mesh.
+    """Returns the sharding of each stacked array; None if the adapter is not on a mesh.
 
     Slots are not split: each array lies as the adapter's, an optimiser's as its parameter's.
 
@@ -185,6 +185,7 @@ def _shardings(slot_shapes: Tree, axes: Tree, tenant: Tenant) -> Tree:
         return None
 
     def stacked_sharding(keys: KeyPath, shape: Shaped, slot_axis: int) -> NamedSharding:
+        """Returns the sharding of one array, replicated over the slots."""
         _, array = _array_at(arrays, keys)
         if array is None or array.shape != shape.shape:
             return NamedSharding(meshes[0], PartitionSpec())
@@ -197,7 +198,7 @@ def _shardings(slot_shapes: Tree, axes: Tree, tenant: Tenant) -> Tree:
 
 
 class StackSteps(NamedTuple):
-    """Holds the compiled steps of a stack, which take its state's memory.
+    """Holds the compiled steps of a stack, which donate its state.
 
     Attributes:
       step_all: ``(state, fixed, numbers, base, active, batch) -> (state, metrics)``. `active` says
@@ -225,7 +226,7 @@ def _make_slot_update(
         sums: Sums,
         grads: Adapter,
     ) -> tuple[State, Metrics]:
-        """Updates the adapter in one slot, if it is active, in the memory of the stack."""
+        """Updates the adapter in one slot if it is active, in place."""
         slot_state = indexed(state, slot, axes)
         slot_fixed = indexed(fixed, slot, fixed_axes)
         slot_numbers: TenantNumbers = jax.tree.map(lambda array: array[slot], numbers)
@@ -260,7 +261,7 @@ def compiled_steps(
     shardings: tuple[Tree, Tree] | None,
     compiler_options: Mapping[str, str] | None,
 ) -> StackSteps:
-    """Returns a stack's steps.
+    """Returns the compiled steps of a stack.
 
     Gradients are taken side by side, updates one after the other: an update is as it is alone, and
     what it computes with is held for one adapter at a time.
@@ -296,9 +297,11 @@ def compiled_steps(
         active: jax.Array,
         batch: Batch,
     ) -> tuple[State, Metrics]:
+        """Takes a step with all active adapters."""
         sums, grads = gradients(state, fixed, base, batch)
 
         def visit(state: State, slot: jax.Array) -> tuple[State, Metrics]:
+            """Updates one slot with its part of the sums and gradients."""
             slot_sums = jax.tree.map(lambda array: array[slot], sums)
             slot_grads = indexed(grads, slot, state_axes.adapter)
             return update_slot(
@@ -315,6 +318,7 @@ def compiled_steps(
         slot: jax.typing.ArrayLike,
         batch: Batch,
     ) -> tuple[State, Metrics]:
+        """Takes a step with the adapter in one slot."""
         slot_state = indexed(state, slot, state_axes)
         slot_fixed = indexed(fixed, slot, fixed_axes)
         sums, grads = slot_gradient(slot_state, slot_fixed, base, batch)
@@ -331,7 +335,7 @@ def compiled_steps(
 
 
 def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
-    """Returns the content of one slot."""
+    """Returns the contents of one slot."""
 
     def take(array: jax.Array, axis: int) -> jax.Array:
         slot_array: jax.Array = lax.dynamic_index_in_dim(array, slot, axis, keepdims=False)
@@ -341,7 +345,7 @@ def indexed(stacked: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
 
 
 def replaced(stacked: Tree, content: Tree, slot: jax.typing.ArrayLike, axes: Tree) -> Tree:
-    """Returns stacked arrays with another content of one slot."""
+    """Returns stacked arrays with new contents in one slot."""
 
     def put(array: jax.Array, slot_array: jax.Array, axis: int) -> jax.Array:
         updated: jax.Array = lax.dynamic_update_index_in_dim(array, slot_array, slot, axis)

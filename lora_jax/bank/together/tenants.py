@@ -1,4 +1,4 @@
-"""Adapters that train beside others: what each brings along, and what a stack has in common."""
+"""Adapters that train side by side: the settings of each, and those that a stack shares."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -21,7 +21,7 @@ Arrays = dict[str, dict[str, Leaf]]  # by path and name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tenant:
-    """An adapter that trains beside others over one base.
+    """An adapter that trains side by side with others over one base.
 
     Attributes:
       params: the adapted tree to begin with.
@@ -61,13 +61,13 @@ class Tenant:
 
     @property
     def done(self) -> int:
-        """Returns the number of steps that were taken before."""
+        """Returns the number of steps that the adapter has taken already."""
         return 0 if self.state is None else int(self.state.step)
 
 
 @dataclasses.dataclass(frozen=True)
 class StackKind:
-    """Holds all that the compiled step of a stack depends on, and its adapters share.
+    """Holds the settings that all adapters of a stack share, on which its compiled step depends.
 
     Attributes:
       shells: by path, a node without arrays; `shapes` has those of its arrays.
@@ -90,7 +90,7 @@ class StackKind:
 
     @classmethod
     def from_tenant(cls, tenant: Tenant) -> "StackKind":
-        """Returns the kind of an adapter; raises a ValueError for weights that share."""
+        """Returns the kind of an adapter; raises a ValueError if its weights share arrays."""
         nodes = nodes_of(tenant.params)
         sharing_paths = paths_with_shared_arrays(nodes)
         if sharing_paths:
@@ -121,7 +121,7 @@ class StackKind:
     def make_optimizer(
         self, schedule: optax.Schedule, params: Tree, weight_decay: Leaf, grad_clip: Leaf
     ) -> optax.GradientTransformation:
-        """Returns the optimiser of one adapter; its numbers may be tracers."""
+        """Returns the optimiser of one adapter; its numbers may be traced."""
         return make_optimizer(
             self.optimizer,
             schedule,
@@ -133,7 +133,7 @@ class StackKind:
         )
 
     def slot_axis(self, path: str, name: str | None = None) -> int:
-        """Returns the axis of the slots in the arrays of a weight: after its batch axes.
+        """Returns the slot axis of a weight's arrays, which follows the batch axes.
 
         Args:
           path: path of the weight.
@@ -151,12 +151,12 @@ class StackKind:
 
 
 def arrays_of(node: Node) -> dict[str, Leaf]:
-    """Returns the arrays of a node beside W."""
+    """Returns the arrays of a node, without W."""
     return node.arrays if isinstance(node, LoraWeight) else node.parts()
 
 
 def replace_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) -> Node:
-    """Returns a node of the same structure over another base, with other arrays."""
+    """Returns a node of the same structure with another base and other arrays."""
     if isinstance(node, LoraWeight):
         return node.replace(base=base, arrays=dict(arrays))
     value = arrays.get("value")
@@ -166,7 +166,7 @@ def replace_arrays(node: Node, base: BaseLike, arrays: Mapping[str, jax.Array]) 
 
 
 def _form(node: Node) -> tuple[Hashable, ...]:
-    """Returns the kind of a node, its structure, its number of axes and its arrays' shapes."""
+    """Returns a key of a node: its type, its settings, its number of axes and its shapes."""
     settings: tuple[Hashable, ...] = ()
     if isinstance(node, LoraWeight):
         settings = (node.roles, node.ranks, node.dropout, node.extras, node.frozen, node.uses)

@@ -1,4 +1,4 @@
-"""Trains many adapters over one base at once, each as if it trained alone.
+"""Trains many adapters over one base at once, each as if it trained by itself.
 
 Batches of the adapters of one stack are filled up to the same shapes, since its compiled step takes
 them at once.
@@ -29,7 +29,7 @@ BASE = "base"  # the name by which a batch chooses the base alone
 
 
 class Together:
-    """Adapters that train side by side over one base.
+    """Adapters over one base that train side by side.
 
     Adapters of one kind (shapes, dropout, loss, optimiser) lie in a stack and take their step in
     one compiled function; those of other kinds have stacks of their own. Memory is that of the
@@ -60,7 +60,7 @@ class Together:
     def __init__(
         self, forward: Logits, base: Tree, *, compiler_options: Mapping[str, str] | None = None
     ) -> None:
-        """Begins without adapters.
+        """Starts without adapters.
 
         Args:
           forward: the adapted function that the losses call.
@@ -86,7 +86,7 @@ class Together:
     @property
     @locked
     def unfinished(self) -> tuple[str, ...]:
-        """The names of the adapters that have steps to take."""
+        """The names of the adapters that still have steps to take."""
         return tuple(name for name in self._stack_of if self._done[name] < self._steps[name])
 
     @locked
@@ -97,7 +97,7 @@ class Together:
 
     @locked
     def add(self, tenants: Mapping[str, Tenant], *, allow_base_mismatch: bool = False) -> None:
-        """Adds adapters, before the first step or between two.
+        """Adds adapters, before the first step or between two steps.
 
         Where a stack has no free slots, it grows, and its next step compiles anew.
 
@@ -145,7 +145,7 @@ class Together:
 
     @locked
     def step(self, batches: Mapping[str, ArrayBatch]) -> dict[str, dict[str, float]]:
-        """Takes one step with each adapter that has a batch; the others stay as they are.
+        """Takes one step with each adapter that has a batch; the others stay unchanged.
 
         Args:
           batches: by name, arrays [parts, …] as `lora_jax.training.make_step` takes them. Those of
@@ -175,7 +175,7 @@ class Together:
 
     @locked
     def compile(self, batches: Mapping[str, ArrayBatch]) -> int | None:
-        """Compiles the programs by which `step` takes a step with such batches; takes none.
+        """Compiles the programs that `step` would run for these batches, without running them.
 
         Args:
           batches: by name; see `step`.
@@ -202,7 +202,7 @@ class Together:
 
     @locked
     def use(self, forward: Logits) -> None:
-        """Takes the steps from now on with another adapted function of the same model."""
+        """Uses another adapted function of the same model for the following steps."""
         self._forward = forward
         for stack in self._stacks.values():
             stack.use(forward)
@@ -210,7 +210,7 @@ class Together:
     def _calls(
         self, batches: Mapping[str, ArrayBatch]
     ) -> list[tuple[Stack, Sequence[Mapping[str, ArrayBatch]]]]:
-        """Returns each stack with the calls that take its step, before any of them is taken."""
+        """Returns each stack with the calls of its step, before any call is made."""
         calls_of_stacks = []
         for kind, stack in self._stacks.items():
             stack_batches = {name: batch for name, batch in batches.items() if name in stack.names}
@@ -220,7 +220,7 @@ class Together:
 
     @locked
     def tree(self, name: str) -> Tree:
-        """Returns an adapter as an adapted tree over the base; its arrays are copies.
+        """Returns an adapter as an adapted tree over the base, with copied arrays.
 
         Raises:
           BankError: there is no adapter of the name.
@@ -230,7 +230,7 @@ class Together:
 
     @locked
     def state(self, name: str) -> State:
-        """Returns the state of an adapter's training; its arrays are copies.
+        """Returns the training state of an adapter, with copied arrays.
 
         Raises:
           BankError: there is no adapter of the name.
@@ -240,7 +240,7 @@ class Together:
 
     @locked
     def remove(self, name: str) -> Tree:
-        """Removes an adapter, whose slot is free, and returns it as `tree` does.
+        """Removes an adapter, frees its slot, and returns its tree as `tree` does.
 
         Raises:
           BankError: there is no adapter of the name.
@@ -252,7 +252,7 @@ class Together:
 
     @locked
     def shrink(self, steps: int = 1) -> None:
-        """Drops the free slots of stacks half of whose slots are free, or more.
+        """Removes the free slots of stacks that are at least half empty.
 
         Their next step compiles anew, for fewer adapters, so the last bits of what they compute may
         change.
@@ -272,7 +272,7 @@ class Together:
 
     @locked
     def choose(self, names: list[str]) -> Choice:
-        """Returns the base with the arrays that train, for a batch that `mixed` functions run on.
+        """Returns the base with the trained arrays, for a batch of a `mixed` function.
 
         Nothing is copied or compiled: samplers read the present weights. A choice stays as it is
         while someone holds it: the next step then works on a copy of the weights, and otherwise
@@ -301,13 +301,13 @@ class Together:
         return choose(stack.slots(self._base), slot_ids)
 
     def _check_name(self, name: str) -> None:
-        """Raises a BankError if there is no adapter of a name."""
+        """Raises a BankError if no adapter has this name."""
         if name not in self._stack_of:
             listing = ", ".join(map(repr, self._stack_of)) or "none"
             raise BankError(f"together: there is no adapter {name!r}. The adapters are {listing}.")
 
     def _check_shapes(self, name: str, tenant: Tenant) -> None:
-        """Raises a BankError if an adapter's weights have other shapes than the base's leaves."""
+        """Raises a BankError if an adapter's weights differ in shape from the base."""
         for path, node in nodes_of(tenant.params).items():
             leaf = self._shared.leaves.get(path)
             base_shape = None if leaf is None else tuple(leaf.shape)
@@ -322,7 +322,7 @@ class Together:
 def calls_of(
     batches: Mapping[str, ArrayBatch], *, draws: bool
 ) -> Sequence[Mapping[str, ArrayBatch]]:
-    """Returns the calls that take a step with each batch: one for all, or one for each.
+    """Returns the calls of a step: one for all batches, or one for each.
 
     Batches of other shapes are filled up and share a call; see `alike`. Those of other arrays, such
     as prompts that completions share and prompts of their own, have another. Where the loss draws
@@ -348,7 +348,7 @@ def calls_of(
 
 
 def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
-    """Returns batches in the same shapes: filled up to the largest with zeros.
+    """Returns batches padded with zeros to the same shapes.
 
     Args:
       batches: a dictionary of arrays for each adapter, by the adapter's name.
@@ -389,7 +389,7 @@ def alike(batches: Mapping[str, ArrayBatch]) -> Mapping[str, ArrayBatch]:
 
 
 def _bytes_of_device(tree: Tree) -> int:
-    """Returns the bytes that one device has of a tree's arrays."""
+    """Returns the bytes that a tree's arrays take on one device."""
     arrays = jax.tree.leaves(tree)
     return sum(array.addressable_shards[0].data.nbytes for array in arrays)
 

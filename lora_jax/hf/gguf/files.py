@@ -1,4 +1,4 @@
-"""Opens GGUF files; of one that was split, all parts, whichever of them is named."""
+"""Opens GGUF files, including split files, of which any part may be named."""
 
 import functools
 import glob
@@ -19,7 +19,7 @@ _MAX_LISTED = 5  # missing parts that a message names
 
 
 class OpenGGUF(NamedTuple):
-    """An open file, or the open parts of one.
+    """An open GGUF file, or all parts of a split one.
 
     Attributes:
       gguf: the module gguf.
@@ -33,7 +33,7 @@ class OpenGGUF(NamedTuple):
 
 
 def open_gguf(path: Path) -> OpenGGUF:
-    """Opens a GGUF file; of a split one, any of its parts names them all.
+    """Opens a GGUF file; any part of a split file opens all parts.
 
     Args:
       path: the file.
@@ -62,7 +62,7 @@ def open_gguf(path: Path) -> OpenGGUF:
 
 @functools.lru_cache(maxsize=2)  # tokenizer, configuration and weights are read one by one
 def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGGUF:
-    """Opens a file.
+    """Opens all parts of a file.
 
     Args:
       path: the file.
@@ -83,7 +83,7 @@ def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGG
 
 
 def _find_parts(path: Path, reader: Any) -> list[Path]:
-    """Returns the parts of a file in their order; the file alone if it is whole.
+    """Returns the parts of a split file in order, or the file alone.
 
     Raises:
       WeightsError: parts are missing; names them.
@@ -115,7 +115,7 @@ def _find_parts(path: Path, reader: Any) -> list[Path]:
 
 
 def _open_reader(path: Path) -> Any:
-    """Returns gguf's reader of a file, with its arrays as plain ones.
+    """Returns gguf's reader of a file, with plain NumPy arrays.
 
     It slices its file for each token of a vocabulary, and slices of a memmap cost several times as
     much.

@@ -1,4 +1,4 @@
-"""Quantised tensors of GGUF files, to fp32 or as their codes, under Hugging Face's names."""
+"""Tensors of GGUF files by Hugging Face's names, dequantised to fp32 or as codes."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from lora_jax.quantized.gguf import TYPES
 
 
 class GGUFFile:
-    """A GGUF file of an architecture that a family knows; ``read`` dequantises to fp32.
+    """A GGUF file of a known architecture; ``read`` dequantises to fp32.
 
     Args:
       path: the file.
@@ -73,6 +73,7 @@ class GGUFFile:
         return np.asarray(array, np.float32)
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
+        """Returns a tensor's codes as NumPy arrays; None for types that are not kept."""
         if self.form(name) not in TYPES:
             return None
         data = self._tensors[name].data
@@ -80,6 +81,7 @@ class GGUFFile:
         return coded.map(lambda rows: self._layout.reorder(rows, name, self.config))
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
+        """Returns the shapes of the result of `codes`."""
         if self.form(name) not in TYPES:
             return None
         *leading_sizes, row_size = self.shapes[name]

@@ -1,4 +1,4 @@
-"""Builds the tokenizer that a GGUF file's metadata describe.
+"""Builds a tokenizer from the metadata of a GGUF file.
 
 The files name the regular expressions that split a text (`tokenizer.ggml.pre`), and do not hold
 them: known here are those of the models that are read.
@@ -38,7 +38,7 @@ _O200K_PATTERN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitRule:
-    """Splits of a text, before a byte-level tokenizer merges its bytes.
+    """The splits of a text that a byte-level tokenizer makes before it merges bytes.
 
     Attributes:
       patterns: regular expressions, each applied to the parts that the one before leaves.
@@ -101,7 +101,7 @@ def build_tokenizer(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
 def _build_by_split_rule(
     metadata: Fields, splits: SplitRule | None
 ) -> tuple[CoreTokenizer, dict[str, str]]:
-    """Builds a tokenizer as `build_tokenizer` does; `splits` is None for SentencePiece."""
+    """Builds the tokenizer by a split rule; `splits` is None for SentencePiece."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocab: dict[str, int] = {}
@@ -132,7 +132,7 @@ def _build_by_split_rule(
 def _add_tokens(
     core: CoreTokenizer, tokens: Sequence[str], types: Sequence[int], special_texts: set[str]
 ) -> None:
-    """Adds the tokens that a text is split at: control tokens, special texts, and the user's."""
+    """Adds tokens that are split off first: control tokens, special texts, and the user's."""
     from tokenizers import AddedToken
 
     for token, token_type in zip(tokens, types, strict=True):
@@ -145,7 +145,7 @@ def _add_tokens(
 def _build_byte_level_bpe(
     metadata: Fields, vocab: dict[str, int], splits: SplitRule
 ) -> CoreTokenizer:
-    """Returns a byte-level BPE that splits a text first."""
+    """Returns a byte-level BPE tokenizer with these splits."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -166,7 +166,7 @@ def _build_byte_level_bpe(
 def _build_sentencepiece_bpe(
     metadata: Fields, vocab: dict[str, int], unknown_token: str
 ) -> CoreTokenizer:
-    """Returns SentencePiece's BPE as transformers' `LlamaTokenizer` has it.
+    """Returns SentencePiece's BPE like transformers' `LlamaTokenizer`.
 
     A text that begins with a space gets no second one, as it would from SentencePiece.
     """
@@ -198,7 +198,7 @@ def _build_sentencepiece_bpe(
 
 
 def _merges_by_score(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Returns the pairs that make tokens, best first; SentencePiece stores no merges."""
+    """Returns merge pairs by descending score, because SentencePiece stores no merges."""
     pairs: list[tuple[str, str]] = []
     for token in vocab:
         for left_length in range(1, len(token)):
@@ -215,7 +215,7 @@ def _merges_by_score(vocab: dict[str, int], scores: dict[str, float]) -> list[tu
 
 
 def _make_framing_processor(vocab: dict[str, int], bos: str | None, eos: str | None) -> object:
-    """Returns the processor that adds the first and the last token to a text or a pair."""
+    """Returns the processor that adds first and last tokens to a text or a pair."""
     from tokenizers import processors
 
     def template(text: str, segment: int) -> list[str]:

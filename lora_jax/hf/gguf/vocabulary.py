@@ -1,4 +1,4 @@
-"""Describes a tokenizer in the metadata of a GGUF file; `lora_jax.hf.gguf.tokenizer` reads them.
+"""Describes a tokenizer as GGUF metadata, which `lora_jax.hf.gguf.tokenizer` reads.
 
 llama.cpp splits a text by rules that it knows by name. Here they are found by what tokenizer.json
 says, so that a tokenizer with further tokens is known as well.
@@ -48,7 +48,7 @@ _SAMPLE_CHAT = ({"role": "user", "content": "A b"}, {"role": "assistant", "conte
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()) -> dict[str, Any]:
-    """Returns the metadata ``tokenizer.*`` of a tokenizer.
+    """Returns the ``tokenizer.*`` metadata of a tokenizer.
 
     Args:
       tokenizer: a transformers fast tokenizer.
@@ -114,7 +114,7 @@ def _byte_level_metadata(definition: Fields) -> dict[str, Any]:
 
 
 def _find_split_rule(definition: Fields) -> str:
-    """Returns llama.cpp's name of the rule by which a byte-level tokenizer splits a text."""
+    """Returns llama.cpp's name for the split rule of a byte-level tokenizer."""
     patterns = tuple(_split_patterns(definition["pre_tokenizer"]))
     normalizers = _processing_steps(definition["normalizer"], "normalizers")
     composes = any(step["type"] == "NFC" for step in normalizers)
@@ -135,7 +135,7 @@ def _find_split_rule(definition: Fields) -> str:
 
 
 def _split_patterns(pre_tokenizer: Fields | None) -> Iterator[str]:
-    """Yields the regular expressions by which a text is split, one after another."""
+    """Yields the regular expressions by which a text is split, in order."""
     for step in _processing_steps(pre_tokenizer, "pretokenizers"):
         kind = step["type"]
         if kind == "Split" and "Regex" in step["pattern"] and not step["invert"]:
@@ -150,7 +150,7 @@ def _split_patterns(pre_tokenizer: Fields | None) -> Iterator[str]:
 
 
 def _processing_steps(definition: Fields | None, field: str) -> list[Fields]:
-    """Returns the steps of a normalizer or a pre-tokenizer; `field` holds those of a sequence."""
+    """Returns the steps of a normalizer or pre-tokenizer; `field` holds a sequence's."""
     if definition is None:
         return []
     return definition[field] if definition["type"] == "Sequence" else [definition]
@@ -159,7 +159,7 @@ def _processing_steps(definition: Fields | None, field: str) -> list[Fields]:
 def _sentencepiece_metadata(
     definition: Fields, tokens: Sequence[str], types: list[int]
 ) -> dict[str, Any]:
-    """Returns the metadata of SentencePiece's BPE, and corrects the types of its tokens.
+    """Returns the metadata of SentencePiece's BPE, with corrected token types.
 
     Where SentencePiece has scores, tokenizer.json has merges, best first: a token's score is the
     place of the first merge that makes it.
@@ -173,6 +173,7 @@ def _sentencepiece_metadata(
             types[token_id] = UNKNOWN
 
     def score(token: str, token_type: int) -> float:
+        """Returns the score of a token: minus the rank of its merge."""
         if token_type in (BYTE, CONTROL, UNKNOWN):
             return 0.0
         if token in rank_of_token:
@@ -201,7 +202,7 @@ def _sentencepiece_metadata(
 
 
 def _rank_of_merged_tokens(merges: Sequence[str | list[str]]) -> dict[str, int]:
-    """Returns the place of the first merge that makes each token."""
+    """Returns the index of the first merge that produces each token."""
     rank_of_token: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         token = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
@@ -210,7 +211,7 @@ def _rank_of_merged_tokens(merges: Sequence[str | list[str]]) -> dict[str, int]:
 
 
 def _special_token_metadata(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Any]:
-    """Returns the ids of special tokens, and whether the first and the last one frame a text."""
+    """Returns the ids of special tokens, and whether BOS and EOS are added to a text."""
     prefix = "tokenizer.ggml"
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in FIELD_OF_ROLE}
     fields = {}
@@ -251,7 +252,7 @@ def _chat_template_metadata(chat_template: str | dict[str, str] | None) -> dict[
 def model_name_for_llama_cpp(
     name: str, tokenizer: Tokenizer | None, words: Fields
 ) -> tuple[str, list[str]]:
-    """Returns a model's name under which llama.cpp drops the spaces that its tokenizer drops.
+    """Returns a model name for which llama.cpp strips spaces as the tokenizer does.
 
     Args:
       name: the name of the model.
@@ -290,7 +291,7 @@ def model_name_for_llama_cpp(
 
 
 def _dropped_sides_of_phi3(words: Fields) -> dict[str, tuple[bool, bool]] | None:
-    """Returns the sides on which llama.cpp drops the spaces beside tokens of a model named Phi-3.
+    """Returns the sides of tokens where llama.cpp strips spaces for Phi-3 models.
 
     Returns:
       token -> (left, right); None for a vocabulary that llama.cpp does not load under this name.
@@ -305,7 +306,7 @@ def _dropped_sides_of_phi3(words: Fields) -> dict[str, tuple[bool, bool]] | None
 
 
 def _render_sample_chat(tokenizer: Tokenizer, words: Fields) -> str:
-    """Returns a chat as the template renders it; "" if there is no template that does."""
+    """Returns a sample chat rendered by the template, or "" if that fails."""
     template = words.get("tokenizer.chat_template")
     try:
         text: str = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Writes GGUF files, a tensor at a time; a file appears whole or not at all."""
+"""Writes GGUF files one tensor at a time; a file appears complete or not at all."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def write_gguf(
     entries: Sequence[GGUFTensor],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a file; beside what the entries read from, the host holds one tensor, and its codes.
+    """Writes a GGUF file, with one tensor at a time in the host's memory.
 
     Args:
       path: the file; the folder is made.
@@ -76,7 +76,7 @@ def import_gguf() -> ModuleType:
 
 
 def check_gguf_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> None:
-    """Raises a ValueError for a type that is not written; lists those that are."""
+    """Raises a ValueError for a type that cannot be written; lists the others."""
     if asked not in allowed:
         raise ValueError(
             f"the GGUF type {asked!r} is not written, {', '.join(allowed)} are: {_ADVICE}"
@@ -84,7 +84,7 @@ def check_gguf_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> N
 
 
 def gguf_type_for_shape(kind: str, shape: Sequence[int]) -> str:
-    """Returns the type, or F16 where a row is no whole number of the type's blocks."""
+    """Returns the type, or F16 if the type's blocks do not divide a row."""
     gguf = import_gguf()
     block_weights, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     has_whole_blocks = shape[-1] % block_weights == 0
@@ -98,7 +98,7 @@ def _write_file(
     entries: Sequence[GGUFTensor],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Writes a file as `write_gguf` does, under the path itself."""
+    """Writes the file in place, as part of `write_gguf`."""
     writer = gguf.GGUFWriter(None, fields["general.architecture"])
     try:
         for name, value in fields.items():
@@ -123,7 +123,7 @@ def _write_file(
 
 
 def _add_metadata_field(gguf: ModuleType, writer: Any, name: str, value: Any) -> None:
-    """Adds a pair of the metadata: ints are uint32, or int32 below 0; floats are fp32."""
+    """Adds a metadata pair: uint32 for ints, int32 for negative ones, fp32 for floats."""
     value_types = gguf.GGUFValueType
     if not isinstance(value, list):
         writer.add_key_value(name, value, _value_type(value_types, value))
@@ -135,7 +135,7 @@ def _add_metadata_field(gguf: ModuleType, writer: Any, name: str, value: Any) ->
 
 
 def _value_type(value_types: Any, value: Any) -> Any:
-    """Returns gguf's type of a value of the metadata."""
+    """Returns gguf's type of a metadata value."""
     if isinstance(value, bool):
         return value_types.BOOL
     if isinstance(value, int):
@@ -149,7 +149,7 @@ def _count_bytes(gguf: ModuleType, entry: GGUFTensor) -> int:
 
 
 def _encode_tensor(gguf: ModuleType, entry: GGUFTensor) -> np.ndarray:
-    """Returns the bytes of a tensor as the file has them."""
+    """Returns the bytes of a tensor in its GGUF type."""
     array = entry.read()
     if entry.is_raw:
         return np.ascontiguousarray(array)

@@ -1,1 +1,1 @@
-"""Tensors that safetensors files hold as codes and scales, kept as they were shipped."""
+"""Quantized tensors of safetensors files, kept as the codes and scales of the checkpoint."""

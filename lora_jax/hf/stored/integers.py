@@ -1,4 +1,4 @@
-"""Layouts of integers of 4 bits, and of bitsandbytes' NF4; see `lora_jax.hf.stored.layouts`.
+"""Layouts of 4-bit integers, and of bitsandbytes' NF4; see `lora_jax.hf.stored.layouts`.
 
 A *word* is an int32 that packs eight codes. A *group* is the inputs of one output that share a
 scale, and a zero where codes have one.
@@ -21,7 +21,7 @@ _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 def _unpack_words(files: FolderTensors, name: str) -> np.ndarray:
-    """Returns the numbers of 4 bits in a tensor's words, less 8."""
+    """Returns the 4-bit numbers in a tensor's 32-bit words, minus 8."""
     return unpack_int4(files.fetch(name, None), less_8=True)
 
 
@@ -33,7 +33,7 @@ def _matrix_shape(files: FolderTensors, name: str) -> tuple[int, int]:
 
 
 def find_pack_quantized(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds compressed-tensors' W4A16: eight codes a word along a row, each stored plus 8."""
+    """Finds compressed-tensors' W4A16: words of eight codes along a row, stored plus 8."""
     stem = name.removesuffix("weight_packed")
     if stem == name or files.tensors[name].dtype != "I32":
         return None
@@ -69,7 +69,7 @@ def find_pack_quantized(name: str, files: FolderTensors) -> CodedTensor | None:
 
 
 def find_gptq(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds GPTQ's: eight codes a word along the inputs, with zeros for groups of them."""
+    """Finds GPTQ's tensors: words of eight codes along the inputs, with zeros by input group."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
     n_words, n_out = _matrix_shape(files, name)
@@ -97,7 +97,7 @@ def find_gptq(name: str, files: FolderTensors) -> CodedTensor | None:
 
 
 def find_awq(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds AWQ's: eight codes a word along the outputs, mixed, with zeros for groups of inputs."""
+    """Finds AWQ's tensors: words of eight shuffled codes along the outputs, with zeros by group."""
     if not name.endswith("qweight") or files.tensors[name].dtype != "I32":
         return None
     n_in, n_words = _matrix_shape(files, name)
@@ -117,7 +117,7 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places of a word's numbers
 
 
 def _reorder_awq(numbers: np.ndarray) -> np.ndarray:
-    """Returns the numbers of AWQ's words in the order of the outputs."""
+    """Returns the numbers of AWQ's words in output order."""
     words = numbers.reshape(len(numbers), -1, 8)
     return words[..., _AWQ_ORDER].reshape(len(numbers), -1)
 
@@ -128,7 +128,7 @@ def _make_tensor_with_zeros(
     codes: LazyArray,
     reorder: Callable[[np.ndarray], np.ndarray],
 ) -> CodedTensor:
-    """Returns a tensor whose scales and packed zeros lie [groups, out].
+    """Returns a tensor with scales and packed zeros [groups, out].
 
     Args:
       tensors: the tensor of the codes, and others that it makes useless.
@@ -166,7 +166,7 @@ def _make_tensor_with_zeros(
 
 
 def find_bnb_nf4(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds bitsandbytes' NF4: codes in one row, the first in high bits; scales coded or not.
+    """Finds bitsandbytes' NF4: flat packed codes, whose scales may be quantized, too.
 
     The bytes of codes lie in numbers of any dtype (bnb_4bit_quant_storage), such as BF16.
     """
@@ -213,7 +213,7 @@ def find_bnb_nf4(name: str, files: FolderTensors) -> CodedTensor | None:
 
 
 def _read_quant_state(files: FolderTensors, state: str, *fields: str) -> list[Any]:
-    """Returns fields of the quant_state of a tensor of bitsandbytes.
+    """Returns fields of the quant_state of a bitsandbytes tensor.
 
     Raises:
       WeightsError: it lacks one of them.
@@ -228,7 +228,7 @@ def _read_quant_state(files: FolderTensors, state: str, *fields: str) -> list[An
 def _add_nested_scales(
     files: FolderTensors, stored: CodedTensor, block: int, state: str
 ) -> CodedTensor:
-    """Returns a tensor of bitsandbytes whose scales are coded: s = step·v(code) + offset.
+    """Returns a bitsandbytes tensor with quantized scales: s = step·v(code) + offset.
 
     In the file, a step is for `nested_blocksize` scales, which run on from row to row. Here, it is
     for a part of a row, a span, whose size divides both a row and what shares a step, so that it

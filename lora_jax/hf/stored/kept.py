@@ -1,4 +1,4 @@
-"""Codes that a tree has unchanged from a checkpoint's files, to be written back in their layout.
+"""Writes codes back in their original layout if a tree has kept them unchanged from a checkpoint.
 
 Their tensors are copied from these files. So nothing is packed anew, and what memory holds in
 another form, or not at all, is kept as well: nested scales, and those of activations.
@@ -37,7 +37,7 @@ _FUSED_PROJECTION = re.compile(
 
 
 class CodesFolder(Protocol):
-    """A folder that holds tensors in codes; see `lora_jax.hf.sources.Source`.
+    """A folder with quantized tensors; see `lora_jax.hf.sources.Source`.
 
     Attributes:
       where: the folder, for messages.
@@ -50,14 +50,14 @@ class CodesFolder(Protocol):
     quantization: Fields
 
     def codes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        """Returns a tensor in the codes of its file, of NumPy arrays; None if it is in no codes."""
+        """Returns a quantized tensor's codes as NumPy arrays; None if it is not quantized."""
 
     def entries(self, name: str) -> dict[str, TensorEntry]:
-        """Returns the stored tensors of a coded weight, keyed by the key table's names."""
+        """Returns the stored tensors of a quantized weight, by the key table's names."""
 
 
 def rename_modules(config: Fields, rename: Callable[[str], str]) -> dict[str, Any]:
-    """Returns a quantization_config by other names of modules.
+    """Returns a quantization_config with renamed modules.
 
     Args:
       config: the quantization_config.
@@ -81,7 +81,7 @@ def rename_modules(config: Fields, rename: Callable[[str], str]) -> dict[str, An
 
 
 def _rename_module(module: str, rename: Callable[[str], str]) -> str:
-    """Renames a module; a pattern ("re:…") gets one that matches behind any prefix as well."""
+    """Renames a module; a pattern ("re:…") also gets a form that matches any prefix."""
     if not module.startswith("re:"):
         return rename(f"{module}.weight").removesuffix(".weight")
     match = _PATTERN_FLAGS.fullmatch(module.removeprefix("re:"))
@@ -95,7 +95,7 @@ def _rename_module(module: str, rename: Callable[[str], str]) -> str:
 
 
 def _has_alternatives(pattern: str) -> bool:
-    """Returns True if a pattern has a | outside of its groups."""
+    """Returns True if a pattern has a | outside its groups."""
     text = _PATTERN_ATOMS.sub("", pattern)
     n_removed = 1
     while n_removed > 0:  # the innermost groups first
@@ -104,12 +104,12 @@ def _has_alternatives(pattern: str) -> bool:
 
 
 def _module_of(tensor: str) -> str:
-    """Returns the module of a tensor; all experts of a layer are one."""
+    """Returns the module of a tensor; all experts of a layer share one."""
     return _EXPERT_SUFFIX.sub(".experts", tensor).removesuffix(".weight")
 
 
 class CodesCheck:
-    """A tree's codes, beside those of the files that they were read from.
+    """Compares a tree's codes with the files that they were read from.
 
     Args:
       params: the tree.
@@ -138,14 +138,14 @@ class CodesCheck:
         ]
 
     def paths_to_dequantize(self) -> list[str]:
-        """Returns the paths of codes that readers want as arrays, since others are arrays.
+        """Returns the codes to write as arrays, since members of their group are arrays.
 
         A layer's experts lie all in codes or none of them does; so do the projections that vLLM
         fuses. Where the method has no list of modules in floats, all kernels do.
         """
 
         def group_of(row: Row) -> str:
-            """Returns a name that all rows share which lie in codes only together."""
+            """Returns a key shared by rows that must all be quantized or not."""
             if not self._float_list:
                 return ""
             return _FUSED_PROJECTION.sub(".fused", _EXPERT_SUFFIX.sub(".experts", row.hf))
@@ -154,7 +154,7 @@ class CodesCheck:
         return [row.path for row in self._coded_rows if group_of(row) in decoded_groups]
 
     def check(self) -> None:
-        """Compares the codes with those of the files, a tensor at a time.
+        """Compares all codes with the files, one tensor at a time.
 
         Raises:
           WeightsError: there are none, or they are others; names the first.
@@ -175,7 +175,7 @@ class CodesCheck:
                     )
 
     def quantization(self) -> dict[str, Any]:
-        """Returns the quantization_config of the files, which lists what is an array by now.
+        """Returns the files' quantization_config, with dequantized modules listed.
 
         Raises:
           WeightsError: the method has no list, or modules are in codes in part; says what to do.
@@ -210,7 +210,7 @@ class CodesCheck:
 
 
 def _are_codes_equal(a: Coded, b: Coded) -> bool:
-    """Returns True if codes have the same format and the same arrays."""
+    """Returns True if two `Coded` have the same format and equal arrays."""
     if a.format != b.format or a.arrays.keys() != b.arrays.keys():
         return False
     return all(np.array_equal(array, b.arrays[name]) for name, array in a.arrays.items())

@@ -1,4 +1,4 @@
-"""Layouts of floats of 8 and 4 bits in files: their names, shapes and bits.
+"""File layouts of 8-bit and 4-bit floats: their names, shapes and bits.
 
 Each layout takes a tensor's name in the files, and returns the whole that it belongs to; None if it
 is not the first tensor of such a whole. Rows are outputs, and blocks of 4-bit codes run along rows.
@@ -27,7 +27,7 @@ _ACTIVATION_SCALES = (  # which no weight needs
 
 
 def find_fp8(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds FP8 with one scale for the tensor, for each row or for each block; it multiplies."""
+    """Finds FP8 with multiplied scales: one for the tensor, each row or each block."""
     dtype, shape = files.tensors[name]
     if dtype not in ("F8_E4M3", "F8_E5M2") or len(shape) < 2:
         return None
@@ -54,12 +54,12 @@ def find_fp8(name: str, files: FolderTensors) -> CodedTensor | None:
 
 
 def _find_activation_scales(stem: str, files: FolderTensors) -> list[str]:
-    """Returns the scales of a layer's activations that the files hold."""
+    """Returns the stored activation scales of a layer."""
     return [stem + name for name in _ACTIVATION_SCALES if stem + name in files.tensors]
 
 
 def find_mxfp4_experts(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds gpt-oss's experts, [experts, out, in / 32, 16 bytes]; shown as [experts, in, out]."""
+    """Finds gpt-oss's experts, stored [experts, out, in / 32, 16 bytes]."""
     dtype, shape = files.tensors[name]
     if not name.endswith("_blocks") or dtype != "U8":
         return None
@@ -85,7 +85,7 @@ def find_mxfp4_experts(name: str, files: FolderTensors) -> CodedTensor | None:
 
 
 def find_packed_floats(name: str, files: FolderTensors) -> CodedTensor | None:
-    """Finds MXFP4, and NVFP4 with a second scale for the tensor: two codes a byte, the low first.
+    """Finds packed MXFP4 or NVFP4 (which has a second scale): two codes in each byte.
 
     compressed-tensors calls the bytes ``weight_packed`` and divides by the second scale; ModelOpt
     calls them ``weight`` and multiplies by it.

@@ -1,4 +1,4 @@
-"""The methods of quantisation that a config.json may name, and the tensors in their codes."""
+"""The quantization methods that a config.json may name, and the tensors that they quantize."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +24,7 @@ _PATTERN_PREFIX = "re:"
 
 
 def check_target(target: object) -> str:
-    """Returns a target: a module's name, "re:" and a pattern, or a class.
+    """Returns a valid target: a module's name, "re:" and a pattern, or a class.
 
     Raises:
       ConfigError: it is none of these.
@@ -41,7 +41,7 @@ def check_target(target: object) -> str:
 
 
 class Targets:
-    """Finds the part of config.json that describes a module in codes.
+    """Finds the settings in config.json that apply to a quantized module.
 
     A name comes before patterns, these in their alphabetical order, and patterns before classes, as
     in compressed-tensors (``match_targets``). Patterns match from the beginning of a name.
@@ -61,7 +61,7 @@ class Targets:
         self._settings_of_class = settings[classes[0]] if classes else None
 
     def settings_of(self, tensor: str) -> CodeSettings | None:
-        """Returns the settings of the first target that names a weight's module, or None."""
+        """Returns the settings of the first target that matches a weight's module, or None."""
         module = _PARAMETER_SUFFIX.sub("", tensor)
         if module in self._settings:
             return self._settings[module]
@@ -72,7 +72,7 @@ class Targets:
 
 
 def common_settings(settings: Collection[CodeSettings]) -> CodeSettings:
-    """Returns the settings that kinds have in common, for a module that no target names."""
+    """Returns the settings that all targets share, for a module that no target matches."""
     blocks = {kind.block for kind in settings} - {None}
     groups = {kind.group for kind in settings} - {None}
     return CodeSettings(
@@ -86,7 +86,7 @@ Layout = Callable[[str, FolderTensors], CodedTensor | None]
 
 
 class Method(NamedTuple):
-    """A method, as a config.json describes it.
+    """A quantization method, as described by a config.json.
 
     Attributes:
       name: its quant_method.
@@ -102,7 +102,7 @@ class Method(NamedTuple):
 
 
 def read_method(fields: Fields) -> Method | None:
-    """Returns the method of a parsed config.json; None if it names none.
+    """Returns the quantization method of a parsed config.json; None without one.
 
     Raises:
       ConfigError: the method, or one of its options, is not kept in codes; names it.
@@ -121,7 +121,7 @@ def read_method(fields: Fields) -> Method | None:
 
 
 def _read_square_block(sizes: Any) -> int | None:
-    """Returns the size of square blocks along both axes; raises a ConfigError for others."""
+    """Returns the size of square blocks; raises a ConfigError for other blocks."""
     if sizes is None:
         return None
     is_pair = isinstance(sizes, list) and len(sizes) == 2
@@ -131,7 +131,7 @@ def _read_square_block(sizes: Any) -> int | None:
 
 
 def _check_fields(config: Fields, prefix: str, **supported: Collection[object]) -> None:
-    """Raises a ConfigError if a field that is present has a value that is not supported."""
+    """Raises a ConfigError if a present field has an unsupported value."""
     for name, values in supported.items():
         if config.get(name) is not None:
             check_supported(f"{prefix}{name}", config[name], values)
@@ -148,6 +148,7 @@ def _read_mxfp4(config: Fields) -> Method:
 
 
 def _read_bitsandbytes(config: Fields) -> Method:
+    """Returns bitsandbytes' method, after a check that it is NF4."""
     if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
         raise ConfigError(
             "8-bit bitsandbytes weights cannot stay quantized. Use a checkpoint with "
@@ -158,9 +159,10 @@ def _read_bitsandbytes(config: Fields) -> Method:
 
 
 def _make_reader_of_packed_words(layout: Layout) -> Callable[[Fields], Method]:
-    """Returns the reader of a quantization_config of GPTQ or AWQ."""
+    """Returns the function that reads a quantization_config of GPTQ or AWQ."""
 
     def method(config: Fields) -> Method:
+        """Reads the quantization_config."""
         _check_fields(config, "", bits=(4,), version=("gemm", "GEMM"))
         format = config.get("checkpoint_format") or config.get("format") or "gptq"
         if layout is find_gptq:
@@ -176,7 +178,7 @@ def _make_reader_of_packed_words(layout: Layout) -> Callable[[Fields], Method]:
 
 
 def _read_compressed_tensors(config: Fields) -> Method:
-    """Returns compressed-tensors' method, whose groups of modules may have different codes."""
+    """Returns compressed-tensors' method, whose module groups may differ in format."""
     sparsity = config.get("sparsity_config") or {}
     _check_fields(sparsity, "sparsity_config: ", format=("dense",))
     _check_fields(config, "", quantization_status=("compressed",), format=_COMPRESSED_FORMATS)
@@ -197,7 +199,7 @@ def _read_compressed_tensors(config: Fields) -> Method:
 
 
 def _read_group_settings(group: Fields) -> CodeSettings:
-    """Returns the settings of one of compressed-tensors' groups of modules."""
+    """Returns the settings of one module group of compressed-tensors."""
     _check_fields(group, "", format=_COMPRESSED_FORMATS)
     weights = group.get("weights") or {}
     _check_fields(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
@@ -237,7 +239,7 @@ METHODS: dict[str, Callable[[Fields], Method]] = {
 def find_coded_tensors(
     method: Method | None, tensors: Mapping[str, Header], fetch: FetchRows, where: str
 ) -> dict[str, CodedTensor]:
-    """Finds the tensors in codes among those of a folder.
+    """Finds the quantized tensors of a folder.
 
     The files are believed, and config.json says what they do not: the size of a block.
 
@@ -272,7 +274,7 @@ def find_coded_tensors(
 def _find_by_layouts(
     method: Method, tensors: Mapping[str, Header], fetch: FetchRows
 ) -> tuple[dict[str, CodedTensor], list[str]]:
-    """Returns the tensors in the codes of a method, by name, and the problems with others."""
+    """Returns the tensors quantized by a method, by name, and problems with others."""
     targets = Targets(method.targets)
     stored: dict[str, CodedTensor] = {}
     problems: list[str] = []
@@ -295,7 +297,7 @@ def _find_by_layouts(
 
 
 def _float8_problems(tensors: Mapping[str, Header], config_phrase: str) -> list[str]:
-    """Returns a problem for each matrix of small floats, whose scales nothing names."""
+    """Returns a problem for each 8-bit or 4-bit float matrix whose scales are unknown."""
     problems = []
     for name, (dtype, shape) in tensors.items():
         if dtype.startswith(("F8", "F4")) and len(shape) > 1:
@@ -314,7 +316,7 @@ _KINDS_WITHOUT_CODES = (
 
 
 class ConfigCodes:
-    """The tensors that will lie in codes; see `lora_jax.hf.sources.HasCodes`.
+    """The quantized tensors that config.json announces; see `lora_jax.hf.sources.HasCodes`.
 
     Args:
       path: the config.json, for messages.
@@ -347,19 +349,19 @@ class ConfigCodes:
         self.coded_names = frozenset(self._stored)
 
     def code_shapes(self, name: str, dtype: DTypeLike) -> Coded | None:
-        """Returns the shapes of a tensor's codes; None if it will lie in none."""
+        """Returns the shapes of a tensor's codes; None if it will not be quantized."""
         stored = self._stored.get(name)
         return None if stored is None else stored.shapes(dtype)
 
 
 def _is_in_module(tensor: str, module: str) -> bool:
-    """Returns True if a module's name, perhaps with stars, is that of a tensor or of its parent."""
+    """Returns True if a module's name, perhaps with stars, contains a tensor."""
     pattern = re.escape(module).replace(r"\*", "[^.]*")
     return re.match(rf"(.*\.)?{pattern}(\.|$)", tensor) is not None
 
 
 def _headers_of_codes(method: Method, name: str, shape: tuple[int, ...]) -> dict[str, Header]:
-    """Returns the headers of a tensor in codes, by the names in the files."""
+    """Returns the headers of a quantized tensor, by their names in the files."""
     if method.layouts == (find_mxfp4_experts,):
         is_of_experts = len(shape) >= 3
         if not is_of_experts:

@@ -1,4 +1,4 @@
-"""Tensors of safetensors files as bytes: NumPy's own reader knows no 8-bit and 4-bit floats."""
+"""Reads and writes safetensors tensors as bytes, for 8-bit and 4-bit floats that NumPy lacks."""
 
 import json
 import math
@@ -32,14 +32,14 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 class Header(NamedTuple):
-    """The entry of a tensor in its file's header."""
+    """The entry of a tensor in the header of its file."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in its file."""
+        """The number of bytes of the tensor in its file."""
         return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
 
 
@@ -48,7 +48,7 @@ FetchRows = Callable[[str, slice | None], np.ndarray]
 
 
 class RawFile:
-    """A safetensors file that has been checked already.
+    """A safetensors file that another reader has checked already.
 
     Args:
       path: the file.
@@ -95,7 +95,7 @@ class RawFile:
 
 
 class TensorEntry(NamedTuple):
-    """A tensor to write: its entry in the header, and what reads it."""
+    """A tensor to write: its header entry, and a function that reads it."""
 
     header: Header
     read: Callable[[], np.ndarray]
@@ -107,7 +107,7 @@ def entry_of_array(array: np.ndarray) -> TensorEntry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
-    """Writes a safetensors file, marked as PyTorch's libraries mark theirs, a tensor at a time.
+    """Writes a safetensors file with PyTorch's metadata, one tensor at a time.
 
     Args:
       path: the file.

@@ -1,4 +1,4 @@
-"""One tensor in codes, and the tensors of the files that hold it."""
+"""One quantized tensor, and the stored tensors that it consists of."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from lora_jax.quantized import Coded, Format
 
 
 class LazyArray(NamedTuple):
-    """One array of a `Coded`: its shape, its dtype, and what reads it (all rows for None)."""
+    """One array of a `Coded`: its shape, its dtype, and the function that reads its rows."""
 
     shape: tuple[int, ...]
     dtype: DTypeLike
@@ -24,7 +24,7 @@ class LazyArray(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CodedTensor:
-    """A tensor that files hold in codes.
+    """A quantized tensor of a folder.
 
     Attributes:
       name: its name, as if it were an array.
@@ -41,11 +41,11 @@ class CodedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that the codes stand for."""
+        """The shape of the dequantized array."""
         return self.arrays["codes"].shape
 
     def coded(self, dtype: DTypeLike, index: tuple[int | slice, ...] = ()) -> Coded:
-        """Reads the codes of a part.
+        """Reads the codes of the tensor or of a slice.
 
         Args:
           dtype: dtype of the array that they stand for.
@@ -62,7 +62,7 @@ class CodedTensor:
         return self._cut_codes(Coded(arrays, self.format, np.dtype(dtype)), index)
 
     def shapes(self, dtype: DTypeLike, index: tuple[int | slice, ...] = ()) -> Coded:
-        """Returns the shapes of what `coded` returns."""
+        """Returns the shapes of the result of `coded`."""
         empty_arrays = {
             name: np.broadcast_to(np.zeros((), array.dtype), array.shape)
             for name, array in self.arrays.items()
@@ -71,10 +71,11 @@ class CodedTensor:
         return part.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype))
 
     def _cut_codes(self, coded: Coded, index: tuple[int | slice, ...]) -> Coded:
-        """Returns a part of codes, with the scales of its blocks; see `coded`."""
+        """Returns a slice of codes, with the scales of its blocks; see `coded`."""
         weight_shape = coded.shape
 
         def cut_array(array: np.ndarray) -> np.ndarray:
+            """Slices one array of the codes."""
             array_index = list(index)
             for axis, axis_index in enumerate(index):
                 n_weights = weight_shape[axis]
@@ -94,7 +95,7 @@ class CodedTensor:
 
 
 class CodeSettings(NamedTuple):
-    """The numbers that config.json gives for the codes of a module, or of all.
+    """The quantization settings that config.json gives for modules.
 
     Attributes:
       block: the size of blocks along both axes; None for one scale a row or a tensor.
@@ -110,7 +111,7 @@ class CodeSettings(NamedTuple):
 
 
 class FolderTensors(NamedTuple):
-    """The tensors of a folder, and what config.json says of the codes of one.
+    """The tensors of a folder, with the quantization settings of one of them.
 
     Attributes:
       tensors: what the files' headers say of each.
@@ -123,7 +124,7 @@ class FolderTensors(NamedTuple):
     settings: CodeSettings = CodeSettings()
 
     def find(self, owner: str, dtypes: Sequence[str], *names: str) -> str:
-        """Returns the first of these names that there is.
+        """Returns the first of these names that the folder contains.
 
         Raises:
           WeightsError: there is none, or its dtype is another; names `owner`, a tensor in codes.
@@ -143,7 +144,7 @@ class FolderTensors(NamedTuple):
     def lazy_array(
         self, name: str, shape: tuple[int, ...], *file_shapes: tuple[int, ...], raw: bool = False
     ) -> LazyArray:
-        """Returns a tensor as it lies in its file; powers of two (F8_E8M0) as bytes.
+        """Returns a stored tensor as it is; powers of two (F8_E8M0) as bytes.
 
         Args:
           name: the tensor.
@@ -171,7 +172,7 @@ class FolderTensors(NamedTuple):
         return LazyArray(shape, dtype, read)
 
     def groups(self, name: str, n_in: int) -> int:
-        """Returns the number of groups of a tensor's inputs.
+        """Returns the number of input groups of a tensor.
 
         Raises:
           WeightsError: they do not come out even.
@@ -190,7 +191,7 @@ _NIBBLES_LESS_8 = (_NIBBLES_OF_BYTE - 8).astype(np.int8).astype(ml_dtypes.int4)
 
 
 def unpack_int4(array: np.ndarray, *, less_8: bool = False, high_first: bool = False) -> np.ndarray:
-    """Returns the numbers of 4 bits in an array's bytes, along its last axis, as int4.
+    """Returns the 4-bit numbers in an array's bytes, along its last axis, as int4.
 
     Args:
       array: array of bytes, or of words, whose lowest bits come first.

@@ -1,1 +1,1 @@
-"""Images for language models: what their processors make of them, and the tokens they become."""
+"""Images for language models: their patches or tiles, and the tokens that stand for them."""

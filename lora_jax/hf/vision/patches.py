@@ -1,4 +1,4 @@
-"""Cuts images of any size into patches as Qwen2-VL's processor does, which Qwen3.5 has."""
+"""Cuts images of any size into patches as Qwen2-VL's processor does, which Qwen3.5 uses, too."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ _MAX_ASPECT_RATIO = 200  # of the longer edge to the shorter one
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchProcessor:
-    """The steps from an image to its patches.
+    """Converts an image to patches.
 
     Attributes:
       tile: makes pixel values of patches.
@@ -53,7 +53,7 @@ class PatchProcessor:
 
     @classmethod
     def from_hf(cls, fields: Fields) -> "PatchProcessor":
-        """Reads the fields of a preprocessor_config.json of Qwen2-VL's kind.
+        """Reads the fields of a preprocessor_config.json like Qwen2-VL's.
 
         Args:
           fields: the parsed file.
@@ -112,7 +112,7 @@ class PatchProcessor:
 
     @functools.cached_property
     def _processor(self) -> Any:
-        """The image processor of transformers that resizes and cuts images."""
+        """The transformers image processor that resizes images and cuts patches."""
         return make_pixel_processor(
             "qwen2_vl",
             "Qwen2VL",
@@ -139,7 +139,7 @@ class PatchReader:
     token: int
 
     def written(self, grid: PatchGrid) -> np.ndarray:
-        """Returns the tokens of an image with this grid of patches: [n] int32."""
+        """Returns the tokens that stand for an image with this patch grid: [n] int32."""
         n_tokens = self.count(grid) // self.processor.merge**2
         return np.full(n_tokens, self.token, np.int32)
 
@@ -148,7 +148,7 @@ class PatchReader:
         return grid[0] * grid[1]
 
     def room(self, n: int) -> int:
-        """Returns the patches that a row of n gets: few different numbers, in whole squares."""
+        """Returns the padded number of patches of a row: few different sizes, whole squares."""
         square = self.processor.merge**2
         power_of_two = 1 << max(0, (n - 1).bit_length() - 3)  # n / 8 to n / 4
         step = math.lcm(max(square, power_of_two), square)
@@ -158,7 +158,7 @@ class PatchReader:
     def inputs(
         self, tiles: np.ndarray, grids: Sequence[PatchGrid], most: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        """Returns a model's inputs of a row's images.
+        """Returns the model inputs for the images of a row.
 
         Args:
           tiles: the images' patches, [n, channels, side, side] uint8.
@@ -177,7 +177,7 @@ class PatchReader:
         return {"pixel_values": pixel_values, "image_grids": image_grids}
 
     def describe(self, images: int, tiles: int, most: int) -> str:
-        """Returns the number of images and of their patches, in words."""
+        """Returns the number of images and patches as text."""
         size = " x ".join(map(str, self.processor.tile.shape[1:]))
         return (
             f"{images:,} images, in {tiles:,} patches of {size} pixels, "

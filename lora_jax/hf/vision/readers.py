@@ -1,4 +1,4 @@
-"""Readers of images for language models, by the form that a model takes images in."""
+"""Image readers for language models, chosen by the form in which a model takes images."""
 
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -17,13 +17,13 @@ _PROCESSOR_FILE = "processor_config.json"  # of transformers 5, with the image p
 
 
 class ImageModelConfig(Protocol):
-    """A configuration of a language model that reads images, such as ``SmolVLMConfig``."""
+    """The configuration of a language model that reads images, such as ``SmolVLMConfig``."""
 
     @property
     def image_token_id(self) -> int: ...
     @property
     def image_form(self) -> ImageForm:
-        """The form that it takes images in: equal "tiles", or "patches" of images of any size."""
+        """The form of images: equal "tiles", or "patches" of images of any size."""
 
     @property
     def vision(self) -> Any: ...
@@ -37,7 +37,7 @@ def reads_images(config: Any) -> bool:
 def load_image_reader(
     name_or_path: str | Path, tokenizer: Tokenizer, config: ImageModelConfig
 ) -> AnyReader:
-    """Loads the reader of images that goes with ``from_pretrained(name_or_path)``.
+    """Loads the image reader for ``from_pretrained(name_or_path)``.
 
     Args:
       name_or_path: folder or hub name.
@@ -64,7 +64,7 @@ def load_image_reader(
 
 
 def _image_processor_fields(folder: Path) -> tuple[Path, Fields]:
-    """Returns the file that describes a folder's image processor, and the fields of it."""
+    """Returns the file of a folder's image processor, and its fields."""
     path = folder / IMAGE_PROCESSOR_FILE
     processor_path = folder / _PROCESSOR_FILE
     if not path.is_file() and processor_path.is_file():
@@ -76,7 +76,7 @@ def _image_processor_fields(folder: Path) -> tuple[Path, Fields]:
 
 
 def _tile_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) -> ImageReader:
-    """Returns the reader of tiles; raises a ConfigError if it does not fit the model."""
+    """Returns the tile reader; raises a ConfigError if it does not fit the model."""
     try:
         processor = TileProcessor.from_hf(fields)
     except ConfigError as error:
@@ -103,7 +103,7 @@ def _tile_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) 
 
 
 def _patch_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) -> PatchReader:
-    """Returns the reader of patches; raises a ConfigError if it does not fit the model."""
+    """Returns the patch reader; raises a ConfigError if it does not fit the model."""
     try:
         processor = PatchProcessor.from_hf(fields)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Cuts images into square tiles as SmolVLM's and Idefics 3's processors do, and writes them.
+"""Cuts images into square tiles as the processors of SmolVLM and Idefics 3 do.
 
 "Writing" an image is the tokens that stand for it: one for each vector that the model makes of it,
 and those around them.
@@ -28,7 +28,7 @@ _DEFAULTS = {"resample": 1, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TileProcessor:
-    """The steps from an image to its tiles.
+    """Converts an image to tiles.
 
     Attributes:
       tile: resizes to a tile, and makes pixel values.
@@ -74,7 +74,7 @@ class TileProcessor:
 
     @functools.cached_property
     def _processor(self) -> Any:
-        """The image processor of transformers that resizes and cuts images."""
+        """The transformers image processor that resizes images and cuts tiles."""
         side = self.tile.shape[1]
         return make_pixel_processor(
             "idefics3",
@@ -107,7 +107,7 @@ class ImageReader:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (readers live as long as the process)
     def written(self, grid: Grid) -> np.ndarray:
-        """Returns the tokens of an image with this grid of tiles: [n] int32."""
+        """Returns the tokens that stand for an image with this tile grid: [n] int32."""
         image = getattr(self.tokenizer, "image_token", "<image>")
         border = getattr(self.tokenizer, "fake_image_token", "<fake_token_around_image>")
         global_image = getattr(self.tokenizer, "global_image_token", "<global-img>")
@@ -127,13 +127,13 @@ class ImageReader:
         return grid[0] * grid[1] + 1
 
     def room(self, n: int) -> int:
-        """Returns the tiles that a row of n gets."""
+        """Returns the padded number of tiles of a row."""
         return n
 
     def inputs(
         self, tiles: np.ndarray, grids: Sequence[Grid], most: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        """Returns a model's inputs of a row's images.
+        """Returns the model inputs for the images of a row.
 
         Args:
           tiles: the images' tiles, [n, channels, side, side] uint8.
@@ -149,7 +149,7 @@ class ImageReader:
         return {"pixel_values": pixel_values}
 
     def describe(self, images: int, tiles: int, most: int) -> str:
-        """Returns the number of images and of their tiles, in words."""
+        """Returns the number of images and tiles as text."""
         size = " x ".join(map(str, self.processor.tile.shape[1:]))
         return (
             f"{images:,} images, in {tiles:,} tiles of {size} pixels and {self.per_tile} tokens "
