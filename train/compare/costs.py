@@ -148,7 +148,10 @@ def plan_for_topology(
         device_hours=plan["chip_hours"],
         cost=plan["cost"],
     )
-    machine = f"{topology} ({plan['chips']} chips), at {plan['utilisation']:.0%} of its peak"
+    source = f"at {plan['utilisation']:.0%} of its peak"
+    if plan["estimated_seconds"] is not None:
+        source = "by its compiler's estimate"
+    machine = f"{topology} ({plan['chips']} chips), {source}"
     if price is not None:
         machine += f", {price:g} a chip-hour"
     return topology_plan, machine

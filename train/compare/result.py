@@ -179,7 +179,8 @@ class PlanResult(NamedTuple):
     Attributes:
       arm: the arm.
       bytes_per_device: bytes of a device, at most.
-      step_seconds: at the assumed share of the peak; None where the machine's peak is not known.
+      step_seconds: by the compiler's estimate, or at the assumed share of the peak; None where
+        neither is known.
       device_hours: device hours of the whole run.
       cost: at the given price; None without one.
     """

@@ -32,7 +32,7 @@ from train.plan.compile import Plan, plan
 from train.plan.job import PlanJob, PlanVariant
 from train.plan.ladder import Ladder, planned_rungs, print_ladder, search_policies
 from train.plan.machines import Machine, find_machine, with_assumptions
-from train.plan.options import PlanConfig, PlanOptions, check_options
+from train.plan.options import DEFAULT_UTILISATION, PlanConfig, PlanOptions, check_options
 from train.plan.table import print_plans
 from train.plan.tasks import TASKS
 from train.plan.token import Token, param_shapes_for_rows, plan_token, print_token
@@ -215,7 +215,12 @@ def print_results(
     if ladder:
         print_ladder(console, ladder)
     step_clocks = [(variant_plan.name, variant_plan.clocks.get("step")) for variant_plan in plans]
-    print_clocks(console, job.machine, step_clocks)
+    clocks_between = [
+        (f"{plans[0].name}: {program}", clock)
+        for program, clock in plans[0].clocks.items()
+        if program != "step"
+    ]
+    print_clocks(console, job.machine, [*step_clocks, *clocks_between])
     if token:
         print_token(console, token)
 
@@ -262,6 +267,12 @@ def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
         config.topology, config.capacity_gib, config.peak_tflops, config.mem_fraction
     )
     machine = with_assumptions(machine, config.kernel_share, config.link_gbytes)
+    if config.utilisation is not None and machine.clock is not None:
+        raise UserError(
+            f"--utilisation {config.utilisation:g} has no effect, because the compiler of "
+            f"{machine.name} estimates the time of a step. Remove --utilisation. To change the "
+            "assumptions of the estimate, use --kernel-share or --link-gbytes."
+        )
     mesh = make_mesh(config.mesh, config.batch_size, machine.devices, config.slice_axis)
     layout = Layout.of(mesh, outline.config)
     layout, form = choose_product_form(layout, config.collective_matmul)
@@ -417,7 +428,7 @@ def describe_job(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
         "kernel_share": machine.kernel_share if machine.clock else None,
         "link_bytes_per_second": machine.link,
         "remarks": machine.remarks,
-        "utilisation": config.utilisation,
+        "utilisation": config.utilisation or DEFAULT_UTILISATION,
         "tokens": config.tokens,
         "price": config.price,
     }
@@ -452,17 +463,22 @@ def plan_as_json(variant_plan: Plan, config: PlanConfig, machine: Machine) -> di
 def estimate_time_and_cost(
     variant_plan: Plan, config: PlanConfig, machine: Machine
 ) -> dict[str, float | None]:
-    """Returns the seconds of a step, the chip-hours and the cost; None for what is not known."""
-    step_seconds: float | None = None
+    """Returns the seconds of a step, the chip-hours and the cost; None for what is not known.
+
+    The time is the compiler's estimate. Without an estimate, it assumes a share of the peak.
+    """
+    step_seconds = variant_plan.estimated_seconds
+    flops = variant_plan.flops_per_chip
+    if step_seconds is None and flops is not None and machine.flops is not None:
+        utilisation = config.utilisation or DEFAULT_UTILISATION
+        step_seconds = flops / (machine.flops * utilisation)
     chip_hours: float | None = None
     cost: float | None = None
-    if variant_plan.flops_per_chip is not None and machine.flops is not None:
-        step_seconds = variant_plan.flops_per_chip / (machine.flops * config.utilisation)
-        if config.tokens is not None:
-            n_sequences = config.batch_size * config.grad_accum * TASKS[config.task].sequences
-            n_steps = config.tokens / (n_sequences * config.seq_len)
-            chip_hours = n_steps * step_seconds * machine.n_chips / 3600
-            cost = None if config.price is None else chip_hours * config.price
+    if step_seconds is not None and config.tokens is not None:
+        n_sequences = config.batch_size * config.grad_accum * TASKS[config.task].sequences
+        n_steps = config.tokens / (n_sequences * config.seq_len)
+        chip_hours = n_steps * step_seconds * machine.n_chips / 3600
+        cost = None if config.price is None else chip_hours * config.price
     return {"step_seconds": step_seconds, "chip_hours": chip_hours, "cost": cost}
 
 

@@ -65,6 +65,8 @@ class Plan:
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
       clocks: the estimate of a step, and of each program between steps, whose HLO is understood.
+      estimated_seconds: the compiler's estimate of the time of a step, with its reference or
+        scorer; None where the compiler estimates none.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Plan:
     compile_seconds: float
     notes: tuple[str, ...] = ()
     clocks: dict[str, Clock] = dataclasses.field(default_factory=dict)
+    estimated_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +240,7 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
     fits_share = {
         f"{share:g}": memory["total"] <= share * machine.capacity for share in machine.shares
     }
+    clocks = _clocks_of_programs(hlo_texts, machine, _needed_flops(job, step.params))
     return Plan(
         fits=fits_share[f"{machine.shares[0]:g}"],
         fits_share=fits_share,
@@ -250,7 +254,8 @@ def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
         kernels=work.kernels,
         compile_seconds=compile_seconds,
         notes=work.notes,
-        clocks=_clocks_of_programs(hlo_texts, machine, _needed_flops(job, step.params)),
+        clocks=clocks,
+        estimated_seconds=_estimated_step_seconds(programs, clocks),
         **sizes,
     )
 
@@ -291,8 +296,36 @@ def _clocks_of_programs(
         is_step = name == STEP
         clock = clock_of(hlo_text, machine, step_flops if is_step else None)
         if clock:
-            clocks["step" if is_step else name] = clock
+            clocks[_clock_name(name)] = clock
     return clocks
+
+
+def _clock_name(program_name: str) -> str:
+    """Returns the name of a program's estimate among `Plan.clocks`."""
+    return "step" if program_name == STEP else program_name
+
+
+def _estimated_step_seconds(
+    programs: Mapping[str, Program], clocks: Mapping[str, Clock]
+) -> float | None:
+    """Returns the estimated seconds of a step with the programs that run for it.
+
+    Args:
+      programs: the programs by name.
+      clocks: their estimates by name; see `Plan.clocks`.
+
+    Returns:
+      The seconds; None if a program that runs a known number of times has no estimate.
+    """
+    total_seconds = 0.0
+    for name, program in programs.items():
+        if program.runs_per_step == 0:
+            continue
+        clock = clocks.get(_clock_name(name))
+        if clock is None or clock.seconds is None:
+            return None
+        total_seconds += program.runs_per_step * clock.seconds
+    return total_seconds
 
 
 def _needed_flops(job: PlanJob, params: Any) -> int | None:

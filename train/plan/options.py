@@ -27,6 +27,8 @@ from train.run.rules import rules
 # No weights are read, so the codes of a file are not known.
 PlannedCodes = Literal["none", "int8", "int4", "nf4", "nf4-double"]
 
+DEFAULT_UTILISATION = 0.4  # of the peak, that a step is assumed to reach without an estimate
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -108,8 +110,9 @@ class PlanConfig:
     """The optimiser, whose state takes memory; see train.sft."""
     tokens: float | None = None
     """Tokens to train on in total, to compute the chip-hours."""
-    utilisation: float = 0.4
-    """The share of the peak FLOP/s that a step is assumed to reach, to compute its time."""
+    utilisation: float | None = None
+    """The share of the peak FLOP/s that a step is assumed to reach, by default 0.4, to compute its
+    time where the compiler estimates none: on GPUs and CPUs."""
     kernel_share: float | None = None
     """The share of the peak FLOP/s that kernels are assumed to reach on a TPU, by default 0.5: its
     compiler estimates the time of all else."""

@@ -15,6 +15,7 @@ _USES_OF_STEP = ("base", "adapter", "optimizer", STEP)
 _TOTAL_USES = ("other", "total")
 _UNKNOWN = "–"
 _TRACED = "≈ "
+_ASSUMED = "≈ "  # the time of a step without an estimate, among others with one
 
 
 def print_plans(
@@ -46,7 +47,7 @@ def print_plans(
             console.print(
                 f"{_traced_mark(plan)}{plan.name}: {note}", highlight=False, soft_wrap=True
             )
-    column_notes = _column_notes(facts, _needs_host_memory(plans))
+    column_notes = _column_notes(facts, plans)
     for note in (*facts["remarks"], column_notes, *_task_notes(facts, plans[0])):
         console.print(note, highlight=False, soft_wrap=True)
 
@@ -113,10 +114,13 @@ def _work_table(
         cells["GB between"] = [
             _format_scaled(_total_bytes(plan.between_slices_bytes), 1e9, digits=4) for plan in plans
         ]
-    step_seconds = [estimate["step_seconds"] for estimate in estimates]
-    cells["step"] = [
-        _UNKNOWN if seconds is None else step_time(seconds) for seconds in step_seconds
-    ]
+    has_estimate = any(plan.estimated_seconds is not None for plan in plans)
+    cells["step"] = []
+    for plan, estimate in zip(plans, estimates, strict=True):
+        seconds = estimate["step_seconds"]
+        is_assumed = has_estimate and plan.estimated_seconds is None and seconds is not None
+        mark = _ASSUMED if is_assumed else ""
+        cells["step"].append(_UNKNOWN if seconds is None else mark + step_time(seconds))
     cells["chip-hours"] = [_format_number(estimate["chip_hours"]) for estimate in estimates]
     if facts["price"] is not None:
         cells["cost"] = [_format_number(estimate["cost"]) for estimate in estimates]
@@ -135,7 +139,7 @@ def _traced_mark(plan: Plan) -> str:
     return _TRACED if plan.flops_source == JAXPR else ""
 
 
-def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
+def _column_notes(facts: Mapping[str, Any], plans: Sequence[Plan]) -> str:
     """Explains the columns of the tables, and the assumptions of the figures."""
     flops_source = "as traced" if facts["compiler"] == "gpu" else "from the optimised HLO"
     notes = (
@@ -147,7 +151,7 @@ def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
         slice_word = "hosts" if facts["compiler"] == "gpu" else "slices"
         n_slices = facts["slices"]
         notes += f" GB between: the bytes of it that go between the {n_slices} {slice_word}."
-    if needs_host_memory:
+    if _needs_host_memory(plans):
         notes += " host: memory of a device's host that the layers' inputs take, not in the total."
     if facts["compiler"] == "gpu":
         notes += (
@@ -156,16 +160,34 @@ def _column_notes(facts: Mapping[str, Any], needs_host_memory: bool) -> str:
             "Triton's products and with cuBLAS's. A plan does not see what lies outside of XLA's "
             "buffers: CUDA's context, NCCL's buffers, cuDNN's workspaces."
         )
-    if facts["peak_flops_per_device"] is not None:
-        peak = facts["peak_flops_per_device"] / 1e12
-        notes += (
-            f" The time of a step assumes {100 * facts['utilisation']:g} % of the published peak, "
-            f"{peak:,g} TFLOP/s (--utilisation)"
+    return f"{notes} {_time_note(facts, plans)}"
+
+
+def _time_note(facts: Mapping[str, Any], plans: Sequence[Plan]) -> str:
+    """Says in sentences where the time of a step comes from."""
+    has_estimate = any(plan.estimated_seconds is not None for plan in plans)
+    lacks_estimate = any(
+        plan.estimated_seconds is None and plan.flops_per_chip is not None for plan in plans
+    )
+    notes: list[str] = []
+    if has_estimate:
+        notes.append(
+            "step: the compiler's estimate of its time; the table of the estimate has its parts."
         )
-        notes += "." if facts["tokens"] else "; --tokens gives chip-hours."
-    else:
-        notes += " Pass --peak-tflops to see the time of a step."
-    return notes
+    if facts["peak_flops_per_device"] is None:
+        notes.append("Pass --peak-tflops to see the time of a step.")
+    elif lacks_estimate or not has_estimate:
+        peak = facts["peak_flops_per_device"] / 1e12
+        option = "" if has_estimate else " (--utilisation)"
+        mark = _ASSUMED.strip()
+        subject = f"step, marked {mark}: its time" if has_estimate else "The time of a step"
+        notes.append(
+            f"{subject} assumes {100 * facts['utilisation']:g} % of the published peak, "
+            f"{peak:,g} TFLOP/s{option}."
+        )
+    if facts["peak_flops_per_device"] is not None and not facts["tokens"]:
+        notes.append("--tokens gives chip-hours.")
+    return " ".join(notes)
 
 
 def _task_notes(facts: Mapping[str, Any], plan: Plan) -> Iterator[str]:

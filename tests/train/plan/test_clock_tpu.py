@@ -12,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.training.sharded_products import COMPILER_OPTIONS
 from tests.train.plan.test_clock import layers
+from tests.train.plan.tiny_plans import FIELDS, asked, planned_for, write
+from train.console.errors import UserError
+from train.plan import __main__ as planning
 from train.plan.clock.groups import ADAPTER, BACKWARD, BASE, COLLECTIVES, FORWARD, RECOMPUTED
 from train.plan.clock.read import read_clock
 from train.plan.clock.walk import Cost
@@ -68,6 +71,18 @@ def test_cycles_of_products_are_near_their_flops_at_peak():
     kept = read_clock(lowered(1, False).compile().as_text())
     assert kept.cost(BASE, RECOMPUTED) == Cost(), "the control"
     assert kept.fusions < made.fusions
+
+
+def test_the_time_of_a_step_is_the_estimate(tmp_path):
+    """A plan has one time; a share of the peak is an error, because it would have no effect."""
+    model = write(tmp_path, FIELDS)
+    on_tpu = ("--topology", "v5e:1x1", "--dtype", "bfloat16", "--tokens", 9600)
+    _, _, made = planned_for(model, *on_tpu)
+    out = planning.plan_as_json(made, asked(model, *on_tpu).plan, find_machine("v5e:1x1"))
+    assert out["step_seconds"] == out["clocks"]["step"]["seconds"] > 0
+    assert out["chip_hours"] == pytest.approx(100 * out["step_seconds"] / 3600, rel=1e-12)
+    with pytest.raises(UserError, match=r"--utilisation 0.5 has no effect, because the compiler"):
+        planning.make_job(asked(model, *on_tpu, "--utilisation", 0.5).plan)
 
 
 def test_links_of_four_chips_carry_what_is_sent():

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -375,6 +376,54 @@ def test_flops_that_are_not_of_the_hlo_are_marked(model, sound, capsys):
     out = json.loads(capsys.readouterr().out)
     assert out["flops_source"] == "jaxpr" and "not understood" in out["notes"][0]
     assert out["collective_bytes"] is None and out["step_seconds"] == 7.5
+
+
+def test_a_step_has_one_time(model, sound, capsys):
+    """The compiler's estimate where there is one; a share of the peak of all others, marked."""
+    config = asked(model, "--tokens", 9600, "--peak-tflops", 1, "--price", 2).plan
+    job, _ = plan.make_job(config)
+    facts = plan.describe_job(config, job)
+    assumed = dataclasses.replace(sound(), name="assumed", flops_per_chip=3 * 10**11)
+    timed = dataclasses.replace(assumed, name="timed", estimated_seconds=0.25)
+    out = plan.plan_as_json(timed, config, job.machine)
+    assert out["step_seconds"] == out["estimated_seconds"] == 0.25
+    np.testing.assert_allclose(out["chip_hours"], 100 * 0.25 / 3600)
+    np.testing.assert_allclose(out["cost"], 2 * out["chip_hours"])
+    out = plan.plan_as_json(assumed, config, job.machine)
+    assert out["step_seconds"] == 0.75 and out["estimated_seconds"] is None, "the control"
+
+    def lines(*plans):
+        plan.print_results(config, job, facts, list(plans))
+        return capsys.readouterr().out
+
+    table = lines(timed)
+    assert "│ 250 ms │" in table and "step: the compiler's estimate" in table
+    assert "of the published peak" not in table and "--utilisation" not in table
+    table = lines(timed, assumed)
+    assert "│   250 ms │" in table and "│ ≈ 750 ms │" in table
+    assert "step, marked ≈: its time assumes 40 % of the published peak, 1 TFLOP/s." in table
+    table = lines(assumed)
+    assert "│ 750 ms │" in table and "1 TFLOP/s (--utilisation)" in table
+
+
+def test_the_time_of_a_step_includes_what_runs_for_it():
+    """A reference runs once a microbatch; how often a sampler runs is not known."""
+
+    def program(runs):
+        return planned.Program(
+            traced=None, lowered=None, params=None, shared_bytes=0, runs_per_step=runs
+        )
+
+    def clock(seconds):
+        return mock.Mock(seconds=seconds)
+
+    programs = {planned.STEP: program(1), "reference": program(3), "sampler": program(0)}
+    seconds = planned._estimated_step_seconds
+    clocks = {"step": clock(2.0), "reference": clock(0.5)}
+    assert seconds(programs, clocks) == 3.5
+    assert seconds(programs, clocks | {"sampler": clock(9.0)}) == 3.5
+    assert seconds(programs, {"step": clock(2.0)}) is None
+    assert seconds(programs, clocks | {"reference": clock(None)}) is None
 
 
 BAD = [
