@@ -284,7 +284,7 @@ def open_image(image: ImageLike, mode: str = "RGB") -> ImageLike:
         opened = pil.Image.open(source) if is_file else source
         if not isinstance(opened, pil.Image.Image):
             raise TypeError(
-                f"a {type(image).__name__} is not an image. Use a path, bytes or a PIL image"
+                f"a {type(image).__name__} is not an image. Use a path, bytes or a PIL image."
             )
         decoded = _convert_to_8_bits(pil, pil.ImageOps.exif_transpose(opened))
         is_transparent = "A" in decoded.getbands() or "transparency" in decoded.info

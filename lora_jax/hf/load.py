@@ -251,7 +251,7 @@ def _read_parameter(
     try:
         slices_of_device = sharding.addressable_devices_indices_map(shape)
     except ValueError as error:
-        raise ValueError(f"{row.path} {list(shape)} cannot be placed: {error}") from None
+        raise ValueError(f"{row.path} of shape {list(shape)} cannot be sharded: {error}") from None
     devices_of_box: dict[tuple[range, ...], list[jax.Device]] = {}
     for device, slices in slices_of_device.items():
         axis_slices = zip(array_box, slices or (), strict=True)
@@ -296,7 +296,8 @@ def _check_dtypes(source: Source, table: list[Row]) -> None:
                 problems.append(f"{name} is {source.dtypes[name]} ({source.locate(name)})")
     if problems:
         raise WeightsError(
-            f"{source.where}: weights have to be {', '.join(FLOAT_DTYPES)}\n  "
+            f"{source.where}: weights must have one of the dtypes {', '.join(FLOAT_DTYPES)}, but "
+            "some have another dtype. Convert these, or use another checkpoint:\n  "
             + "\n  ".join(problems)
         )
 
@@ -311,6 +312,6 @@ def _check_aliases(source: Source, table: list[Row]) -> None:
             alias_values = source.read(alias)
             if not np.array_equal(alias_values, values, equal_nan=True):
                 raise WeightsError(
-                    f"{source.where}: {alias} differs from {row.hf}, but the configuration ties "
-                    "them (tie_word_embeddings)"
+                    f"{source.where}: {alias} differs from {row.hf}, but config.json ties them. "
+                    "Set tie_word_embeddings to false there, or correct the weights."
                 )

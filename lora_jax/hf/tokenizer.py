@@ -87,14 +87,14 @@ def _load_from_folder(path: Path) -> Tokenizer:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise ConfigError(
-                f"{path}: `auto_map` names code of the model's own that makes its tokenizer, and "
-                "no code of a model is run here: if tokenizer.json is all that it needs, write "
-                '"tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json and take '
-                "`auto_map` out; else take another model"
+                f"{path}: the tokenizer needs the model's own Python code (`auto_map`), and "
+                "lora_jax does not run code from model folders. If tokenizer.json describes the "
+                'whole tokenizer, set "tokenizer_class" to "PreTrainedTokenizerFast" in '
+                "tokenizer_config.json and remove `auto_map`. Otherwise use another model."
             ) from None
         raise ConfigError(
             f"{path}: the tokenizer cannot be read from tokenizer.json and tokenizer_config.json: "
-            f"{reason}. Fetch these files again"
+            f"{reason}. Download these files again."
         ) from error
 
 
@@ -141,8 +141,8 @@ def import_transformers(module: str = "transformers", needed_by: str = "a tokeni
         return importlib.import_module(module)
     except ImportError:
         raise ImportError(
-            f"{needed_by} needs the packages transformers and tokenizers: "
-            "pip install 'lora_jax[models]'"
+            f"{needed_by} needs the packages transformers and tokenizers. Run "
+            "pip install 'lora_jax[models]'."
         ) from None
     finally:
         logger.removeFilter(_is_no_advice_on_torch)

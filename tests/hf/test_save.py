@@ -222,7 +222,7 @@ def test_an_axis_that_does_not_divide_is_named(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "out", model, params)
     everywhere = NamedSharding(meshes()["auto"], PartitionSpec("a"))
     with pytest.raises(
-        ValueError, match=r"model/embed_tokens/embedding \[61, 24\] cannot be placed"
+        ValueError, match=r"model/embed_tokens/embedding of shape \[61, 24\] cannot be sharded"
     ):
         from_pretrained(tmp_path / "out", sharding=lambda *_: everywhere)
 
@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "lora_jax.merge(params)" in str(raised.value)
     with pytest.raises(WeightsError, match="missing model/norm/scale\n  unexpected params/model"):
         save_pretrained(out, model, {"params": params})
-    with pytest.raises(WeightsError, match="float32.*and not as\n  .*: int8"):
+    with pytest.raises(WeightsError, match="float32.*another dtype(.|\n)*: int8"):
         save_pretrained(out, model, params, dtype=jnp.int8)
     scale = params["model"]["norm"]["scale"] = params["model"]["norm"]["scale"].copy()
     scale[3] = 1e5
@@ -342,7 +342,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     assert load_tokenizer(first)("b").input_ids == [1]
     bare = tmp_path / "bare"
     save_pretrained(bare, model, params)
-    with pytest.raises(FileNotFoundError, match="bare holds no tokenizer"):
+    with pytest.raises(FileNotFoundError, match="bare contains neither a tokenizer"):
         save_pretrained(tmp_path / "out", model, params, tokenizer=bare)
     assert not (tmp_path / "out").exists()
 

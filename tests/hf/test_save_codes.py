@@ -242,13 +242,13 @@ def test_what_cannot_stay_in_codes_is_refused(tmp_path: Path) -> None:
     ):
         save_pretrained(out, model, params)
     own = lj.quantized.quantize(dequantize(params), "int8")
-    with pytest.raises(WeightsError, match=r"is in codes \(int8\) that are not those of"):
+    with pytest.raises(WeightsError, match=r"is quantized \(int8\), but differs from"):
         save_pretrained(out, model, own, codes_from=folder)
     kernel = params["model"]["layers"]["self_attn"]["o_proj"]["kernel"]
     scales = kernel.arrays["scales"].at[0, 0, 0].multiply(2)
     other = Coded({**kernel.arrays, "scales": scales}, kernel.format, kernel.dtype)
     params["model"]["layers"]["self_attn"]["o_proj"]["kernel"] = other
-    named = r"o_proj/kernel is in codes \(fp8\) that are not those of model.layers.0.self_attn"
+    named = r"o_proj/kernel is quantized \(fp8\), but differs from model.layers.0.self_attn"
     with pytest.raises(WeightsError, match=named):
         save_pretrained(out, model, params, codes_from=folder)
     assert not out.exists()
@@ -258,18 +258,20 @@ def test_what_cannot_stay_in_codes_is_refused(tmp_path: Path) -> None:
 def test_what_no_config_can_say_is_refused(tmp_path: Path) -> None:
     folder, out = ship(tmp_path / "in", "fp8 blocks, fp32", 1, **MOE), tmp_path / "out"
     model, tree, whole = merged(folder, "down_proj")
-    with pytest.raises(WeightsError, match=r"mlp\.experts lies in codes in part, .*dequantize"):
+    with pytest.raises(WeightsError, match=r"mlp\.experts is quantized only in part, .*dequantize"):
         save_pretrained(out, model, whole, codes_from=folder)
     write_gguf(tmp_path / "model.gguf", "llama2", decoder("llama2")[1])
     with pytest.raises(WeightsError, match="model.gguf is not a folder with safetensors files"):
         save_pretrained(out, model, whole, codes_from=tmp_path / "model.gguf")
     with pytest.raises(WeightsError, match="is a LoraWeight, not an array"):
         save_pretrained(out, model, tree, codes_from=folder)
-    with pytest.raises(WeightsError, match="codes_from=.*none of the parameters is in codes"):
+    with pytest.raises(WeightsError, match="codes_from=.*no parameter is quantized"):
         save_pretrained(out, model, dequantize(whole), codes_from=folder)
     gptq = ship(tmp_path / "gptq", "gptq")
     model, _, whole = merged(gptq, "o_proj")
-    with pytest.raises(WeightsError, match="o_proj.weight is an array now.*gptq cannot say"):
+    with pytest.raises(
+        WeightsError, match="o_proj.weight is no longer quantized.*gptq cannot describe"
+    ):
         save_pretrained(out, model, whole, codes_from=gptq)
     assert not out.exists()
 

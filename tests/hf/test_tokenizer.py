@@ -99,7 +99,9 @@ def test_sentencepiece_falls_back_on_bytes() -> None:
 
 
 def test_other_kinds_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'gpt2' with pre-tokenizer 'falcon' is not supported"):
+    with pytest.raises(
+        ConfigError, match="'gpt2' with the pre-tokenizer 'falcon' is not supported"
+    ):
         tokenizer_from_gguf({**metadata(), "tokenizer.ggml.pre": "falcon"})
     with pytest.raises(ConfigError, match="'t5' with .* from a folder with tokenizer.json"):
         tokenizer_from_gguf({**metadata(), "tokenizer.ggml.model": "t5"})

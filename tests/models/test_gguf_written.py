@@ -141,9 +141,9 @@ def test_the_name_is_the_models_and_no_other_is_one_of_phi_3s(tmp_path):
         notes = models.save_gguf(path, model, params, **options)
         assert read(path)[0]["general.name"] == name
         assert [note.split(",")[0] for note in notes] == (
-            ["llama.cpp keeps the spaces beside </s>"] if template else []
+            ["the tokenizer drops the spaces beside </s>"] if template else []
         )
-    with pytest.raises(models.ConfigError, match="makes other tokens of chats: write safetensors"):
+    with pytest.raises(models.ConfigError, match="other tokens of chats. Write safetensors"):
         models.save_gguf(tmp_path / "a.gguf", *phi3, tokenizer=phi3_words("<|tool|>"))
 
 
@@ -329,7 +329,7 @@ def test_a_tokenizer_that_llama_cpp_has_no_rule_for():
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
     with pytest.raises(models.ConfigError, match=r"by '\[a-m\]\+'.*--tokenizer"):
         tokenizer_metadata(odd, 500)
-    with pytest.raises(models.ConfigError, match="has a token .* and the model 5 rows"):
+    with pytest.raises(models.ConfigError, match="has the token id .* only 5 rows"):
         tokenizer_metadata(words(), 5)
 
 

@@ -366,7 +366,7 @@ def test_a_base_without_a_tokenizer(base, trained, tmp_path, capsys):
         shutil.copyfile(base / name, bare / name)
     args = ["--adapter", trained / "adapter", "--model", bare, "--merged"]
     export(*args, "--output", tmp_path / "out")
-    assert f"{bare} holds no tokenizer" in capsys.readouterr().err
+    assert f"{bare} contains neither a tokenizer" in capsys.readouterr().err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors"}
 

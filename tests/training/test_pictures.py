@@ -192,8 +192,8 @@ def test_where_only_texts_are_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_image_size": {"longest_edge": 8}}, r"makes tiles of \(3, 8, 8\)"),
-        ({"size": {"height": 8, "width": 8}}, "size is .*; longest_edge is needed"),
+        ({"max_image_size": {"longest_edge": 8}}, r"makes tiles of the shape \(3, 8, 8\)"),
+        ({"size": {"height": 8, "width": 8}}, "size is .*Set its longest_edge"),
         ({"do_thumbnail": True}, "do_thumbnail=True is not known"),
     ],
 )
@@ -204,6 +204,6 @@ def test_a_processor_that_does_not_fit(
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(tiny.processor(**changes)))
     with pytest.raises(models.ConfigError, match=message):
         models.load_image_reader(tmp_path, tokenizer, models.read_config(tiny.fields()))
-    with pytest.raises(models.ConfigError, match="makes 0 tokens 5 .* takes 4"):
+    with pytest.raises(models.ConfigError, match="writes 0 tokens 5 .* takes 4"):
         config = models.read_config(tiny.fields(image_token_id=5))
         models.load_image_reader(folder, tokenizer, config)

@@ -76,7 +76,7 @@ _NUMBERS = arguments.NUMBERS | {
 def _remat(words: list[str]) -> str:
     """Returns the rematerialization policy that the words after --remat name."""
     if len(words) > 1:
-        raise ValueError(f"--remat takes one policy, but got {' '.join(words)}. Pass only one")
+        raise ValueError(f"--remat takes one policy, but got {' '.join(words)}. Pass only one.")
     return words[0] if words else "full"
 
 

@@ -80,7 +80,7 @@ def read_value(text: str, position: int) -> tuple[Any, int]:
     try:
         return json.loads(word), end
     except ValueError:
-        raise ValueError(f"{word[:40]!r} is not a value; a text needs quotes") from None
+        raise ValueError(f"{word[:40]!r} is not a value. Put a text in quotes") from None
 
 
 def _read_keyword_argument(text: str, position: int) -> tuple[tuple[str, Any], int]:

@@ -46,7 +46,7 @@ def open_gguf(path: Path) -> OpenGGUF:
         import gguf  # noqa: F401
     except ImportError:
         raise ImportError(
-            "reading a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
+            "Reading a GGUF file needs the package gguf. Run pip install 'lora_jax[models]'."
         ) from None
     files = [path]
     part_match = _PART_NAME.fullmatch(path.name)
@@ -77,7 +77,9 @@ def _open_parts(path: Path, stamps: tuple[tuple[Path, int, int], ...]) -> OpenGG
     try:
         metadata = {name: field.contents() for name, field in readers[0].fields.items()}
     except Exception as error:
-        raise WeightsError(f"{part_paths[0]} is damaged or cut short: {error}") from None
+        raise WeightsError(
+            f"{part_paths[0]} is damaged or cut short ({error}). Download or copy it again."
+        ) from None
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     return OpenGGUF(gguf=gguf, metadata=metadata, tensors=tensors)
 
@@ -97,8 +99,8 @@ def _find_parts(path: Path, reader: Any) -> list[Path]:
     match = _PART_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != n_parts:
         raise WeightsError(
-            f"{description}, and its name does not end in -0000N-of-{n_parts:05}.gguf, by which "
-            "the other parts are found: give the parts the names that they were published under"
+            f"{description}. The other parts are found by their names, but this name does not end "
+            f"in -0000N-of-{n_parts:05}.gguf. Rename the parts to their published names."
         )
     names = [f"{match[1]}-{number:05}-of-{n_parts:05}.gguf" for number in range(1, n_parts + 1)]
     parts = [path.with_name(name) for name in names]
@@ -108,8 +110,8 @@ def _find_parts(path: Path, reader: Any) -> list[Path]:
         if len(missing_names) > _MAX_LISTED:
             listing += f" and {len(missing_names) - _MAX_LISTED} more"
         raise WeightsError(
-            f"{description}, and {listing} are missing beside it: put all parts "
-            "into one folder, and name any of them"
+            f"{description}, but these parts are missing in its folder: {listing}. Put all parts "
+            "into one folder, and name one of them."
         )
     return parts
 

@@ -86,16 +86,21 @@ def build_tokenizer(metadata: Fields) -> tuple[CoreTokenizer, dict[str, str]]:
     splits = SPLIT_RULES.get(str(pre_tokenizer)) if kind == BYTE_LEVEL else None
     if splits is None and kind != SENTENCEPIECE:
         raise ConfigError(
-            f"the tokenizer {kind!r} with pre-tokenizer {pre_tokenizer!r} is not supported: "
-            f"{BYTE_LEVEL!r} with {', '.join(SPLIT_RULES)} are, and {SENTENCEPIECE!r} is. Load the "
-            "tokenizer from a folder with tokenizer.json (--tokenizer of a script)"
+            f"the tokenizer {kind!r} with the pre-tokenizer {pre_tokenizer!r} is not supported. "
+            f"{SENTENCEPIECE!r} is supported, and {BYTE_LEVEL!r} with these pre-tokenizers: "
+            f"{', '.join(SPLIT_RULES)}. Load the tokenizer from a folder with tokenizer.json "
+            "(in scripts: --tokenizer FOLDER)."
         )
     try:
         return _build_by_split_rule(metadata, splits)
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ConfigError(f"the tokenizer's lists are incomplete: {error!r}") from None
+        raise ConfigError(
+            f"the tokenizer's lists are incomplete ({error!r}). Download the file again."
+        ) from None
     except Exception as error:  # what the package `tokenizers` raises has no type of its own
-        raise ConfigError(f"the tokenizer cannot be built: {error}") from None
+        raise ConfigError(
+            f"the tokenizer cannot be built ({error}). Download the file again."
+        ) from None
 
 
 def _build_by_split_rule(

@@ -37,7 +37,7 @@ _NORMAL = 1
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<pad>|<mask>|<unused.*>", re.DOTALL)
 _LOWEST_SCORE = -1e9  # of a token that no merge makes
-_REMEDY = "name another tokenizer (--tokenizer), or write safetensors (--output)"
+_REMEDY = "Pass another tokenizer (--tokenizer), or write safetensors (--output)."
 _PHI3 = "Phi-3"
 _LIKE_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 # In a model of that name, spaces stay behind the first three and go behind the last one. A file
@@ -60,17 +60,21 @@ def tokenizer_metadata(tokenizer: Tokenizer, size: int, ends: Sequence[int] = ()
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
-        raise ConfigError(f"a {type(tokenizer).__name__} is no fast tokenizer: {_REMEDY}")
+        raise ConfigError(f"a {type(tokenizer).__name__} is not a fast tokenizer. {_REMEDY}")
     definition = json.loads(core.to_str())
     model = definition["model"]
     if model["type"] != "BPE":
-        raise ConfigError(f"llama.cpp has no decoder's tokenizer of {model['type']}: {_REMEDY}")
+        raise ConfigError(
+            f"llama.cpp does not support tokenizers of the type {model['type']} for decoders. "
+            f"{_REMEDY}"
+        )
     added_tokens = {token["id"]: token for token in definition["added_tokens"]}
     text_of_id = {token_id: text for text, token_id in model["vocab"].items()}
     text_of_id |= {token_id: token["content"] for token_id, token in added_tokens.items()}
     if max(text_of_id) >= size:
         raise ConfigError(
-            f"the tokenizer has a token {max(text_of_id)}, and the model {size} rows: {_REMEDY}"
+            f"the tokenizer has the token id {max(text_of_id)}, but the model's embedding has "
+            f"only {size} rows. {_REMEDY}"
         )
     tokens = [text_of_id.get(token_id, f"[PAD{token_id}]") for token_id in range(size)]
     types = [_token_type(token_id, text_of_id, added_tokens) for token_id in range(size)]
@@ -105,7 +109,7 @@ def _byte_level_metadata(definition: Fields) -> dict[str, Any]:
         for merge in definition["model"]["merges"]
     ]
     if not merges:
-        raise ConfigError(f"this tokenizer has no merges, which llama.cpp needs: {_REMEDY}")
+        raise ConfigError(f"llama.cpp needs merges, but this tokenizer has none. {_REMEDY}")
     return {
         "tokenizer.ggml.model": BYTE_LEVEL,
         "tokenizer.ggml.pre": _find_split_rule(definition),
@@ -127,8 +131,8 @@ def _find_split_rule(definition: Fields) -> str:
     if not rules:
         listing = " then ".join(map(repr, patterns)) or "nothing"
         raise ConfigError(
-            f"llama.cpp has no known rule that splits texts as this tokenizer does, by {listing}: "
-            f"{', '.join(SPLIT_RULES)} are known; {_REMEDY}"
+            f"none of llama.cpp's known rules splits texts as this tokenizer does, by {listing}. "
+            f"The known rules are {', '.join(SPLIT_RULES)}. {_REMEDY}"
         )
     # The first rule that composes texts as the tokenizer does, or else the first of all.
     return min(rules, key=lambda name: rules[name].normalizes_nfc != composes)
@@ -191,7 +195,7 @@ def _sentencepiece_metadata(
     )
     if not replaces_spaces:
         raise ConfigError(
-            f"this tokenizer's spaces are not SentencePiece's ({SPACE_SIGN}): {_REMEDY}"
+            f"this tokenizer does not write spaces as SentencePiece does ({SPACE_SIGN}). {_REMEDY}"
         )
     return {
         "tokenizer.ggml.model": SENTENCEPIECE,
@@ -281,12 +285,12 @@ def model_name_for_llama_cpp(
     pattern = rf"\s({tokens_pattern})|({tokens_pattern})\s"
     if re.search(pattern, _render_sample_chat(tokenizer, words)):
         raise ConfigError(
-            f"llama.cpp keeps the spaces beside {listing}, which this tokenizer drops, and so "
-            "makes other tokens of chats: write safetensors (--output)"
+            f"this tokenizer drops the spaces beside {listing}, but llama.cpp keeps them, so it "
+            "would make other tokens of chats. Write safetensors (--output)."
         )
     return plain_name, [
-        f"llama.cpp keeps the spaces beside {listing}, which the tokenizer drops: a message that "
-        "begins or ends with spaces there has other tokens"
+        f"the tokenizer drops the spaces beside {listing}, but llama.cpp keeps them. A message "
+        "that begins or ends with spaces there has other tokens in llama.cpp"
     ]
 
 

@@ -70,7 +70,7 @@ def import_gguf() -> ModuleType:
         import gguf
     except ImportError:
         raise ImportError(
-            "writing a GGUF file needs the package gguf: pip install 'lora_jax[models]'"
+            "Writing a GGUF file needs the package gguf. Run pip install 'lora_jax[models]'."
         ) from None
     return gguf
 
@@ -79,7 +79,8 @@ def check_gguf_type(asked: str, allowed: Sequence[str] = tuple(FILE_TYPES)) -> N
     """Raises a ValueError for a type that cannot be written; lists the others."""
     if asked not in allowed:
         raise ValueError(
-            f"the GGUF type {asked!r} is not written, {', '.join(allowed)} are: {_ADVICE}"
+            f"lora_jax cannot write the GGUF type {asked!r}. Choose one of {', '.join(allowed)}. "
+            f"{_ADVICE}"
         )
 
 
@@ -154,7 +155,9 @@ def _encode_tensor(gguf: ModuleType, entry: GGUFTensor) -> np.ndarray:
     if entry.is_raw:
         return np.ascontiguousarray(array)
     if array.shape != entry.shape:
-        raise WeightsError(f"{entry.name} is {list(array.shape)}, expected {list(entry.shape)}")
+        raise WeightsError(
+            f"{entry.name} has the shape {list(array.shape)}, not {list(entry.shape)}"
+        )
     if entry.kind == "F16":
         fp16_array = np.empty(array.shape, np.float16)
         write_converted(array, fp16_array, entry.name)

@@ -28,7 +28,9 @@ def _unpack_words(files: FolderTensors, name: str) -> np.ndarray:
 def _matrix_shape(files: FolderTensors, name: str) -> tuple[int, int]:
     shape = files.tensors[name].shape
     if len(shape) != 2:
-        raise WeightsError(f"{name} is {list(shape)}, expected a matrix")
+        raise WeightsError(
+            f"{name} has the shape {list(shape)}, but a quantized weight must be a matrix"
+        )
     return shape[0], shape[1]
 
 
@@ -39,7 +41,9 @@ def find_pack_quantized(name: str, files: FolderTensors) -> CodedTensor | None:
         return None
     order = f"{stem}weight_g_idx"
     if order in files.tensors:
-        raise WeightsError(f"{order}: groups in the order of activations are not kept in codes")
+        raise WeightsError(
+            f"{order}: weights that are grouped in the order of activations cannot stay quantized"
+        )
     shape_name = files.find(name, ("I64", "I32"), f"{stem}weight_shape")
     scale_name = files.find(name, _FLOAT_DTYPES, f"{stem}weight_scale")
     n_out, n_in = map(int, files.fetch(shape_name, None).reshape(-1))
@@ -81,7 +85,8 @@ def find_gptq(name: str, files: FolderTensors) -> CodedTensor | None:
         group_of_input = np.arange(n_in) // group_size
         if not np.array_equal(files.fetch(order_name, None), group_of_input):
             raise WeightsError(
-                f"{order_name}: groups in the order of activations are not kept in codes"
+                f"{order_name}: weights that are grouped in the order of activations cannot stay "
+                "quantized"
             )
         tensors.append(order_name)
 
@@ -181,17 +186,20 @@ def find_bnb_nf4(name: str, files: FolderTensors) -> CodedTensor | None:
     shape = tuple(sizes)
     n_weights = math.prod(shape)
     if len(shape) != 2 or shape[1] % block:
-        raise WeightsError(f"{name}: blocks of {block} do not fit its rows of {shape[1:]} weights")
+        raise WeightsError(
+            f"{name} has the shape {list(shape)}, whose rows cannot be divided into blocks of "
+            f"{block} weights"
+        )
     header = files.tensors[name]
     is_one_row = max(header.shape) == math.prod(header.shape)
     if header.nbytes != n_weights // 2 or not is_one_row:
         raise WeightsError(
-            f"{name} is {header.dtype} {list(header.shape)}, expected {n_weights // 2} bytes in a "
-            f"row for the {list(shape)} of its quant_state"
+            f"{name} is {header.dtype} {list(header.shape)}, but the shape {list(shape)} in its "
+            f"quant_state needs one row of {n_weights // 2} bytes"
         )
     map_name = files.find(name, ("F32",), f"{name}.quant_map")
     if not np.array_equal(files.fetch(map_name, None), np.array(NF4_VALUES, np.float32)):
-        raise WeightsError(f"{map_name} holds other values than those of NF4")
+        raise WeightsError(f"{map_name} does not contain the values of NF4")
     scale_name = files.find(name, ("F32", "U8"), f"{name}.absmax")
 
     def codes(_: slice | None) -> np.ndarray:
@@ -222,7 +230,7 @@ def _read_quant_state(files: FolderTensors, state: str, *fields: str) -> list[An
         values = json.loads(files.fetch(state, None).tobytes())
         return [values[field] for field in fields]
     except (ValueError, LookupError) as error:
-        raise WeightsError(f"{state} does not tell {' and '.join(fields)}: {error!r}") from error
+        raise WeightsError(f"{state} lacks {' and '.join(fields)}: {error!r}") from error
 
 
 def _add_nested_scales(

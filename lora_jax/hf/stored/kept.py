@@ -161,7 +161,10 @@ class CodesCheck:
         """
         source = self._source
         if not self._coded_rows:
-            raise WeightsError(f"codes_from={source.where}: none of the parameters is in codes")
+            raise WeightsError(
+                f"codes_from={source.where} has no effect, because no parameter is quantized. "
+                "Remove codes_from."
+            )
         for row in self._coded_rows:
             leaf = self.leaves[row.path]
             for index, name in zip(row.members, row.hf_names, strict=True):
@@ -169,9 +172,9 @@ class CodesCheck:
                 file_codes = source.codes(name, leaf.dtype) if name in source.coded_names else None
                 if file_codes is None or not _are_codes_equal(file_codes, tree_codes):
                     raise WeightsError(
-                        f"{row.path} is in codes ({leaf.format.name}) that are not those of {name} "
-                        f"in {source.where}: name the checkpoint that they were read from, or make "
-                        "arrays of them by lora_jax.quantized.dequantize(params)"
+                        f"{row.path} is quantized ({leaf.format.name}), but differs from {name} "
+                        f"in {source.where}. Name the checkpoint that the parameters were loaded "
+                        "from, or call lora_jax.quantized.dequantize(params) first."
                     )
 
     def quantization(self) -> dict[str, Any]:
@@ -191,12 +194,12 @@ class CodesCheck:
         coded_modules = {_module_of(name) for row in self._coded_rows for name in row.hf_names}
         mixed_modules = coded_modules.intersection(modules)
         if mixed_modules or self._float_list is None:
-            problem = f"{decoded_tensors[0]} is an array now"
+            problem = f"{decoded_tensors[0]} is no longer quantized"
             if mixed_modules:
-                problem = f"{min(mixed_modules)} lies in codes in part"
+                problem = f"{min(mixed_modules)} is quantized only in part"
             raise WeightsError(
-                f"{problem}, which a quantization_config of {fields['quant_method']} cannot say: "
-                "lora_jax.quantized.dequantize makes arrays of the codes"
+                f"{problem}, which a quantization_config of {fields['quant_method']} cannot "
+                "describe. Call lora_jax.quantized.dequantize(params) first."
             )
         listed_modules = fields.get(self._float_list) or []
         if self._float_list == "ignore":  # of modules as they lie in the files

@@ -66,7 +66,9 @@ def find_mxfp4_experts(name: str, files: FolderTensors) -> CodedTensor | None:
     weight_name = name.removesuffix("_blocks")
     scale_name = files.find(weight_name, _POWER_DTYPES, f"{weight_name}_scales")
     if len(shape) < 3 or shape[-1] != 16:
-        raise WeightsError(f"{name} is {list(shape)}, expected [..., 16]: blocks of 32 codes")
+        raise WeightsError(
+            f"{name} has the shape {list(shape)}, but blocks of 32 codes need a last axis of 16"
+        )
     *lead, n_out, n_blocks, _ = shape
     file_scales = files.lazy_array(scale_name, (*lead, n_out, n_blocks))
 

@@ -36,7 +36,7 @@ def check_target(target: object) -> str:
             return target
         problem = f"is a {type(target).__name__}"
     except re.error as error:
-        problem = f"is no pattern: {error}"
+        problem = f"is not a regular expression: {error}"
     raise ConfigError(f"config_groups: the target {target!r} {problem}")
 
 
@@ -111,7 +111,7 @@ def read_method(fields: Fields) -> Method | None:
     if config is None:
         return None
     if not isinstance(config, Mapping):
-        raise ConfigError(f"quantization_config is a {type(config).__name__}, not fields")
+        raise ConfigError(f"quantization_config is a {type(config).__name__}, not an object")
     quant_method = config.get("quant_method")
     name = check_supported("quantization_config: quant_method", quant_method, METHODS)
     try:
@@ -126,7 +126,7 @@ def _read_square_block(sizes: Any) -> int | None:
         return None
     is_pair = isinstance(sizes, list) and len(sizes) == 2
     if not is_pair or sizes[0] != sizes[1] or sizes[0] < 2:
-        raise ConfigError(f"blocks of {sizes} weights are not kept in codes, only square ones")
+        raise ConfigError(f"blocks of {sizes} weights cannot stay quantized, only square ones can")
     return int(sizes[0])
 
 
@@ -204,7 +204,7 @@ def _read_group_settings(group: Fields) -> CodeSettings:
     weights = group.get("weights") or {}
     _check_fields(weights, "weights: ", num_bits=(4, 8), actorder=("weight", "static", False))
     if weights.get("num_bits") == 8 and weights.get("type") != "float":
-        raise ConfigError("integers of 8 bits are not kept in codes")
+        raise ConfigError("8-bit integer weights cannot stay quantized")
     strategy = weights.get("strategy")
     block_sizes = weights.get("block_structure") if strategy == "block" else None
     return CodeSettings(
@@ -261,13 +261,15 @@ def find_coded_tensors(
     else:
         stored, problems = _find_by_layouts(method, tensors, fetch)
         if not stored and not problems:
-            problems = [f"no tensor is in the codes of {method.name}, which config.json names"]
+            problems = [f"config.json names {method.name}, but no tensor is quantized that way"]
         if not problems:
             tensors_in_codes = {name for tensor in stored.values() for name in tensor.tensors}
             others = {n: header for n, header in tensors.items() if n not in tensors_in_codes}
             problems = _float8_problems(others, f"says {method.name}")
     if problems:
-        raise WeightsError(f"{where}: its codes cannot be read\n  " + "\n  ".join(problems))
+        raise WeightsError(
+            f"{where}: the quantized weights cannot be read:\n  " + "\n  ".join(problems)
+        )
     return stored
 
 
@@ -301,7 +303,7 @@ def _float8_problems(tensors: Mapping[str, Header], config_phrase: str) -> list[
     problems = []
     for name, (dtype, shape) in tensors.items():
         if dtype.startswith(("F8", "F4")) and len(shape) > 1:
-            problems.append(f"{name} is {dtype}, and config.json {config_phrase}")
+            problems.append(f"{name} is {dtype}, but config.json {config_phrase}")
     return problems
 
 
@@ -334,8 +336,9 @@ class ConfigCodes:
         if method is not None:
             if method.name not in ("fp8", "mxfp4"):
                 raise ConfigError(
-                    f"{path}: the shapes of {method.name}'s codes do not follow from config.json; "
-                    "take quantization_config out of a copy, and say in which codes kernels are"
+                    f"{path} does not determine the shapes of weights quantized by {method.name}. "
+                    "Make a copy without quantization_config, and name a format of lora_jax "
+                    "(--quantize) instead."
                 )
             float_modules = fields["quantization_config"].get("modules_to_not_convert") or ()
             for row in table:

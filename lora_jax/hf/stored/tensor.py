@@ -86,7 +86,8 @@ class CodedTensor:
                 takes_all = range(n_weights)[axis_index] == range(n_weights)
                 if n_elements > 1 and not takes_all:
                     raise WeightsError(
-                        f"{self.name}: its parts cut through the blocks of its codes"
+                        f"{self.name} is a fused weight, and a block of its codes belongs to two "
+                        "of its parts, so it cannot be split"
                     )
                 array_index[axis] = slice(None) if isinstance(axis_index, slice) else 0
             return array[tuple(array_index)]
@@ -138,7 +139,7 @@ class FolderTensors(NamedTuple):
         name = stored_names[0]
         dtype = self.tensors[name].dtype
         if dtype not in dtypes:
-            raise WeightsError(f"{name} is {dtype}, expected {' or '.join(dtypes)}")
+            raise WeightsError(f"{name} has the dtype {dtype}, not {' or '.join(dtypes)}")
         return name
 
     def lazy_array(
@@ -159,7 +160,9 @@ class FolderTensors(NamedTuple):
         expected_shapes = (shape, *file_shapes)
         if file_shape not in expected_shapes:
             listing = " or ".join(str(list(expected)) for expected in expected_shapes)
-            raise WeightsError(f"{name} is {list(file_shape)}, expected {listing} by config.json")
+            raise WeightsError(
+                f"{name} has the shape {list(file_shape)}, but config.json implies {listing}"
+            )
         is_bytes = raw or file_dtype == "F8_E8M0"
         dtype = np.dtype(np.uint8) if is_bytes else NUMPY_DTYPES[file_dtype]
 
@@ -179,7 +182,9 @@ class FolderTensors(NamedTuple):
         """
         group_size = self.settings.group or n_in
         if n_in % group_size:
-            raise WeightsError(f"{name} has {n_in} inputs, which are no groups of {group_size}")
+            raise WeightsError(
+                f"{name} has {n_in} inputs, which cannot be divided into groups of {group_size}"
+            )
         return n_in // group_size
 
 

@@ -62,10 +62,12 @@ class PatchProcessor:
           ConfigError: names the fields that are not supported, or not known.
         """
         if not fields.get("do_resize", True):
-            raise ConfigError("do_resize=False is not supported: edges have to be whole patches")
+            raise ConfigError(
+                "do_resize=False is not supported, because edges must be whole patches."
+            )
         size = fields.get("size") or {}
         if not isinstance(size, dict) or set(size) - {"shortest_edge", "longest_edge"}:
-            raise ConfigError(f"size is {size!r}; shortest_edge and longest_edge are needed")
+            raise ConfigError(f"size is {size!r}. Set shortest_edge and longest_edge in it.")
         min_pixels = fields.get("min_pixels") or size.get("shortest_edge", _MIN_PIXELS)
         max_pixels = fields.get("max_pixels") or size.get("longest_edge", _MAX_PIXELS)
         pixels = (min_pixels, max_pixels)
@@ -75,7 +77,8 @@ class PatchProcessor:
         sides = [patch_side, merge, frames]
         if not all(isinstance(number, int) and number > 0 for number in (*pixels, *sides)):
             raise ConfigError(
-                f"{pixels} pixels, or patches of {sides}: positive numbers are needed"
+                f"min_pixels and max_pixels are {pixels}, and patch_size, merge_size and "
+                f"temporal_patch_size are {sides}. Set each to a positive integer."
             )
         tile_fields = {name: value for name, value in fields.items() if name not in _PATCH_FIELDS}
         return cls(
@@ -102,8 +105,8 @@ class PatchProcessor:
         is_too_long = max(height, width) > _MAX_ASPECT_RATIO * min(height, width)
         if is_too_long:
             raise ImageError(
-                f"{width} x {height} pixels: one edge is more than {_MAX_ASPECT_RATIO} times as "
-                "long as the other"
+                f"it has {width} x {height} pixels, but an edge may be at most "
+                f"{_MAX_ASPECT_RATIO} times as long as the other. Crop it"
             )
         features = self._processor(image)
         _, rows, columns = features["image_grid_thw"][0].tolist()

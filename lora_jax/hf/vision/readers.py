@@ -91,13 +91,14 @@ def _tile_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any) 
     model_shape = (vision.num_channels, vision.image_size, vision.image_size)
     if processor.tile.shape != model_shape:
         raise ConfigError(
-            f"{path} makes tiles of {processor.tile.shape}, the model takes {model_shape}"
+            f"{path} makes tiles of the shape {processor.tile.shape}, but the model takes "
+            f"{model_shape}. Use the files of one model."
         )
     n_image_tokens = int((reader.written((0, 0)) == reader.token).sum())
     if n_image_tokens != reader.per_tile:
         raise ConfigError(
-            f"the tokenizer makes {n_image_tokens} tokens {reader.token} (image_token_id) of an "
-            f"image, and the model takes {reader.per_tile}"
+            f"the tokenizer writes {n_image_tokens} tokens {reader.token} (image_token_id) for an "
+            f"image, but the model takes {reader.per_tile}. Use the files of one model."
         )
     return reader
 
@@ -114,8 +115,11 @@ def _patch_reader(path: Path, fields: Fields, tokenizer: Tokenizer, config: Any)
     if patch_sizes != model_sizes:
         raise ConfigError(
             f"{path} makes patches of {patch_sizes} (channels, height, width, merged, frames), "
-            f"the model takes {model_sizes}"
+            f"but the model takes {model_sizes}. Use the files of one model."
         )
     if config.image_token_id not in set(tokenizer.get_vocab().values()):
-        raise ConfigError(f"the tokenizer has no token {config.image_token_id} (image_token_id)")
+        raise ConfigError(
+            f"the tokenizer has no token {config.image_token_id} (image_token_id of config.json). "
+            "Use the files of one model."
+        )
     return PatchReader(processor, tokenizer, config.image_token_id)

@@ -162,5 +162,5 @@ def _read_longest_edge(fields: Fields, name: str, default: int) -> int:
     size: Any = fields.get(name) or {"longest_edge": default}
     edge = size.get("longest_edge") if isinstance(size, dict) else None
     if not isinstance(edge, int) or not 0 < edge <= _MAX_EDGE:
-        raise ConfigError(f"{name} is {size!r}; longest_edge is needed, from 1 to {_MAX_EDGE}")
+        raise ConfigError(f"{name} is {size!r}. Set its longest_edge, from 1 to {_MAX_EDGE}.")
     return edge

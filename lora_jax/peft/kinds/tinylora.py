@@ -60,7 +60,9 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
         f"{name}={kind_fields[name]!r}" for name, valid in is_valid.items() if not valid
     ]
     if invalid_fields:
-        raise PeftError(f"{where}: {', '.join(invalid_fields)}: not a value that PEFT would write")
+        raise PeftError(
+            f"{where}: PEFT would not write {', '.join(invalid_fields)}. Correct the configuration."
+        )
     return lora_fields, kind_fields
 
 

@@ -138,7 +138,7 @@ def test_a_tokenizer_without_a_form_is_refused_before_weights_are_read(
     monkeypatch.setattr(pretrained, "from_pretrained", None)
     tokenizer().save_pretrained(tmp_path / "bytes")
     args = ["--adapter", adapter, "--merged", "--gguf", tmp_path / "a.gguf"]
-    assert "has no merges" in fails(capsys, *args, "--tokenizer", tmp_path / "bytes")
+    assert "needs merges" in fails(capsys, *args, "--tokenizer", tmp_path / "bytes")
 
 
 LLAMA3 = (

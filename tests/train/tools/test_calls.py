@@ -95,7 +95,7 @@ MALFORMED = [
     ("llama3", '{"name": "f", "parameters": {"a": }}', "not JSON", ""),
     ("llama3", "<|python_tag|>print(1)", "'=' is missing", ""),
     ("gpt-oss", "<|channel|>commentary to=functions.f<|message|>{1}<|call|>", "not JSON", ""),
-    ("lfm2", "<|tool_call_start|>[f(a=b)]<|tool_call_end|>", "needs quotes", ""),
+    ("lfm2", "<|tool_call_start|>[f(a=b)]<|tool_call_end|>", "in quotes", ""),
     ("gemma4", "<|tool_call>f{}<tool_call|>", "call:NAME{", ""),
     ("mistral", "[TOOL_CALLS]f", "not JSON", ""),
 ]

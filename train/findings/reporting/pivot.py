@@ -127,7 +127,9 @@ def axis_of(name: str) -> TableAxis:
     names = name.split(" × ")
     for axis_name in names:
         if axis_name not in AXES:
-            raise UserError(f"{axis_name!r} is no axis of a table: choose of {', '.join(AXES)}")
+            raise UserError(
+                f"{axis_name!r} is not an axis of a table. Choose from {', '.join(AXES)}."
+            )
     axes = [AXES[axis_name] for axis_name in names]
     if len(axes) == 1:
         return axes[0]
