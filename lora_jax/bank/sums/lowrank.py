@@ -1,4 +1,4 @@
-"""Factors of low rank: the best approximation of a matrix, and stacks of layers that differ in rank."""
+"""Factors of low rank: best approximations, and stacks of layers that differ in rank."""
 
 from collections.abc import Callable, Iterable
 
