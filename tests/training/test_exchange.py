@@ -18,8 +18,9 @@ from lora_jax.training.layout import Layout
 from lora_jax.training.mesh import make_mesh
 from tests.models import tiny
 from tests.support import array, assert_close, lorafied, with_random_factors
-from train.plan.clock.work import work_of
+from train.plan.clock.work import NotUnderstood, work_of
 from train.plan.flops.checked import step_work
+from train.plan.flops.jaxpr import Count, count_flops
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +135,27 @@ def test_kernels_stay_and_a_plan_counts_an_even_choice(monkeypatch):
     assert "equally often" in note
     monkeypatch.setattr("train.plan.clock.walk.UNEVEN", "no such scope")
     assert work_of(text).flops > 2 * flops, "the control"
+
+
+def test_turns_of_a_loop_are_those_of_an_even_choice(monkeypatch):
+    """A loop over further turns has none as a rule, and its scope says so."""
+    shape = jax.ShapeDtypeStruct((24, 24), jnp.float32)
+
+    def step(n_turns, x):
+        total = x @ x
+        with jax.named_scope(UNEVEN):
+            return jax.lax.fori_loop(0, n_turns, lambda _, total: total @ x, total)
+
+    lowered = jax.jit(step).lower(jax.ShapeDtypeStruct((), jnp.int32), shape)
+    text = lowered.compile().as_text()
+    assert work_of(text).flops == 2 * 24**3
+    traced = jax.make_jaxpr(step)(3, jnp.ones((24, 24)))
+    assert count_flops(traced) == Count(2 * 24**3)
+    monkeypatch.setattr("train.plan.clock.walk.UNEVEN", "no such scope")
+    monkeypatch.setattr("train.plan.flops.jaxpr.UNEVEN", "no such scope")
+    with pytest.raises(NotUnderstood):
+        work_of(text)
+    assert count_flops(traced) == Count(2 * 2 * 24**3, exact=False), "the control"
 
 
 def test_a_family_routes_as_on_one_device():

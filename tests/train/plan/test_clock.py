@@ -12,6 +12,7 @@ from rich.console import Console
 
 import lora_jax as lj
 from lora_jax.models import Decoder, DecoderConfig
+from lora_jax.models.decoder.dispatch import UNEVEN
 from lora_jax.training.losses.tokens import cross_entropy, token_values
 from train.console.errors import UserError
 from train.plan.clock.groups import (
@@ -26,6 +27,7 @@ from train.plan.clock.groups import (
     HEAD,
     RECOMPUTED,
     UPDATE,
+    Group,
 )
 from train.plan.clock.read import read_clock
 from train.plan.clock.summary import clock_of
@@ -93,7 +95,7 @@ END = f"%all-gather-done = {GATHERED} all-gather-done(%all-gather-start)"
 
 def clock(collective="", done="", scope=FORWARD_SCOPE, link=1e9, text=HLO):
     text = text.replace("COLLECTIVE", collective).replace("DONE", done).replace("SCOPE", scope)
-    return read_clock(text, 1e9, peak=1e12, link=link)
+    return read_clock(text, 1e9, peak=1e12, link=link, memory=1e9)
 
 
 def test_a_loop_counts_by_its_trips():
@@ -213,6 +215,89 @@ def test_kernels_take_an_assumed_share_of_the_peak():
     assert made.kernels == pytest.approx(flops / (0.5 * 1e12), rel=1e-12)
     other = clock(q + call.replace("splash_mha_fwd", "mine"))
     assert (other.kernels, other.unknown) == (0, {"mine": 4})
+
+
+SPLASH = """
+%inside (q.2: bf16[2,8,16], w.4: bf16[16,32]) -> bf16[2,8,16] {
+  %q.2 = bf16[2,8,16]{2,1,0} parameter(0)
+  %w.4 = bf16[16,32]{1,0} parameter(1)
+  %scaled = bf16[16,32]{1,0} multiply(%w.4, %w.4), metadata={op_name="jit(step)/jvp(D)/norm/mul"}
+  ROOT %splash_mha_fwd.1 = bf16[2,8,16]{2,1,0} custom-call(%q.2, %q.2, %q.2), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/jvp(D)/attention/call"}
+}
+ENTRY"""
+
+
+@pytest.mark.parametrize("target", ["tpu_custom_call", "another"])
+def test_a_kernel_inside_of_a_fusion_takes_its_own_time(target):
+    """In its own group, beside the cycles of the fusion; the bytes are counted once."""
+    fusion = (
+        "%q.1 = bf16[2,8,16]{2,1,0} constant({...})\n"
+        "  %fusion.3 = bf16[2,8,16]{2,1,0} fusion(%q.1, %w.1), calls=%inside, "
+        'metadata={op_name="jit(step)/jvp(D)/norm/mul"}, '
+        'backend_config={"estimated_cycles":"200"}'
+    )
+    text = HLO.replace("ENTRY", SPLASH.replace("tpu_custom_call", target), 1)
+    made, alone = clock(fusion, text=text), clock()
+    is_kernel = target == "tpu_custom_call"
+    flops = 4 * 2 * 2 * (2 * 8 * 16) * 8 if is_kernel else 0
+    seconds = flops / (0.5 * 1e12)
+    assert made.cost(ATTENTION, FORWARD).flops == flops
+    assert made.cost(ATTENTION, FORWARD).seconds == pytest.approx(seconds, rel=1e-12)
+    assert made.kernels == pytest.approx(seconds, rel=1e-12)
+    assert made.fusions - alone.fusions == pytest.approx(4 * 200e-9, rel=1e-9)
+    assert made.seconds == pytest.approx(made.fusions + made.kernels, rel=1e-12)
+    arrays = 4 * 2 * (3 * 2 * 8 * 16 + 2 * 8 * 16) if is_kernel else 0  # three read, one written
+    assert made.cost(ATTENTION, FORWARD).bytes == arrays
+
+
+FILLED = """
+%fill (f: bf16[16,32]) -> bf16[16,32] {
+  %f = bf16[16,32]{1,0} parameter(0)
+  ROOT %filled = bf16[16,32]{1,0} negate(%f), backend_config={"estimated_cycles":"30"}
+}
+%turns (t: bf16[16,32]) -> bf16[16,32] {
+  %t = bf16[16,32]{1,0} parameter(0)
+  ROOT %turned = bf16[16,32]{1,0} tanh(%t), backend_config={"estimated_cycles":"900"}
+}
+ENTRY"""
+
+
+@pytest.mark.parametrize(("scope", "cycles"), [(UNEVEN, 30), ("any", 900)])
+def test_of_turns_that_an_even_choice_does_not_take_the_other_branch_counts(scope, cycles):
+    conditional = (
+        "%is_uneven = pred[] constant(false)\n"
+        "  %sums = bf16[16,32]{1,0} conditional(%is_uneven, %w.1, %w.1), "
+        "true_computation=%turns, false_computation=%fill, "
+        f'metadata={{op_name="jit(step)/jvp(D)/{scope}/cond"}}'
+    )
+    made = clock(conditional, text=HLO.replace("ENTRY", FILLED, 1))
+    assert made.seconds - clock().seconds == pytest.approx(4 * cycles * 1e-9, rel=1e-9)
+
+
+def test_the_memory_takes_its_own_time_for_a_group():
+    """By its rate alone, gathers included, whose cycles nothing states; links take none."""
+    gather = (
+        "%rows = s32[6]{0} constant({...})\n"
+        "  %gathered.2 = bf16[6,32]{1,0} gather(%w.1, %rows), offset_dims={1}, "
+        'slice_sizes={1,32}, metadata={op_name="jit(step)/jvp(D)/experts/gather"}'
+    )
+    made, alone = clock(gather), clock()
+    assert made.seconds == alone.seconds and made.unknown == {"gather": 4}
+    group = Group(ELEMENTWISE, FORWARD)
+    assert group not in alone.memory, "the control"
+    assert made.memory[group] == pytest.approx(4 * 2 * 6 * 32 * 2 * 1e-9, rel=1e-12)
+    product = Group(BASE, FORWARD)
+    assert made.memory[product] == pytest.approx(made.groups[product].bytes * 1e-9, rel=1e-12)
+    assert COLLECTIVES not in {group.name for group in clock(SYNC).memory}
+    text = HLO.replace("COLLECTIVE", SYNC).replace("DONE", gather).replace("SCOPE", FORWARD_SCOPE)
+    plan = clock_of(text, TPU)
+    seconds = [part.memory_seconds for part in plan.groups if part.group != COLLECTIVES]
+    assert plan.memory == pytest.approx(sum(seconds), rel=1e-12)
+    shown = io.StringIO()
+    print_clocks(Console(file=shown, width=160), TPU, [("LoRA", plan)])
+    assert "ms by HBM" in shown.getvalue() and "at 1 GB/s" in shown.getvalue()
+    assert clock_of(text, dataclasses.replace(TPU, clock=None)).memory is None
 
 
 def test_calls_of_cublas_are_products():
@@ -337,6 +422,7 @@ TPU = dataclasses.replace(
     Machine("v5e:2x1", (types.SimpleNamespace(platform="tpu"),) * 2, 2**34, 1e12),
     clock=1e9,
     link=1e9,
+    bandwidth=1e9,
     kernel_share=0.5,
 )
 

@@ -1,7 +1,11 @@
 """Kernels in plans: their FLOPs by the table, and their names."""
 
+from pathlib import Path
+
+import lora_jax
+from lora_jax.quantized.rows import KERNEL_NAME
 from train.plan.clock.work import work_of
-from train.plan.hlo.kernels import kernel_lines, unlisted_kernels
+from train.plan.hlo.kernels import KERNELS, kernel_lines, unlisted_kernels
 
 # As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -93,3 +97,13 @@ def test_ragged_products_count_each_row_with_its_group() -> None:
     assert work.flops == 3 * 2 * 40 * 5 * 7
     assert kernel_lines(work.kernels) == ("ragged products (rows, groups)",)
     assert not unlisted_kernels(work.kernels)
+
+
+def test_kernels_of_our_own_cost_the_cycles_of_their_schedule() -> None:
+    """Not a share of the peak, which is assumed of kernels that others wrote."""
+    folder = Path(lora_jax.__file__).parent
+    files = [file for file in folder.rglob("*.py") if "pallas_call(" in file.read_text()]
+    assert [file.relative_to(folder).as_posix() for file in files] == ["quantized/rows.py"]
+    own = [name for name in KERNELS if name.startswith(KERNEL_NAME)]
+    assert len(own) == 2
+    assert all(KERNELS[name].cycles for name in own)

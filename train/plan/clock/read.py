@@ -22,6 +22,8 @@ class Estimate:
       uncovered: seconds that the device waits for links, by their assumed rate.
       links: seconds that the links are busy, waited for or not.
       groups: the cost of each group, in the order of `GROUPS` and `PHASES`.
+      memory: seconds in which the device's memory moves the bytes of each group; of collectives,
+        whose bytes go over links, none.
       unknown: kind of instruction -> how often it ran without an estimate; these count nothing.
     """
 
@@ -31,6 +33,7 @@ class Estimate:
     uncovered: float
     links: float
     groups: dict[Group, Cost]
+    memory: dict[Group, float]
     unknown: dict[str, int]
 
     def cost(self, name: str, phase: str | None = None) -> Cost:
@@ -60,6 +63,7 @@ class Estimate:
             title = f"{group.name} {group.phase}".strip()
             lines.append(
                 f"{title:36}{1e3 * cost.seconds:10.2f} ms"
+                f"{1e3 * self.memory.get(group, 0.0):10.2f} ms by memory"
                 f"{cost.flops / 1e12:12.4f} TFLOP{cost.bytes / 1e9:10.3f} GB"
             )
         return lines
@@ -87,7 +91,7 @@ def read_clock(
       kernel_share: the share of the peak that kernels reach, whose cycles the compiler does not
         state.
       link: bytes that a device sends a second over its links along an axis of the mesh.
-      memory: bytes a second of a device's memory, for kernels that wait for it.
+      memory: bytes a second of a device's memory.
       slices: number of TPU slices that exchange data.
 
     Raises:
@@ -107,6 +111,11 @@ def read_clock(
     costs = {group: tally.costs[group] for group in groups if group in tally.costs}
     link_waits = [cost.seconds for group, cost in costs.items() if group.name == COLLECTIVES]
     wait_seconds = sum(link_waits)
+    memory_seconds: dict[Group, float] = {}
+    if rates is not None:
+        for group, cost in costs.items():
+            if group.name != COLLECTIVES:
+                memory_seconds[group] = cost.bytes / rates.memory
     return Estimate(
         seconds=tally.seconds,
         fusions=tally.seconds - tally.kernels - wait_seconds,
@@ -114,5 +123,6 @@ def read_clock(
         uncovered=wait_seconds,
         links=tally.links,
         groups=costs,
+        memory=memory_seconds,
         unknown=dict(tally.unknown),
     )

@@ -9,11 +9,21 @@ from train.plan.machines import Machine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupWork:
-    """The work of a group on one device; seconds are None where the compiler estimates none."""
+    """The work of a group on one device; seconds are None where the compiler estimates none.
+
+    Attributes:
+      group, phase: see `train.plan.clock.groups`.
+      seconds: the time by the estimate.
+      memory_seconds: the time in which the device's memory moves the bytes, which includes what has
+        no estimate; None for collectives.
+      flops: FLOPs of products and kernels.
+      bytes: bytes of operands and results; of collectives, the bytes that the device sends.
+    """
 
     group: str
     phase: str
     seconds: float | None
+    memory_seconds: float | None
     flops: int
     bytes: int
 
@@ -28,6 +38,7 @@ class Clock:
       kernels: seconds of kernels, by what is assumed of them; see `read.Estimate`.
       uncovered: seconds that the device waits for links, at their assumed rate.
       links: seconds that the links are busy, waited for or not.
+      memory: seconds in which the device's memory moves the bytes of all groups.
       mfu: the share of the peak that the model's own FLOPs take of the seconds; see
         `train.plan.flops.closed_form.model_flops`.
       model_flops: these FLOPs, on all devices; None for a model that reads images.
@@ -40,6 +51,7 @@ class Clock:
     kernels: float | None
     uncovered: float | None
     links: float | None
+    memory: float | None
     mfu: float | None
     model_flops: int | None
     groups: tuple[GroupWork, ...]
@@ -54,7 +66,8 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
       machine: the devices, and what is assumed of them.
       model_flops: FLOPs that the program needs, on all devices.
     """
-    is_timed = machine.clock is not None and machine.flops is not None and machine.link is not None
+    rates = (machine.clock, machine.flops, machine.link, machine.bandwidth)
+    is_timed = None not in rates
     try:
         if text is None:
             return None
@@ -82,6 +95,7 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
         kernels=estimated(estimate.kernels),
         uncovered=estimated(estimate.uncovered),
         links=estimated(estimate.links),
+        memory=estimated(sum(estimate.memory.values())),
         mfu=mfu,
         model_flops=model_flops,
         groups=tuple(
@@ -89,6 +103,7 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
                 group=group.name,
                 phase=group.phase,
                 seconds=estimated(cost.seconds),
+                memory_seconds=estimate.memory.get(group),
                 flops=cost.flops,
                 bytes=cost.bytes,
             )

@@ -40,7 +40,7 @@ def print_clocks(
 def _group_table(name: str, clock: Clock) -> Table:
     """Returns the table of a step's work by groups; times only where something estimates them."""
     is_timed = clock.seconds is not None
-    time_columns = ("ms", "%") if is_timed else ()
+    time_columns = ("ms", "%", "ms by HBM") if is_timed else ()
     table = Table(title=f"Work of a device by groups: {name}")
     for column in ("", "", *time_columns, "TFLOP", "GB"):
         table.add_column(column, justify="right" if column else "left")
@@ -50,6 +50,7 @@ def _group_table(name: str, clock: Clock) -> Table:
             cells += [
                 _format_milliseconds(work.seconds),
                 _format_percent(work.seconds, clock.seconds),
+                _format_milliseconds(work.memory_seconds),
             ]
         cells += [f"{work.flops / 1e12:,.2f}", f"{work.bytes / 1e9:,.2f}"]
         table.add_row(*cells)
@@ -78,11 +79,20 @@ def _figure_notes(machine: Machine, clock: Clock) -> list[str]:
         "collective's start and its end covers. MFU: FLOPs of the base and of attention, forward "
         "and backward, without what is recomputed, over the peak."
     )
-    notes = [time_note, bytes_note]
+    memory_ms = _format_milliseconds(clock.memory)
+    memory_note = (
+        "ms by HBM: the time in which the memory moves the bytes of a group, at "
+        f"{(machine.bandwidth or 0) / 1e9:,g} GB/s; {memory_ms} ms in all. The compiler expects "
+        "less than this rate of passes that only move bytes, so the truth lies between the two "
+        "figures. ms by HBM includes what has no estimate, such as gathers."
+    )
+    notes = [time_note, bytes_note, memory_note]
     if clock.unknown:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in clock.unknown.items())
         send_note = " (send: what goes between slices)" if "send" in clock.unknown else ""
-        notes.append(f"Without an estimate, and left out: {kinds}{send_note}.")
+        notes.append(
+            f"Without an estimate, and left out of all but the time by HBM: {kinds}{send_note}."
+        )
     return notes
 
 

@@ -16,7 +16,7 @@ from train.plan.clock.groups import AFTER, COLLECTIVES, Group, group_of
 from train.plan.clock.traffic import traffic_of
 from train.plan.hlo.collectives import COLLECTIVES as KINDS_SENT
 from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
-from train.plan.hlo.kernels import kernel_flops, kernel_of
+from train.plan.hlo.kernels import KernelCall, kernel_flops, kernel_of
 from train.plan.hlo.module import (
     PARSE_ERRORS,
     Computation,
@@ -135,17 +135,16 @@ class Walk:
         computation = self.module.computations[name]
         timeline = _Timeline()
         for op in computation.values():
-            # A branch that runs only where tokens choose experts unevenly is rare.
-            is_rare = op.opcode == "conditional" and UNEVEN in op.op_name
-            if op.opcode in _FREE_OPCODES or is_rare:
+            if op.opcode in _FREE_OPCODES:
                 continue
             if op.opcode in ("while", "call", "async-start"):
                 times = self._iterations(op, timeline) if op.opcode == "while" else 1
-                for called in op.called:
+                for called in op.called if times else ():
                     timeline.add(self.tally(called), times)
             elif op.opcode == "conditional":
-                branches = [self.tally(called) for called in op.called]
-                timeline.add(max(branches, key=_branch_cost))
+                # Where tokens choose experts evenly, the branch without further turns runs.
+                choose = min if UNEVEN in op.op_name else max
+                timeline.add(choose(map(self.tally, op.called), key=_branch_cost))
             elif op.opcode in ("send", "recv") and slice_transfer(op.text):
                 self._add_slice_transfer(op, computation, timeline)
             else:
@@ -161,7 +160,10 @@ class Walk:
         )
 
     def _iterations(self, loop: Instruction, timeline: "_Timeline") -> int:
-        """Returns the iterations of a loop: one of a loop of unknown length without real work.
+        """Returns the iterations of a loop.
+
+        Of the loops of unknown length, one over the turns of an uneven choice of experts has none,
+        and one without real work has one.
 
         Raises:
           NotUnderstood: the length is unknown, and the loop has products, kernels or collectives.
@@ -169,6 +171,8 @@ class Walk:
         try:
             return self.module.turns(loop)
         except (NotUnderstood, *PARSE_ERRORS):
+            if UNEVEN in loop.op_name:
+                return 0
             if any(self._is_counted_work(op, body) for op, body in self.module.inside(loop)):
                 raise
         timeline.unknown[LOOP_COUNTED_ONCE] += 1
@@ -227,16 +231,50 @@ class Walk:
         if has_no_work:
             return
         # All other instructions compute: count their time, their FLOPs and their traffic.
-        traffic = traffic_of(self.module, op, computation)
         call = kernel_call(op, computation)
-        kernel = kernel_of(call) if call else None
-        if call and kernel:
-            traffic -= kernel.unread(call)
+        if call:
+            self._add_kernel(op, call, computation, timeline)
+            return
+        n_bytes = traffic_of(self.module, op, computation)
+        flops = 0
+        for inner, inner_computation in ((op, computation), *self.module.inside(op)):
+            if is_product(inner):
+                flops += product_flops(inner, inner_computation)
+            # A kernel inside of a fusion takes its own time, beside the cycles of the fusion.
+            inner_call = kernel_call(inner, inner_computation)
+            if inner_call:
+                n_bytes -= traffic_of(self.module, inner, inner_computation)
+                self._add_kernel(inner, inner_call, inner_computation, timeline)
         cost = Cost(
-            seconds=self._instruction_seconds(op, computation, timeline, traffic),
-            flops=self._instruction_flops(op, computation),
-            bytes=traffic,
+            seconds=self._instruction_seconds(op, timeline), flops=flops, bytes=max(0, n_bytes)
         )
+        timeline.spend(group_of(self.module, op, computation), cost)
+
+    def _add_kernel(
+        self, op: Instruction, call: KernelCall, computation: Computation, timeline: "_Timeline"
+    ) -> None:
+        """Adds a kernel: the cycles of its schedule, or a share of the peak.
+
+        Args:
+          op: the instruction that calls the kernel, in the schedule or inside of a fusion.
+          call: its call.
+          computation: the computation of the instruction.
+          timeline: the state of the walk, to which it is added.
+        """
+        kernel = kernel_of(call)
+        n_bytes = traffic_of(self.module, op, computation)
+        if kernel:
+            n_bytes -= kernel.unread(call)
+        flops = kernel_flops(call)
+        seconds = 0.0
+        if self.rates:
+            if kernel is None:
+                timeline.count_unknown(op)
+            seconds = flops / self.rates.kernel
+            if kernel and kernel.cycles:
+                seconds = max(kernel.cycles(call) / self.rates.clock, n_bytes / self.rates.memory)
+        timeline.kernels += seconds
+        cost = Cost(seconds=seconds, flops=flops, bytes=n_bytes)
         timeline.spend(group_of(self.module, op, computation), cost)
 
     def _bytes_sent_by(self, op: Instruction, name: str, computation: Computation) -> SentBytes:
@@ -265,37 +303,14 @@ class Walk:
                 inside += self._inner_instructions(inner)
         return inside
 
-    def _instruction_seconds(
-        self, op: Instruction, computation: Computation, timeline: "_Timeline", traffic: int
-    ) -> float:
-        """Returns the seconds of an instruction, by the compiler's cycles or a kernel's rates."""
+    def _instruction_seconds(self, op: Instruction, timeline: "_Timeline") -> float:
+        """Returns the seconds of an instruction by the compiler's cycles, without its kernels."""
         if self.rates is None:
             return 0.0
-        call = kernel_call(op, computation)
-        if call:
-            kernel = kernel_of(call)
-            if kernel is None:
-                timeline.count_unknown(op)
-            seconds = kernel_flops(call) / self.rates.kernel
-            if kernel and kernel.cycles:
-                seconds = max(kernel.cycles(call) / self.rates.clock, traffic / self.rates.memory)
-            timeline.kernels += seconds
-            return seconds
         cycles = _estimated_cycles(self.module, op)
         if cycles is None and op.target not in _ALLOCATION_TARGETS and not is_scalar(op):
             timeline.count_unknown(op)
         return (cycles or 0) / self.rates.clock
-
-    def _instruction_flops(self, op: Instruction, computation: Computation) -> int:
-        """Returns the FLOPs of products and kernels of an instruction, and of those inside it."""
-        total = 0
-        for inner, inner_computation in ((op, computation), *self.module.inside(op)):
-            if is_product(inner):
-                total += product_flops(inner, inner_computation)
-            call = kernel_call(inner, inner_computation)
-            if call:
-                total += kernel_flops(call)
-        return total
 
 
 class _PlacedInstruction(NamedTuple):

@@ -35,7 +35,7 @@ def work_of(text: str, slices: Sequence[int] = ()) -> HloWork:
 
     A collective counts with the bytes that one device sends; see `collectives.ring_bytes`. A
     conditional counts with its costliest branch. One for an uneven choice of experts counts with
-    none.
+    its cheapest branch, and a loop over the turns of such a choice with none.
 
     Args:
       text: the optimised HLO, as returned by ``compiled.as_text()``.

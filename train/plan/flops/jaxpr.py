@@ -43,9 +43,10 @@ class Count(NamedTuple):
 def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
     """Counts two FLOPs for each multiplication of a product or a convolution.
 
-    The body of a scan counts once per iteration, a conditional as its costliest branch (but for an
-    uneven choice of experts not at all), and the body of a `shard_map` once per device of its
-    manual axes. Each row of a ragged product counts once, with its own group.
+    The body of a scan counts once per iteration, a conditional as its costliest branch, and the
+    body of a `shard_map` once per device of its manual axes. Each row of a ragged product counts
+    once, with its own group. For an uneven choice of experts, a conditional counts as its cheapest
+    branch, and a `while` not at all.
 
     Args:
       jaxpr: the result of ``jax.make_jaxpr(f)(*args)`` or ``jax.jit(f).trace(*args).jaxpr``.
@@ -79,12 +80,13 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
         if listed_kernel(call):
             return Count(kernel_flops(call))
     inner_counts = [count_flops(inner, scope) for inner in inner_jaxprs(eqn)]
+    if name == "cond" and UNEVEN in scope:  # an even choice of experts takes the cheapest branch
+        return min(inner_counts, key=lambda count: count.flops)
     if name == "cond":
-        is_rare = UNEVEN in scope
-        if is_rare:
-            return Count(0)
         costliest_flops = max(count.flops for count in inner_counts)
         return Count(costliest_flops, exact=all(count.exact for count in inner_counts))
+    if name == "while" and UNEVEN in scope:  # it has no turns then
+        return Count(0)
     total = _sum_counts(inner_counts)
     runs_known_times = name in _RUN_ONCE or total.flops == 0
     return Count(total.flops, exact=total.exact and runs_known_times)
