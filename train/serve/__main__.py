@@ -121,14 +121,14 @@ def run(options: ServeOptions) -> None:
 
 
 def _layout(options: ServeOptions, outline: ModelInfo) -> Layout:
-    """Returns the layout of arrays: the first device, or the mesh that was asked for."""
+    """Returns the layout of arrays: one device, or the mesh of --mesh."""
     if options.mesh is None:
         return layout_of_one_device()
     return Layout.of(make_mesh(options.mesh, options.sequences), outline.config)
 
 
 def _output(options: ServeOptions, exits: ExitStack) -> Path:
-    """Returns the folder of what lasts, which no other server uses.
+    """Returns the folder of --output, after locking it against other servers.
 
     Raises:
       UserError: another one does, or the folder is none of a server's.
@@ -164,7 +164,7 @@ def _engine(
     length: int,
     report: Callable[[int, int], None],
 ) -> Engine:
-    """Returns the engine, everything compiled; `report` is told how far that is."""
+    """Returns a compiled engine, and calls `report` with the progress of the compilation."""
     console = Console(stderr=True)
     with doing(console, f"reading the weights of {outline.name}"):
         model, params = read_model(
@@ -210,7 +210,7 @@ def _engine(
 
 
 def _template_of(folder: Path) -> str | None:
-    """Returns the chat template that an adapter was trained with; None for its base's own.
+    """Returns the chat template of an adapter; None for the base's own template.
 
     Raises:
       RequestError: the adapter or its template cannot be read.
@@ -224,7 +224,7 @@ def _template_of(folder: Path) -> str | None:
 
 
 def _every(seconds: float, function: Callable[[], object], task: str) -> Callable[[], None]:
-    """Calls a function again and again, in a thread; returns what ends that.
+    """Calls a function repeatedly in a thread, and returns a function that stops the calls.
 
     Args:
       seconds: the time between two calls.

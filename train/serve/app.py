@@ -69,7 +69,7 @@ def make_app(
 
 
 def make_starting_app(access: Access) -> Starlette:
-    """Returns the application until the server is ready: its page, and 503 for all else."""
+    """Returns the application of a server that is starting: a page, and status 503 otherwise."""
     return _make_app([page_route()], access)
 
 

@@ -125,7 +125,7 @@ def parse(args: Sequence[str]) -> ServeOptions:
 
 
 def check(options: ServeOptions) -> dict[str, str] | None:
-    """Returns the owners by their keys, or None without --keys.
+    """Checks the options, and returns the owners by their keys, or None without --keys.
 
     Raises:
       UserError: options make no sense.
@@ -159,7 +159,7 @@ def check(options: ServeOptions) -> dict[str, str] | None:
 
 
 def length_of(options: ServeOptions, outline: ModelInfo) -> int:
-    """Returns the tokens of a sequence at most; raises a UserError if the model allows fewer."""
+    """Returns the maximum length of a sequence, or raises a UserError if the model allows less."""
     if options.max_length is None:
         return min(_LENGTH, outline.max_tokens)
     outline.check_length(options.max_length, f"--max-length {options.max_length}")

@@ -1,4 +1,4 @@
-"""The HTTP server in a thread, which ends gracefully; its connections are bounded and in time."""
+"""Runs the HTTP server in a thread, with limits on connections and a graceful end."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ _OVERLOAD_ANSWER = (
 
 
 def most_connections() -> int:
-    """Returns the number of connections that the limit on open files has room for."""
+    """Returns the maximum number of connections within the limit on open files."""
     max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if max_files == resource.RLIM_INFINITY:
         return _MAX_CONNECTIONS
@@ -40,7 +40,7 @@ def most_connections() -> int:
 
 
 class Connections:
-    """Makes the protocol of each connection of a server, for `uvicorn.Config(http=...)`.
+    """Creates the protocol of each connection, for `uvicorn.Config(http=...)`.
 
     Attributes:
       open: the connections.
@@ -48,7 +48,7 @@ class Connections:
     """
 
     def __init__(self, head: float = HEAD, most: int | None = None) -> None:
-        """Starts with none.
+        """Creates a registry without connections.
 
         Args:
           head: seconds that the head of a request may take.
@@ -66,7 +66,7 @@ class Connections:
 
 
 class _Connection(asyncio.Protocol):
-    """Passes all on to uvicorn's protocol, and closes a connection whose head is late.
+    """Forwards to uvicorn's protocol, and closes a connection whose request head is late.
 
     The time begins with the connection, or with the first byte of a later request on it; no further
     byte prolongs it.
@@ -78,7 +78,7 @@ class _Connection(asyncio.Protocol):
         self._has_sent = False  # whether the client sent anything
 
     def connection_made(self, transport: Any) -> None:
-        """Counts a connection; of too many, the one that waits longest is closed."""
+        """Adds a connection, and closes the longest-waiting one if there are too many."""
         self._transport = transport
         self._inner.connection_made(transport)
         self._connections.open.add(self)
@@ -88,7 +88,7 @@ class _Connection(asyncio.Protocol):
             oldest.refuse(_OVERLOAD_ANSWER)
 
     def data_received(self, data: bytes) -> None:
-        """Passes bytes on; the first of a request start its time, and a whole head ends it."""
+        """Forwards bytes. A request's first byte starts its timer, and a complete head stops it."""
         self._has_sent = True
         previous_cycle = self._inner.cycle  # uvicorn's state of a request and its answer
         is_idle = previous_cycle is None or previous_cycle.response_complete
@@ -114,7 +114,7 @@ class _Connection(asyncio.Protocol):
         self._inner.resume_writing()
 
     def refuse(self, answer: bytes) -> None:
-        """Closes the connection; a client that has begun to ask is told why."""
+        """Closes the connection, with an answer if the client has begun a request."""
         self._end_wait()
         self._connections.open.discard(self)
         if not self._transport.is_closing():
@@ -123,7 +123,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
     def _wait(self) -> None:
-        """Starts the time that the head of a request may take."""
+        """Starts the timer for the head of a request."""
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._connections.head, self.refuse, _TIMEOUT_ANSWER)
         self._connections.waiting[self] = timer
@@ -135,7 +135,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals alone: the main thread counts them."""
+    """A uvicorn server without signal handlers, because the main thread handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """A server in a thread, which listens from the beginning to the end of a `with` block.
+    """An HTTP server in a thread, which listens for the duration of a `with` block.
 
     Attributes:
       app: the application; it may be replaced by another.
@@ -151,7 +151,7 @@ class HttpServer:
     """
 
     def __init__(self, app: Starlette, host: str, port: int) -> None:
-        """Listens.
+        """Opens the listening socket.
 
         Args:
           app: the application.
@@ -187,17 +187,17 @@ class HttpServer:
             asyncio.run(self._server.serve([self._listener]))
 
     def __enter__(self) -> "HttpServer":
-        """Begins to answer."""
+        """Starts the server's thread."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends."""
+        """Stops the server's thread."""
         self._server.should_exit = True
         self._thread.join()
 
     def serve(self, access: Access, stop: Callable[[], None]) -> None:
-        """Serves until SIGTERM or SIGINT, in the main thread.
+        """Serves until SIGTERM or SIGINT. The main thread must call it.
 
         Then new work is refused with 503, and requests under way have half a minute to end; a
         second signal ends them at once. Long polls should end once `access.draining` is set.
@@ -224,7 +224,7 @@ class HttpServer:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects signals that would end the process."""
+    """Collects the signals that would otherwise end the process."""
     signals: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -241,7 +241,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens."""
+    """Returns a listening socket."""
     name = host.strip("[]")
     try:
         family, *_ = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
@@ -254,7 +254,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _address(listener: socket.socket) -> str:
-    """Returns the address that a socket listens at."""
+    """Returns the address of a listening socket."""
     host, port = listener.getsockname()[:2]
     is_ipv6 = ":" in host
     return f"http://[{host}]:{port}" if is_ipv6 else f"http://{host}:{port}"

@@ -1,4 +1,4 @@
-"""The reader of calls: from a turn's text, whole or while it grows, to calls of tools.
+"""Parses the tool calls in a turn's text, which may be complete or still growing.
 
 A chat template tells the format in which its model writes calls (`formats.py`).
 """
@@ -17,7 +17,7 @@ _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 
 
 def call_format(template: str | None) -> CallFormat | None:
-    """Returns the format in which a chat template writes calls; None where it has none of ours.
+    """Returns the format in which a chat template writes calls; None for an unknown format.
 
     >>> from train.tools.calls import call_format
     >>> call_format("{{ '<tool_call>' + call + '</tool_call>' }}").name
@@ -32,7 +32,7 @@ def call_format(template: str | None) -> CallFormat | None:
 
 
 class AnswerText(NamedTuple):
-    """A part of an answer.
+    """A part of an answer, with the calls and thoughts in it.
 
     Attributes:
       text: what is said.
@@ -46,7 +46,7 @@ class AnswerText(NamedTuple):
 
 
 class CallReader:
-    """Finds the calls in an answer, while it grows.
+    """Finds the tool calls in an answer that grows.
 
     White space around calls is left out. A block of which no call can be read is held back until
     the answer ends; it is a malformed call then.
@@ -56,7 +56,7 @@ class CallReader:
     """
 
     def __init__(self, form: CallFormat, tools: Tools, *, shows_malformed: bool = False):
-        """Begins an answer.
+        """Creates a reader for an empty answer.
 
         Args:
           form: the format.
@@ -71,7 +71,7 @@ class CallReader:
         self._follows_call = False  # no text was said since the last call
 
     def add(self, text: str, *, last: bool = False) -> AnswerText:
-        """Adds text to the answer; returns the text and the calls that are complete now."""
+        """Adds text to the answer; returns the plain text and the calls that are complete now."""
         self._unread += text
         answer = AnswerText("", [])
         while True:
@@ -83,22 +83,22 @@ class CallReader:
             try:
                 block = self._form.read(block_text, last, self._tools)
             except NoCall:  # the text only looks like the beginning of a call
-                answer = self._say(answer, plain_text + block_text[:1])
+                answer = self._append_text(answer, plain_text + block_text[:1])
                 self._unread = block_text[1:]
                 continue
             except (ValueError, RecursionError) as error:
                 if not last:  # the call may become whole
                     plain_text = plain_text.rstrip()
                     self._unread = self._unread[len(plain_text) :]
-                    return self._say(answer, plain_text)
-                block = self._malformed(block_text, error)
+                    return self._append_text(answer, plain_text)
+                block = self._malformed_block(block_text, error)
                 if self._shows_malformed:
-                    answer = self._say(
+                    answer = self._append_text(
                         answer, plain_text + block_text.removesuffix(block.text_after)
                     )
                     self._unread = block.text_after
                     continue
-            answer = self._say(answer, plain_text.rstrip())
+            answer = self._append_text(answer, plain_text.rstrip())
             answer = self._add_block(answer, block)
         # The rest is plain text, except for characters that may begin a mark.
         if self._follows_call:
@@ -109,10 +109,10 @@ class CallReader:
             n_plain = len(self._unread[:n_plain].rstrip())
         plain_text = self._unread[:n_plain]
         self._unread = self._unread[n_plain:]
-        return self._say(answer, plain_text)
+        return self._append_text(answer, plain_text)
 
     def _add_block(self, answer: AnswerText, block: CallBlock) -> AnswerText:
-        """Returns the answer with a block's calls and thoughts; goes on with the text behind it."""
+        """Returns the answer with a block's calls and thoughts, and skips the block."""
         self._unread = block.text_after
         if block.calls:
             self._follows_call = True
@@ -121,20 +121,20 @@ class CallReader:
         return answer._replace(calls=answer.calls + block.calls, thinking="\n\n".join(thoughts))
 
     def _mark_index(self) -> int | None:
-        """Returns the index of the first mark that may begin a call; None for none."""
+        """Returns the index of the first text that may begin a call, or None."""
         indices = [self._unread.find(mark) for mark in self._form.marks]
         return min((index for index in indices if index >= 0), default=None)
 
-    def _say(self, answer: AnswerText, text: str) -> AnswerText:
-        """Returns the answer with more text, without the space that follows a call."""
+    def _append_text(self, answer: AnswerText, text: str) -> AnswerText:
+        """Returns the answer with more text, without white space directly after a call."""
         if self._follows_call:
             text = text.lstrip()
         if text:
             self._follows_call = False
         return answer._replace(text=answer.text + text)
 
-    def _malformed(self, block_text: str, error: Exception) -> CallBlock:
-        """Returns the block that begins a text, as a call that cannot be run."""
+    def _malformed_block(self, block_text: str, error: Exception) -> CallBlock:
+        """Returns the block at the start of a text as a call with a problem."""
         close = self._form.close
         close_index = block_text.find(close) if close else -1
         end = len(block_text) if close_index < 0 else close_index + len(close)
@@ -160,7 +160,7 @@ class TurnText(NamedTuple):
 def read_turn(
     text: str, form: CallFormat, tools: Tools = (), *, thinking: bool = False
 ) -> TurnText:
-    """Reads a whole turn.
+    """Parses a complete turn.
 
     Args:
       text: what was drawn, with special tokens, but without the one that ended the turn.
@@ -188,12 +188,12 @@ def read_turn(
 
 
 def turn_text(tokenizer: Tokenizer, ids: Sequence[int], end_tokens: Sequence[int]) -> str:
-    """Returns the text of a turn's tokens for `read_turn`, without the one that ended it."""
+    """Returns the text of a turn's tokens without its end token, as `read_turn` expects it."""
     if len(ids) and ids[-1] in end_tokens:
         ids = ids[:-1]
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Returns True if a rendered prompt ends within <think>, as the answer begins."""
+    """Returns True if a rendered prompt ends with <think>, so that the answer begins inside."""
     return prompt.rstrip().endswith("<think>")

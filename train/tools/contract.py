@@ -80,7 +80,7 @@ class Episode(Protocol):
         """
 
     def close(self) -> None:
-        """Ends the conversation; its environment's process serves others."""
+        """Ends the conversation, so that its environment's process can serve others."""
 
 
 class EpisodeHost(Protocol):
@@ -106,7 +106,7 @@ class EpisodeHost(Protocol):
         *,
         rehearsed: bool = False,
     ) -> "list[Future[Episode]]":
-        """Opens an episode for each completion, by `reset` with the fields of its row.
+        """Opens an episode for each completion, and resets it with the fields of its row.
 
         Args:
           rows: the row of each completion: [n], with a row that has n completions n times.

@@ -14,11 +14,11 @@ from train.tools.schemas import Tools, convert_arguments
 
 
 class NoCall(Exception):
-    """A text that looks like the beginning of a call is plain text."""
+    """The error for a text that looks like the start of a call but is plain text."""
 
 
 class WrittenCall(NamedTuple):
-    """A call with its arguments as a text.
+    """A call together with the text of its arguments.
 
     Attributes:
       call: the call.
@@ -30,7 +30,7 @@ class WrittenCall(NamedTuple):
 
 
 class CallBlock(NamedTuple):
-    """A part of an answer that is no text for its reader.
+    """A part of an answer that contains calls or thoughts.
 
     Attributes:
       calls: the calls in it.
@@ -63,7 +63,7 @@ class CallFormat(NamedTuple):
 
 
 def _written_call(name: str, arguments: Any, problem: str | None = None) -> WrittenCall:
-    """Returns a call from its arguments or their JSON; notes the problem of bad arguments."""
+    """Returns a call from its arguments or their JSON; bad arguments set its `problem`."""
     if isinstance(arguments, str):
         text = arguments
         try:
@@ -88,7 +88,7 @@ def _read_json(text: str) -> tuple[Any, str]:
 
 
 def _read_object(value: Any) -> WrittenCall:
-    """Returns the call that an object with `name` and `arguments` is."""
+    """Returns the call in an object with `name` and `arguments`."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -98,7 +98,7 @@ def _read_object(value: Any) -> WrittenCall:
 
 
 def _skip_closing_mark(text: str, close: str, is_end: bool) -> str:
-    """Returns the text behind a closing mark, which may be missing at the end of an answer.
+    """Returns the text after a closing mark, which may be missing at the end of an answer.
 
     Args:
       text: the text after a call.
@@ -120,7 +120,7 @@ def _read_hermes(text: str, is_end: bool, tools: Tools) -> CallBlock:
 
 
 def _read_arguments(text: str, pattern: re.Pattern[str]) -> tuple[dict[str, str], str]:
-    """Returns the texts of arguments that a text begins with, by name, and the rest."""
+    """Returns the argument texts at the start of a text, by name, and the remaining text."""
     texts: dict[str, str] = {}
     argument = pattern.match(text)
     while argument is not None:
@@ -170,7 +170,7 @@ _NEXT_LLAMA_CALL = re.compile(r"\s*;\s*(?={)")
 
 
 def _read_llama(text: str, is_end: bool, tools: Tools) -> CallBlock:
-    """Reads objects with semicolons between them, or a call of a built-in tool as in Python."""
+    """Reads objects that semicolons separate, or a call of a built-in tool in Python's syntax."""
     text_after = text.removeprefix("<|python_tag|>")
     has_tag = text_after != text
     if has_tag and not text_after.lstrip().startswith("{"):
@@ -201,7 +201,7 @@ _HARMONY_END = re.compile("|".join(map(re.escape, _HARMONY_ENDS)))
 
 
 def _read_gpt_oss(text: str, is_end: bool, tools: Tools) -> CallBlock:
-    """Reads a message's head, and what follows it unless the message is for the user."""
+    """Reads a message's header, and its content unless the message is for the user."""
     for end in _HARMONY_ENDS:  # of a message that was shown
         if text.startswith(end):
             return CallBlock([], text.removeprefix(end))
@@ -228,7 +228,7 @@ def _read_gpt_oss(text: str, is_end: bool, tools: Tools) -> CallBlock:
 
 
 def _read_lfm(text: str, is_end: bool, tools: Tools) -> CallBlock:
-    """Reads a list of calls as in Python, between two special tokens."""
+    """Reads a list of calls in Python's syntax between two special tokens."""
     calls, end = read_calls(text, len("<|tool_call_start|>"))
     text_after = _skip_closing_mark(text[end:], "<|tool_call_end|>", is_end)
     return CallBlock([_written_call(name, arguments) for name, arguments in calls], text_after)

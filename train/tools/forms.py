@@ -1,11 +1,11 @@
-"""Forms of calls that a request asks for: the texts around names and arguments, by format."""
+"""The texts around the names and arguments of tool calls, for each format of calls."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 
 class ArgumentForm(NamedTuple):
-    """The form of arguments that are written one by one.
+    """The texts around arguments, for formats that write each argument separately.
 
     Attributes:
       before: the text before a value, with {key}.
@@ -23,7 +23,7 @@ class ArgumentForm(NamedTuple):
 
 
 class CallForm(NamedTuple):
-    """The form of an answer that calls tools.
+    """The texts of an answer that calls tools.
 
     Attributes:
       head: the text before the arguments, with {name}, or {json} for the name as JSON.
@@ -84,7 +84,7 @@ _MISTRAL_TAGGED = CallForm("[TOOL_CALLS]{name}[ARGS]", "", "")
 
 
 def call_form(name: str, template: str) -> CallForm:
-    """Returns the form of calls in a format, as a chat template writes them.
+    """Returns the form of calls in a format and with a chat template.
 
     >>> from train.tools.forms import call_form
     >>> call_form("llama3", "").head.format(json='"look_up"')

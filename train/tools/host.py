@@ -1,4 +1,4 @@
-"""A user's tools and environments, each episode in a process of its own; see `worker.py`."""
+"""Runs a user's tools and environments, each episode in its own process; see `worker.py`."""
 
 import base64
 import contextlib
@@ -30,14 +30,14 @@ FAILED = math.inf  # in the place of a reward, as rewards have it
 
 
 class EpisodeLost(Exception):
-    """An episode's process took too long, or ended; the message says which."""
+    """The error for an episode whose process took too long or ended."""
 
 
 class ProcessHost:
-    """Opens episodes, each served by a process that a program forks; see `EpisodeHost`."""
+    """Opens episodes, each in a forked process; see `EpisodeHost`."""
 
     def __init__(self, environment: str | None, tools: Sequence[str], seconds: float) -> None:
-        """Describes the tools; starts no process that stays.
+        """Describes the tools in a process that ends afterwards.
 
         Args:
           environment: ``file.py:Class``, or None.
@@ -97,14 +97,14 @@ class ProcessHost:
             episodes.append(episode)
         with self._lock:
             self._episodes.update(episodes)
-        return [self.run(self._begun, episode) for episode in episodes]
+        return [self.run(self._begin_episode, episode) for episode in episodes]
 
     def run(self, function: Any, *args: Any) -> "Future[Any]":
-        """Calls a function in a thread."""
+        """Calls a function in a thread of the pool."""
         return self._threads.submit(function, *args)
 
     def connect(self) -> socket.socket:
-        """Returns a socket to a process that is forked for an episode."""
+        """Forks a process for an episode, and returns a socket to it."""
         host_end, episode_end = socket.socketpair()
         with self._lock, episode_end:
             control = self._control()
@@ -138,14 +138,14 @@ class ProcessHost:
         with self._lock:
             self._end_program()
 
-    def _begun(self, episode: "ProcessEpisode") -> Episode:
-        """Returns an episode, after the reset of its environment; tools alone need none yet."""
+    def _begin_episode(self, episode: "ProcessEpisode") -> Episode:
+        """Returns an episode after resetting its environment, if there is one."""
         if self._environment is not None:
             episode.begin()
         return episode
 
     def _command(self, mode: str) -> list[str]:
-        """Returns the command of the program that describes the tools, or serves them."""
+        """Returns the command line that starts `worker.py` in a mode."""
         n_environments = "0" if self._environment is None else "1"
         return [sys.executable, "-P", worker.__file__, mode, n_environments, *self._specs]
 
@@ -169,7 +169,7 @@ class ProcessHost:
         return description
 
     def _start(self) -> "tuple[subprocess.Popen[bytes], socket.socket]":
-        """Starts the program; returns it, and the socket that controls it."""
+        """Starts the program; returns it and the socket that controls it."""
         control, program_end = socket.socketpair()
         with program_end:
             process = subprocess.Popen(
@@ -182,7 +182,7 @@ class ProcessHost:
         return process, control
 
     def _end_program(self) -> None:
-        """Ends the program, if it runs."""
+        """Ends the program if it runs."""
         if self._program is None:
             return
         process, control = self._program
@@ -193,10 +193,10 @@ class ProcessHost:
 
 
 class ProcessEpisode:
-    """An episode in a process of its own; see `Episode`."""
+    """An episode in its own process; see `Episode`."""
 
     def __init__(self, host: ProcessHost, row: Row, name: str, seed: int) -> None:
-        """Begins nothing yet; `name` is the row's in messages."""
+        """Creates an episode without a process. Messages call its row `name`."""
         self.opening: str | None = None
         self.lost: str | None = None
         self.problem: str | None = None
@@ -229,13 +229,13 @@ class ProcessEpisode:
         return self._host.run(self._reward)
 
     def close(self) -> None:
-        """Ends the process, and what it has started."""
+        """Ends the process and its child processes."""
         self._closed = True
         self._end()
         self._host.forget(self)
 
     def _call(self, calls: Sequence[ToolCall]) -> EpisodeTurn:
-        """Returns the answers to the calls of a turn, once all have run."""
+        """Returns the answers to the calls of a turn after all calls have run."""
         answers = [self._refusal(call) for call in calls]  # None for calls that are run
         run_indices = [index for index, answer in enumerate(answers) if answer is None]
         try:
@@ -254,7 +254,7 @@ class ProcessEpisode:
     def _run(
         self, calls: Sequence[ToolCall], run_indices: Sequence[int]
     ) -> Iterator[tuple[int, ToolAnswer]]:
-        """Yields the index of each call that runs, and its answer.
+        """Yields the index and the answer of each call that can be run.
 
         Args:
           calls: the calls of a turn.
@@ -283,7 +283,7 @@ class ProcessEpisode:
         return _make_answer(call.name or "unknown", str({"error": problem}), failed=True)
 
     def _reward(self) -> float | None:
-        """Returns the environment's reward; notes the problem of one that failed."""
+        """Returns the environment's reward; a failure sets `problem`."""
         if not self._host.rewards:
             return None
         try:
@@ -301,7 +301,7 @@ class ProcessEpisode:
         return FAILED
 
     def _start(self) -> None:
-        """Has a process forked, and resets the environment in it."""
+        """Starts the episode's process, and resets the environment in it."""
         if self._closed:
             raise EpisodeLost(f"{self._name}: the episode was closed")
         try:
@@ -360,7 +360,7 @@ class ProcessEpisode:
         raise EpisodeLost(f"{self._name}: {awaited_name()} {problem}")
 
     def _line(self, channel: socket.socket, deadline: float) -> bytes:
-        """Returns the next line; raises a TimeoutError after the deadline, and EOFError at the end.
+        """Returns the next line; raises a TimeoutError at the deadline, and EOFError at the end.
 
         Args:
           channel: the socket.
@@ -380,7 +380,7 @@ class ProcessEpisode:
         return line
 
     def _end(self) -> None:
-        """Ends the process, and the processes that it has started."""
+        """Ends the process and its child processes."""
         channel = self._channel
         self._channel = None
         if channel is not None:
@@ -404,6 +404,6 @@ def _replace_surrogates(text: str) -> str:
 
 
 def _seed_from_row(row: Row) -> int:
-    """Derives a seed from a row, so that its episodes are equal."""
+    """Returns a seed that depends only on a row's fields."""
     fields = sorted(row.items(), key=lambda item: str(item[0]))
     return zlib.crc32(repr(fields).encode())

@@ -1,4 +1,4 @@
-"""Reads calls that are written as in Python: ``f(a=1, b='x')``, with names of constants as in JSON.
+"""Parses calls in Python's syntax, ``f(a=1, b='x')``, which may contain JSON's constants.
 
 Templates of LFM2 and Gemma 4 write so, and Llama's for its own tools. Not all of them escape the
 quotes within a text: one that no separator follows is taken as part of the text.
@@ -34,7 +34,7 @@ _WHITE_SPACE = re.compile(r"\s*")
 
 
 def read_calls(text: str, position: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
-    """Reads a list of calls in brackets; returns names and arguments, and the position behind it.
+    """Reads a bracketed list of calls; returns names and arguments, and the position after it.
 
     Args:
       text: the text.
@@ -52,7 +52,7 @@ def read_calls(text: str, position: int) -> tuple[list[tuple[str, dict[str, Any]
 
 
 def read_call(text: str, position: int) -> tuple[tuple[str, dict[str, Any]], int]:
-    """Reads a call; returns its name and arguments, and the position behind it."""
+    """Reads a call; returns its name and arguments, and the position after it."""
     name, position = _read_match(_NAME, text, position, "the name of a tool")
     position = _skip_sign(text, position, "(")
     arguments, position = _read_series(text, position, ")", _read_keyword_argument)
@@ -60,7 +60,7 @@ def read_call(text: str, position: int) -> tuple[tuple[str, dict[str, Any]], int
 
 
 def read_value(text: str, position: int) -> tuple[Any, int]:
-    """Reads a text, a number, a constant, a list or a mapping, whose keys may have no quotes."""
+    """Reads a text, number, constant, list or mapping. Keys of a mapping may have no quotes."""
     position = _skip_space(text, position)
     if text.startswith("[", position):
         return _read_series(text, position + 1, "]", read_value)
@@ -94,7 +94,7 @@ def _read_entry(text: str, position: int) -> tuple[tuple[str, Any], int]:
 
 
 def _read_pair(text: str, position: int, sign: str) -> tuple[tuple[str, Any], int]:
-    """Reads a key, with or without quotes, a sign, and a value."""
+    """Reads a key with or without quotes, a separator, and a value."""
     position = _skip_space(text, position)
     if _TEXT.match(text, position):
         key, position = read_value(text, position)
@@ -107,7 +107,7 @@ def _read_pair(text: str, position: int, sign: str) -> tuple[tuple[str, Any], in
 def _read_series(
     text: str, position: int, close: str, read_item: Callable[[str, int], tuple[Any, int]]
 ) -> tuple[list[Any], int]:
-    """Reads items up to a closing bracket, with commas between them."""
+    """Reads comma-separated items up to a closing bracket."""
     items: list[Any] = []
     position = _skip_space(text, position)
     while not text.startswith(close, position):
@@ -120,7 +120,7 @@ def _read_series(
 
 
 def _skip_sign(text: str, position: int, sign: str) -> int:
-    """Reads a sign; returns the position behind it."""
+    """Reads a required sign, and returns the position after it."""
     position = _skip_space(text, position)
     if not text.startswith(sign, position):
         raise ValueError(f"{sign!r} is missing before {text[position : position + 20]!r}")
@@ -130,7 +130,7 @@ def _skip_sign(text: str, position: int, sign: str) -> int:
 def _read_match(
     pattern: re.Pattern[str], text: str, position: int, description: str
 ) -> tuple[str, int]:
-    """Reads a match of a pattern; `description` names it in the message that it is missing."""
+    """Reads a match of a pattern. The error for a missing match names `description`."""
     position = _skip_space(text, position)
     match = pattern.match(text, position)
     if match is None:
@@ -139,14 +139,14 @@ def _read_match(
 
 
 def _skip_space(text: str, position: int) -> int:
-    """Returns the position of the next character that is no white space."""
+    """Returns the position of the next character that is not white space."""
     match = _WHITE_SPACE.match(text, position)
     assert match is not None
     return match.end()
 
 
 def _decode_escape(match: re.Match[str]) -> str:
-    """Returns the character of an escape, or the escape itself if it is none."""
+    """Returns the character of an escape sequence; unchanged text for an unknown one."""
     escape = match[1]
     is_code_point = len(escape) == 5  # u and four digits
     if is_code_point:

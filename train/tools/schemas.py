@@ -1,4 +1,4 @@
-"""Arguments that a model wrote as bare texts, by the types of a tool's JSON schema."""
+"""Converts tool arguments that a model wrote as plain text to the types of the JSON schema."""
 
 import json
 import math
@@ -11,7 +11,7 @@ _TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", type(None): "nu
 
 
 def convert_arguments(name: str, texts: Mapping[str, str], tools: Tools) -> dict[str, Any]:
-    """Returns arguments with the types that the tool's schema has, as transformers gives them.
+    """Returns arguments in the types of the tool's schema, as transformers does.
 
     Args:
       name: the tool's name.
@@ -43,7 +43,7 @@ def _parameters_schema(name: str, tools: Tools) -> Mapping[str, Any]:
 
 
 def resolve_reference(schema: Any, root: Mapping[str, Any]) -> Any:
-    """Returns a schema, or the one among the definitions of `root` that it refers to.
+    """Returns a schema after following its reference into the definitions of `root`.
 
     >>> from train.tools.schemas import resolve_reference
     >>> resolve_reference({"$ref": "#/$defs/n"}, {"$defs": {"n": {"type": "integer"}}})
@@ -60,7 +60,7 @@ def resolve_reference(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def _allowed_types(schema: Any, root: Mapping[str, Any]) -> list[str]:
-    """Returns the types that a schema allows, in order; [] where it says none."""
+    """Returns the types that a schema allows, in order; [] if it names none."""
     schema = resolve_reference(schema, root)
     if not isinstance(schema, Mapping):
         return []
@@ -74,7 +74,7 @@ def _allowed_types(schema: Any, root: Mapping[str, Any]) -> list[str]:
 
 
 def _declared_types(schema: Mapping[str, Any]) -> list[str]:
-    """Returns the types that the field `type` names."""
+    """Returns the types in the field `type`."""
     declared = schema.get("type")
     names = declared if isinstance(declared, list) else [declared]
     return [name for name in names if isinstance(name, str)]
@@ -99,7 +99,7 @@ def _convert_text(text: str, types: Sequence[str]) -> Any:
 
 
 def _read_integer(text: str) -> int:
-    """Returns an integer, which may be written as 7.0; raises a ValueError for another number."""
+    """Returns an integer, also from a text like "7.0"; raises a ValueError for other numbers."""
     try:
         return int(text)
     except ValueError:
@@ -117,7 +117,7 @@ def _read_number(text: str) -> int | float:
 
 
 def _word_reader(values: Mapping[str, Any]) -> Callable[[str], Any]:
-    """Returns a reader of the words that name these values."""
+    """Returns a function that converts certain words to their values."""
 
     def read(text: str) -> Any:
         word = text.strip().lower()
@@ -129,7 +129,7 @@ def _word_reader(values: Mapping[str, Any]) -> Callable[[str], Any]:
 
 
 def _json_reader(kind: type) -> Callable[[str], Any]:
-    """Returns a reader of JSON values of a type."""
+    """Returns a function that parses JSON values of a type."""
 
     def read(text: str) -> Any:
         value = json.loads(text)

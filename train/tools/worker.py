@@ -36,7 +36,7 @@ Tool = Callable[..., Any]
 
 
 class SpecError(Exception):
-    """A spec cannot be used: its text, and why."""
+    """The error for a tool specification that cannot be used, with the reason."""
 
 
 def find_methods(environment: Any) -> dict[str, Tool]:
@@ -145,10 +145,10 @@ def _find_function_name(spec: str, tool: Tool) -> str:
 
 
 class EpisodeProgram:
-    """Serves an episode, in a process of its own."""
+    """Serves an episode in its own process."""
 
     def __init__(self, targets: Mapping[str, Tool], n_environments: int) -> None:
-        """Takes the targets of the specs; makes the environment once it is reset."""
+        """Stores the tools and environments. The environment is created by the first reset."""
         n_functions = len(targets) - n_environments
         specs_and_targets = [*targets.items()]
         self._factories = specs_and_targets[n_functions:]
@@ -159,7 +159,7 @@ class EpisodeProgram:
         self._loop = asyncio.new_event_loop()
 
     def answers(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yields the answers to a request: one, or one for each call."""
+        """Yields the answer to a request, or one answer for each call."""
         if "calls" in request:
             yield from self._call(request["calls"])
         elif "reset" in request:
@@ -168,12 +168,12 @@ class EpisodeProgram:
             yield self._attempt(self._reward)
 
     def _reward(self) -> float | None:
-        """Returns the environment's reward; None for no opinion."""
+        """Returns the environment's reward; None if it has no opinion."""
         reward = self._finish(self._environment.get_reward())
         return None if reward is None else float(reward)
 
     def _reset(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Begins an episode; a rehearsal also reports the module values that it has changed."""
+        """Begins an episode. In a rehearsal, the answer lists the changed module values."""
         is_rehearsed = request["rehearsed"]
         modules = [*sys.modules] if is_rehearsed else []
         hashes_at_start = user_files.fingerprints(modules)
@@ -186,7 +186,7 @@ class EpisodeProgram:
         return answer | {"changed": changed}
 
     def _begin(self, row: Mapping[str, Any]) -> str | None:
-        """Makes the environment, and resets it by a row's fields; returns its opening text."""
+        """Creates the environment, resets it with a row's fields, and returns its opening text."""
         for spec, make in self._factories:
             self._environment = make_environment(spec, make)
             self._tools |= find_methods(self._environment)
@@ -198,7 +198,7 @@ class EpisodeProgram:
         return _join_text_blocks(opening, RESET)
 
     def _call(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """Runs calls one after the other; then the asynchronous ones, all at once."""
+        """Runs calls in order, and then all asynchronous ones concurrently."""
         async_calls = []
         for index, (name, arguments) in enumerate(calls):
             tool = self._tools[name]
@@ -210,7 +210,7 @@ class EpisodeProgram:
             yield from self._loop.run_until_complete(self._gather(async_calls))
 
     async def _gather(self, calls: Sequence[tuple[int, Tool, Any]]) -> list[dict[str, Any]]:
-        """Returns the answers to calls, which run at the same time: index, tool, arguments."""
+        """Returns the answers to asynchronous calls, which run concurrently."""
 
         async def run(tool: Tool, arguments: Any) -> Any:
             return await tool(**arguments)
@@ -224,7 +224,7 @@ class EpisodeProgram:
         return answers
 
     def _attempt(self, function: Callable[[], Any]) -> dict[str, Any]:
-        """Returns a function's value for an answer, or its error."""
+        """Calls a function; returns its value or its error as the fields of an answer."""
         try:
             return {"value": function()}
         except (Exception, SystemExit) as error:
@@ -242,14 +242,14 @@ def _run_tool(tool: Tool, arguments: Mapping[str, Any]) -> str:
 
 
 def _text_or_raise(result: Any) -> str:
-    """Returns a result as a text; raises one that is an error."""
+    """Returns a result as text; raises a result that is an exception."""
     if isinstance(result, BaseException):
         raise result
     return _result_as_text(result)
 
 
 def _join_text_blocks(value: Any, name: str) -> str | None:
-    """Returns a text, and joins a list of text blocks; returns None for None.
+    """Returns text unchanged, and joins a list of text blocks; None stays None.
 
     Args:
       value: what a method returned.
@@ -266,7 +266,7 @@ def _join_text_blocks(value: Any, name: str) -> str | None:
 
 
 def _result_as_text(value: Any) -> str:
-    """Returns a tool's result as a text, as TRL does."""
+    """Returns a tool's result as text, as TRL does."""
     text: str | None = None
     if isinstance(value, list) and value:
         with contextlib.suppress(TypeError):  # no list of texts
@@ -277,7 +277,7 @@ def _result_as_text(value: Any) -> str:
 
 
 def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
-    """Answers an episode's requests until they end, in a process that was forked for it."""
+    """Answers the requests of one episode, in a forked process, until its socket closes."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
@@ -304,7 +304,7 @@ def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
 
 
 def main() -> None:
-    """Describes the tools, or forks a process for each socket that comes, until stdin ends."""
+    """Describes the tools, or forks a process for each socket on stdin, until stdin ends."""
     mode, n_environments, *specs = sys.argv[1:]
     source, answers = user_files.take_pipes()
     targets: dict[str, Tool] = {}

@@ -1,4 +1,4 @@
-"""An adapter's arrays in the form that all adapters of a server share, and its training's state."""
+"""Holds an adapter's arrays in the server's common form, and the state of its training."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Factors = dict[str, dict[str, jax.Array]]  # by path: a and b, in the form of al
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter's arrays, which never change. It equals no other one.
+    """The immutable arrays of an adapter. Two adapters are equal only if they are one object.
 
     Attributes:
       factors: A and B.
@@ -27,7 +27,7 @@ class Adapter:
     invocation: tuple[int, ...] | None = None
 
     def find_active_start(self, prompt: Sequence[int]) -> int | None:
-        """Returns the index of the first token that it acts on; None where it is not invoked."""
+        """Returns the first token that the adapter acts on; None without its invocation."""
         if self.invocation is None:  # it acts on all tokens
             return 0
         invocation = [*self.invocation]
@@ -39,7 +39,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """The bytes of its arrays."""
+        """The bytes of the adapter's arrays."""
         return sum(x.nbytes for x in jax.tree.leaves((self.factors, self.scales)))
 
 

@@ -1,4 +1,4 @@
-"""Adjustments of rows' logits, made in the host's memory while the device computes the logits."""
+"""Prepares adjustments of logits in the host's memory while the device computes the logits."""
 
 from collections.abc import Mapping
 
@@ -15,10 +15,10 @@ from train.serve.protocol.limits import MOST_BIASES, NO_PENALTIES, Grammar, Toke
 
 
 class RowAdjuster:
-    """Makes the adjustments of completions that ask for some."""
+    """Makes the logit adjustments of completions that need them, such as penalties or limits."""
 
     def __init__(self, vocab: int, length: int) -> None:
-        """Takes the size of the vocabulary, and the most tokens of a sequence."""
+        """Stores the vocabulary's size and the maximum number of tokens of a sequence."""
         self._vocab = vocab
         self._max_length = length
 
@@ -29,7 +29,7 @@ class RowAdjuster:
     def adjustments(
         self, completions: Mapping[int, ActiveCompletion], n_rows: int
     ) -> Adjustments[np.ndarray] | None:
-        """Returns the adjustments of n rows; None where no completion asks for any.
+        """Returns the adjustments of n rows; None if no completion needs adjustments.
 
         A completion that no token may follow has a `problem` from now on.
 
@@ -79,7 +79,7 @@ class RowAdjuster:
         adjustments.n_prompt[row] = len(request.prompt)
 
     def _restrict_mask(self, mask: np.ndarray, completion: ActiveCompletion) -> None:
-        """Restricts the mask of a row, [words] uint32, but for its grammar."""
+        """Restricts a row's mask, [words] uint32, by its request's limits except a grammar."""
         limits = completion.job.request.limits
         if limits.allowed is not None:
             if completion.allowed_mask is None:

@@ -1,4 +1,4 @@
-"""The base that a server holds, and adapters over it in one form, the shared form.
+"""The served base, and adapters over it, which all have the same shapes (the shared form).
 
 In the shared form, an adapter has the largest rank and all weights that any adapter may adapt: A
 and B are zeros beyond its own rank, and at weights that it leaves alone. Zeros stay zeros in
@@ -59,7 +59,7 @@ class ServedBase:
         layout: Layout | None = None,
         tokenizer: str | None = None,
     ) -> None:
-        """Takes in a model; its arrays are not copied.
+        """Keeps a model and its arrays, without copying the arrays.
 
         Args:
           model: a model of `lora_jax.models`.
@@ -121,7 +121,7 @@ class ServedBase:
         return rules
 
     def _make_rules(self, spec: AdapterSpec) -> list[lj.LoraRule]:
-        """Returns a rule for each target that a spec asks for."""
+        """Returns a rule for each target of an adapter's description."""
         rules: list[lj.LoraRule] = []
         for target, paths in self._paths_of_target.items():
             if getattr(spec, target):
@@ -137,7 +137,7 @@ class ServedBase:
         return rules
 
     def begin(self, spec: AdapterSpec, seed: int) -> Adapter:
-        """Returns a new adapter: A uniform in ±1/√inputs, B zeros.
+        """Returns a new adapter, whose A is uniform in ±1/√inputs and whose B is zero.
 
         Raises:
           RequestError: see `rules_of`.
@@ -150,7 +150,7 @@ class ServedBase:
         )
 
     def make_shell_for(self, adapter: Adapter) -> Tree:
-        """Returns the tree of the base for an adapter's factors, with the adapter's invocation."""
+        """Returns the base's tree without factors, with the invocation of an adapter."""
         if adapter.invocation is None:
             return self.shell
 
@@ -162,7 +162,7 @@ class ServedBase:
         return map_nodes(set_invocation, self.shell)
 
     def tree(self, factors: Factors, scales: Mapping[str, jax.Array], shell: Tree) -> Tree:
-        """Returns the adapted tree of an adapter; traced or not."""
+        """Returns the tree of the base with an adapter's factors; the arrays may be traced."""
         joined = lj.join(factors, shell)
         return map_nodes(lambda path, node: node.replace(scale=scales[path]), joined)
 
@@ -236,7 +236,7 @@ class ServedBase:
             raise RequestError(f"{folder.name}: {error}") from None
 
     def write(self, state: TrainingState, command: Save) -> int:
-        """Writes an adapter as a PEFT folder, which appears whole; returns its bytes.
+        """Writes an adapter as a PEFT folder atomically, and returns the folder's bytes.
 
         Args:
           state: the adapter and its optimiser's state.
@@ -247,7 +247,7 @@ class ServedBase:
         shapes = lj.lorafy(self._param_shapes, self.rules_of(spec))
 
         def fill(path: str, node: LoraWeight) -> LoraWeight:
-            """Returns a weight with the factors of the adapter, at its own rank."""
+            """Returns a weight with the adapter's factors, cut to the adapter's own rank."""
             factors = self._cut_to_rank(state.adapter.factors[path], path, spec.rank)
             return node.replace(**factors, scale=np.asarray(state.adapter.scales[path]))
 
@@ -285,7 +285,7 @@ class ServedBase:
     def _make_factors(
         self, key: jax.Array, rank: jax.Array | int, is_adapted: Mapping[str, jax.Array | bool]
     ) -> Factors:
-        """Returns the factors of a new adapter; its rank and targets are traced, too."""
+        """Returns random factors of a new adapter; its rank and targets may be traced."""
         factors = jax.tree.map(jnp.zeros_like, self.zero_adapter.factors)
         for path, weight_factors in factors.items():
             # The head's inputs are the columns of a tied table: its A is `b` here.
@@ -337,7 +337,7 @@ class ServedBase:
         return invocation, {path: node.replace(invocation=None) for path, node in nodes.items()}
 
     def _split_experts(self, nodes: Nodes, rank: int) -> Nodes:
-        """Returns the nodes of this server's adapter with gate and up of experts separated.
+        """Returns nodes in which the gate and up projections of experts are separate.
 
         PEFT's files hold gate and up of experts as one weight, their factors side by side: each
         would get those of the other, too, and other places than the optimiser's moments have.
@@ -360,7 +360,7 @@ class ServedBase:
         return split_nodes
 
     def _derive_spec(self, nodes: Nodes) -> AdapterSpec:
-        """Returns the description of an adapter from elsewhere."""
+        """Returns the description of an adapter that this server did not create."""
         weights = {path: node for path, node in nodes.items() if isinstance(node, LoraWeight)}
         rank = max((weight.rank for weight in weights.values()), default=0)
         scale = max((float(np.max(weight.scale)) for weight in weights.values()), default=0.0)
@@ -400,7 +400,7 @@ class ServedBase:
 
 
 def _rank_slice(rank_axis: int, ranks: slice) -> tuple[slice, ...]:
-    """Returns the index of some ranks of a factor, whose first `rank_axis` axes stay whole."""
+    """Returns the index that selects some ranks on axis `rank_axis` of a factor."""
     return (*[slice(None)] * rank_axis, ranks)
 
 
@@ -409,7 +409,7 @@ def _is_matrix_path(path: str) -> bool:
 
 
 def _nest_nodes(nodes: Nodes) -> Tree:
-    """Returns nodes as a tree of their own."""
+    """Returns nodes by path as a nested tree."""
     tree: dict[str, Tree] = {}
     for path, node in nodes.items():
         *folders, leaf_name = path.split("/")

@@ -1,4 +1,4 @@
-"""Tenants and their commands, executed bit by bit, and the adapters that samples may choose."""
+"""Executes the commands of tenants in small parts, and keeps the adapters that samples choose."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -18,13 +18,13 @@ from train.serve.protocol.engine import LATEST_LOSSES, check_update
 
 
 class AdapterCache:
-    """Finds adapters by name; those not asked for lately are read again.
+    """Finds adapters by name, and reads an evicted adapter again from its folder.
 
     A client that trains and samples in turn names one at each step, and asks for few again.
     """
 
     def __init__(self, max_adapters: int, read: Callable[[Path], Adapter]) -> None:
-        """Starts with none.
+        """Creates an empty cache.
 
         Args:
           max_adapters: adapters in memory at most, beside those without a folder.
@@ -36,11 +36,11 @@ class AdapterCache:
         self._in_memory: dict[str, Adapter] = {}  # the least recently used first
 
     def __contains__(self, name: str) -> bool:
-        """Returns True if there is one of this name; any thread may ask."""
+        """Returns True if there is an adapter of this name. Any thread may call it."""
         return name in self._folders
 
     def __iter__(self) -> Iterator[str]:
-        """Returns the names."""
+        """Returns the names of the adapters."""
         return iter(tuple(self._folders))
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class AdapterCache:
         return len(self._in_memory)
 
     def add(self, name: str, folder: Path | None, adapter: Adapter) -> None:
-        """Names an adapter, or notes that it was used.
+        """Adds an adapter under a name, or marks it as the most recently used.
 
         Args:
           name: its name.
@@ -64,7 +64,7 @@ class AdapterCache:
             del self._in_memory[readable_names[0]]
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter, if there is one of this name."""
+        """Removes an adapter if there is one of this name."""
         self._folders.pop(name, None)
         self._in_memory.pop(name, None)
 
@@ -94,7 +94,7 @@ class EngineTenant:
     """
 
     def __init__(self, name: str, client: requests.Client) -> None:
-        """Begins without an adapter."""
+        """Creates a tenant without an adapter."""
         self.name = name
         self.client = client
         self.seconds = 0.0
@@ -108,7 +108,7 @@ class EngineTenant:
         self.losses: deque[tuple[int, float]] = deque(maxlen=LATEST_LOSSES)
 
     def set_state(self, state: TrainingState | None) -> None:
-        """Takes a state and clears the gradient; None where the tenant leaves the engine."""
+        """Sets the adapter's state and clears the gradient; None removes the adapter."""
         self.state = state
         self.grads = None
         self.loss_sum = 0.0
@@ -116,22 +116,22 @@ class EngineTenant:
 
     @property
     def path(self) -> TurnPath:
-        """Its place among the turns."""
+        """The tenant's path in the order of turns."""
         return self.client.owner, self.client.session, self.name
 
     @property
     def loss(self) -> float | None:
-        """The loss a weighted target since the last update; None if no target had a weight."""
+        """The loss per weighted target since the last update; None if no target had a weight."""
         return self.loss_sum / self.weight_sum if self.weight_sum else None
 
     @property
     def is_waiting(self) -> bool:
-        """True where there is something to do."""
+        """True if the tenant has a command to execute."""
         return self.job is not None or bool(self.queue)
 
     @property
     def size(self) -> int:
-        """The bytes of its arrays."""
+        """The bytes of the tenant's arrays."""
         state = self.state
         if state is None:
             return 0
@@ -140,7 +140,7 @@ class EngineTenant:
 
 
 class CommandRunner:
-    """Executes commands in the engine's thread; files are written in another one.
+    """Executes commands in the engine's thread, and writes files in another thread.
 
     Attributes:
       adapters: adapters that samples may choose.
@@ -166,13 +166,13 @@ class CommandRunner:
         self._writes: dict[Path, Future[None]] = {}  # by folder; the engine's thread alone has it
 
     def close(self) -> None:
-        """Ends once all files are written."""
+        """Waits until all files are written."""
         self._files.shutdown()
 
     def execute(
         self, tenant: EngineTenant, command: requests.Command
     ) -> Generator[None, None, requests.CommandResult]:
-        """Executes a command bit by bit, and returns its result."""
+        """Executes a command in parts, one per iteration, and returns the result."""
         is_new_tenant = tenant.state is None
         if is_new_tenant and isinstance(command, (requests.Create, requests.Load)):
             self._check_room()
@@ -210,7 +210,7 @@ class CommandRunner:
     def _add_gradient(
         self, tenant: EngineTenant, state: TrainingState, request: requests.Gradient
     ) -> Generator[None, None, requests.GradientResult]:
-        """Adds the gradient of a request to a tenant's, a batch at a time."""
+        """Adds the gradient of a request to the tenant's gradient, batch by batch."""
         logprobs = [np.zeros(0, np.float32)] * len(request.data)
         # Sum losses and gradients of the batches. Each batch is one turn of the engine.
         loss = 0.0
@@ -249,7 +249,7 @@ class CommandRunner:
     def _take_step(
         self, tenant: EngineTenant, state: TrainingState, settings: requests.Update
     ) -> requests.UpdateResult:
-        """Takes a step by a tenant's gradient, and notes the loss since the last one."""
+        """Updates a tenant's adapter, and records the loss since the last update."""
         check_update(settings)
         next_state, norm = self._trainer.update(state, tenant.grads, settings)
         if tenant.loss is not None:
@@ -258,7 +258,7 @@ class CommandRunner:
         return requests.UpdateResult({"grad_norm:max": norm, "step:max": float(next_state.steps)})
 
     def _save(self, tenant: EngineTenant, state: TrainingState, command: requests.Save) -> None:
-        """Names an adapter at once; its files are written while others compute."""
+        """Names an adapter at once, and writes its files in another thread."""
         if command.name is not None:
             self.adapters.add(command.name, command.path, state.adapter)
         done = tenant.done
@@ -274,7 +274,7 @@ class CommandRunner:
         self._writes[command.path.absolute()] = self._files.submit(deliver_result, write, done)
 
     def read_state(self, folder: Path, optimizer: bool = False) -> TrainingState:
-        """Returns an adapter and its training's state; waits while this very folder is written."""
+        """Reads an adapter and its training state, after any pending write of the folder."""
         write = self._writes.get(folder.absolute())
         if write is not None:
             write.result()

@@ -1,4 +1,4 @@
-"""The engine's thread: it owns the arrays, and executes what tenants ask for, in fair turns."""
+"""The engine's thread owns the arrays, and executes the commands of tenants in fair turns."""
 
 import logging
 import secrets
@@ -52,7 +52,7 @@ class Engine:
         tenants: int = 64,
         chunk: int = 256,
     ) -> None:
-        """Makes an engine, which computes once `start` is called.
+        """Creates an engine, which computes after `start` is called.
 
         Args:
           base: the model.
@@ -94,11 +94,11 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to compute."""
+        """Starts the engine's thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends once all that was asked for is done; what is asked for from now on is refused."""
+        """Stops the engine after its pending work, and refuses new requests."""
         with self._has_news:
             self._stopping = True
             self._has_news.notify()
@@ -154,7 +154,7 @@ class Engine:
         )
 
         def queue_sample() -> None:
-            """Checks the sample, and chooses its adapter's arrays as they are now."""
+            """Checks the sample, and queues it with its adapter's present arrays."""
             try:
                 check_sample(request, self.facts)
                 if request.adapter is not None:
@@ -174,7 +174,7 @@ class Engine:
         return end_early
 
     def adopt(self, name: str, folder: Path, done: requests.Done) -> None:
-        """Reads an adapter that samples may choose."""
+        """Reads an adapter from a folder, so that samples may choose it."""
 
         def read_adapter() -> requests.AdapterSpec:
             adapter = self._base.read_state(folder).adapter
@@ -184,7 +184,7 @@ class Engine:
         self._call(lambda: deliver_result(read_adapter, _log_errors_of(done)))
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter."""
+        """Removes an adapter, so that samples can no longer choose it."""
         self._call(lambda: self._adapters.drop(name))
 
     def knows(self, name: str) -> bool:
@@ -229,7 +229,7 @@ class Engine:
             self._has_news.notify()
 
     def _work(self) -> None:
-        """Runs calls of other threads, and turns, until the engine is closed and idle."""
+        """Runs calls of other threads, and turns of work, until the engine is closed and idle."""
         while True:
             with self._has_news:
                 while not (self._calls or self._stopping or self._is_busy()):
@@ -249,7 +249,7 @@ class Engine:
         return self._sampler.busy or any(tenant.is_waiting for tenant in self._tenants.values())
 
     def _take_turn(self) -> None:
-        """Runs a step of sampling or of training, whichever had less time so far."""
+        """Runs a step of sampling or of training, whichever has had less time."""
         waiting = [tenant for tenant in self._tenants.values() if tenant.is_waiting]
         kinds: list[str] = []
         if waiting:
@@ -274,7 +274,7 @@ class Engine:
         self._seconds_of_kind[kind] += time.monotonic() - start_time
 
     def _enqueue_tenant(self, path: TurnPath) -> None:
-        """Lines up a tenant for training, so that time without work earns it no advantage."""
+        """Queues a tenant for training, so that idle time earns it no advantage."""
         waiting_paths = [tenant.path for tenant in self._tenants.values() if tenant.is_waiting]
         for level in levels(path):
             n_levels = len(level)
@@ -294,15 +294,15 @@ class Engine:
             self._train_seconds[level] = max(own_seconds, min_seconds)
 
     def _seconds_of_siblings(self, level: TurnPath) -> list[float]:
-        """Returns the seconds of training of all that share a level's parent."""
+        """Returns the training seconds of all paths with the same parent as a path."""
         return [seconds for path, seconds in self._train_seconds.items() if path[:-1] == level[:-1]]
 
     def _turn_key(self, tenant: EngineTenant) -> tuple[float, ...]:
-        """Returns a key to sort tenants by: the least is next."""
+        """Returns a key to sort tenants by. The tenant with the smallest key is next."""
         return tuple(self._train_seconds[level] for level in levels(tenant.path))
 
     def _may_train(self, tenant: EngineTenant) -> bool:
-        """Returns True if a tenant may have a turn before the next token of others."""
+        """Returns True if a tenant may have a turn before the next sampled token."""
         if self._trained_round != self._sampler.rounds:
             self._trained_round = self._sampler.rounds
             self._trained_parties = set()
@@ -335,7 +335,7 @@ class Engine:
             self._finish_command(tenant, result)
 
     def _finish_command(self, tenant: EngineTenant, result: requests.CommandResult) -> None:
-        """Hands over a command's result; forgets a tenant that has no adapter."""
+        """Delivers a command's result, and removes a tenant without an adapter."""
         done = tenant.done
         tenant.job = None
         tenant.done = None
@@ -345,7 +345,7 @@ class Engine:
             done(result)
 
     def _check_room(self) -> None:
-        """Raises a RequestError if as many adapters train as the server has room for."""
+        """Raises a RequestError if the maximum number of adapters is in training."""
         n_adapters = sum(tenant.state is not None for tenant in self._tenants.values())
         if n_adapters >= self._max_tenants:
             raise requests.RequestError(

@@ -1,4 +1,4 @@
-"""Requested samples, and their completions that are being generated."""
+"""The records of requested samples, and of the completions that are being drawn."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class PromptScores(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class SampleJob:
-    """A sample that was asked for.
+    """A requested sample.
 
     Attributes:
       adapter: its adapter's arrays, as they were when it was asked for; None for the base.
@@ -59,14 +59,14 @@ class SampleJob:
 
     @property
     def path(self) -> TurnPath:
-        """Its place among the turns."""
+        """The sample's path in the order of turns."""
         request = self.request
         return request.client.owner, request.client.session, request.adapter, self
 
 
 @dataclasses.dataclass(eq=False)
 class ActiveCompletion:
-    """A completion under way.
+    """A completion that is being drawn.
 
     Attributes:
       cache: its cache, in the host's memory, while it is paused; see `SamplingPrograms.take`.
@@ -87,11 +87,11 @@ class ActiveCompletion:
 
     @property
     def n_cached(self) -> int:
-        """The tokens that its cache holds: all but the newest."""
+        """The number of tokens in the cache: all tokens except the newest."""
         return len(self.job.request.prompt) + len(self.ids) - 1
 
     def check(self) -> None:
-        """Raises a RequestError if no further token may come."""
+        """Raises a RequestError if no token is allowed next."""
         if self.problem is not None:
             raise RequestError(self.problem)
 

@@ -1,4 +1,4 @@
-"""The losses of clients: sums over the targets of all tokens, of log-probabilities.
+"""The losses that clients choose: sums over all targets, from their log-probabilities.
 
 Each takes `logps`, fp32 [rows, length, k], and the `inputs` that a client gave for its targets, and
 returns terms of the same shape. Padding has advantage and weight 0, and `target_mask` 0. Docstrings
@@ -22,7 +22,7 @@ MAX_RATIO = 1.2
 
 
 def cross_entropy(logps: jax.Array, inputs: LossArrays) -> jax.Array:
-    """Returns -w p, w the weight, which may be negative."""
+    """Returns -w p for weights w, which may be negative."""
     return -inputs["weights"] * logps
 
 
@@ -38,7 +38,7 @@ def ppo(logps: jax.Array, inputs: LossArrays) -> jax.Array:
 
 
 def cispo(logps: jax.Array, inputs: LossArrays) -> jax.Array:
-    """Returns -sg(clip(r)) p A, sg without a gradient."""
+    """Returns -sg(clip(r)) p A, where sg stops the gradient."""
     ratio = jnp.exp(logps - inputs["logprobs"])
     return weighted_loss(ratio, logps, inputs["advantages"], *_ratio_bounds(inputs))
 
@@ -67,7 +67,7 @@ def gspo(logps: jax.Array, inputs: LossArrays) -> jax.Array:
 
 
 def _ratio_bounds(inputs: LossArrays) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the largest ratio of each target."""
+    """Returns the lower and the upper bound of each target's ratio."""
     return inputs["clip_low_threshold"], inputs["clip_high_threshold"]
 
 
@@ -88,7 +88,7 @@ DEFAULTS = {
 
 
 def total_weight(loss: str, inputs: Mapping[str, np.ndarray]) -> float:
-    """Returns the weight of a datum's targets, by which its summed loss is divided for a status.
+    """Returns the sum of a datum's target weights, which turns a summed loss into a mean.
 
     The weight of a target is |w| in the cross entropy. In a loss of advantages, it is 1 where the
     advantage is not 0: other targets add nothing to the loss but DRO's penalty.
@@ -108,7 +108,7 @@ def total_weight(loss: str, inputs: Mapping[str, np.ndarray]) -> float:
 
 
 def sum_loss(loss_index: jax.Array, logps: jax.Array, inputs: LossArrays) -> jax.Array:
-    """Returns the sum of one loss's terms, [] fp32.
+    """Returns the sum of a loss over all targets, [] fp32.
 
     Args:
       loss_index: [] int32, of the loss in `ORDER`.

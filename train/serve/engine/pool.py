@@ -1,4 +1,4 @@
-"""Adapters of a batch of samples, side by side on the device."""
+"""Holds the adapters of a batch of samples in slots of arrays on the device."""
 
 from collections import Counter
 
@@ -10,10 +10,10 @@ from train.serve.engine.base import ServedBase
 
 
 class AdapterPool:
-    """Slots for the adapters that samples use at the moment; slot 0 is the base."""
+    """Slots for the adapters that samples currently use. Slot 0 is the base."""
 
     def __init__(self, base: ServedBase, slots: int) -> None:
-        """Makes empty slots, `slots` of them; the base has no arrays."""
+        """Creates empty slots for `slots` adapters, without arrays of the base."""
         tree = add_slots(base.params, base.rules, slots)
         self._tree = map_slots(lambda _, weight_slots: weight_slots.replace(has_base=False), tree)
         # By slot, the least recently used first.
@@ -46,18 +46,18 @@ class AdapterPool:
         return slot
 
     def release(self, slot: int) -> None:
-        """Counts one user of a slot less."""
+        """Decrements the number of users of a slot."""
         self._users[slot] -= 1
 
     def _find_slot(self, adapter: Adapter) -> int | None:
-        """Returns the slot that an adapter lies in, or None."""
+        """Returns the slot that holds an adapter, or None."""
         for slot, slot_adapter in self._adapters.items():
             if slot_adapter is adapter:
                 return slot
         return None
 
     def _find_idle_slot(self) -> int | None:
-        """Returns the slot without users that was used longest ago, or None."""
+        """Returns the least recently used slot without users, or None."""
         for slot in self._adapters:
             if not self._users[slot]:
                 return slot

@@ -1,4 +1,4 @@
-"""Keys and values of tokens that were computed, to be found again: bounded, and by owner."""
+"""Stores the keys and values of token prefixes for reuse, by owner and within a size limit."""
 
 import dataclasses
 import weakref
@@ -12,7 +12,7 @@ from lora_jax.models.sampling.blocks import CacheBlock
 
 @dataclasses.dataclass(frozen=True)
 class PrefixScope:
-    """By whom, and for which weights, tokens were computed: what others have is not found.
+    """The owner and the weights of stored tokens. Only texts of the same scope are found.
 
     Attributes:
       owner: the owner; one finds nothing of another's, by times of answers neither.
@@ -28,7 +28,7 @@ class PrefixScope:
 
 @dataclasses.dataclass(eq=False)
 class _Node:
-    """A block of a text that begins as its ancestors say.
+    """A block of tokens in a tree of texts. The ancestors hold the tokens before it.
 
     Attributes:
       ids: the bytes of the block's tokens.
@@ -43,12 +43,12 @@ class _Node:
 
     @property
     def has_memory(self) -> bool:
-        """True where the block has the memory of linear layers."""
+        """True if the block includes the recurrent state of linear layers."""
         return self.block is not None and self.block.recurrent is not None
 
 
 class _OwnerTexts:
-    """The texts of an owner.
+    """The stored texts of an owner.
 
     Attributes:
       used: blocks, those used last at the end. A text's beginning is used whenever the text is, and
@@ -63,22 +63,22 @@ class _OwnerTexts:
         self.size = 0
 
     def root(self, scope: PrefixScope) -> _Node | None:
-        """Returns the empty text of a scope; None for a scope without any."""
+        """Returns the root of a scope's tree; None for a scope without stored texts."""
         return self.roots.get(_adapter_key(scope), {}).get(scope.kind)
 
     def set_root(self, scope: PrefixScope, root: _Node) -> None:
-        """Has a scope begin with an empty text."""
+        """Sets the root of a scope's tree."""
         self.roots.setdefault(_adapter_key(scope), {})[scope.kind] = root
 
     def _remove_root(self, root: _Node) -> None:
-        """Removes the scope that begins with an empty text."""
+        """Removes the scope whose tree has this root."""
         for root_of_kind in self.roots.values():
             for kind in [*root_of_kind]:
                 if root_of_kind[kind] is root:
                     del root_of_kind[kind]
 
     def evict(self) -> None:
-        """Forgets the part that was not used for the longest time.
+        """Removes the least recently used recurrent state or block.
 
         That is a memory of linear layers after which texts go on in one way alone, since few will
         go on in another; then blocks.
@@ -97,7 +97,7 @@ class _OwnerTexts:
             self._remove_root(node.parent)
 
     def replace(self, node: _Node, block: CacheBlock) -> None:
-        """Gives a node a block, in the place of the one that it may have."""
+        """Sets the block of a node, and updates the total size."""
         if node.block is not None:
             self.size -= node.block.size
         self.size += block.size
@@ -116,14 +116,14 @@ def _adapter_key(scope: PrefixScope) -> object:
 
 
 class PrefixStore:
-    """Keeps blocks of texts in a tree for each scope, so that equal beginnings are kept once.
+    """Stores blocks of texts in one tree per scope, so that a common prefix is stored once.
 
     If there is no room, the owner that has the most gives up what it did not use for the longest
     time: nobody's many texts drive out those of others with fewer.
     """
 
     def __init__(self, chunk: int, max_bytes: int, needs_memory: bool = False) -> None:
-        """Begins without any.
+        """Creates an empty store.
 
         Args:
           chunk: tokens of a block.
@@ -138,15 +138,15 @@ class PrefixStore:
 
     @property
     def size(self) -> int:
-        """The bytes of all blocks; any thread may ask."""
+        """The bytes of all blocks. Any thread may read it."""
         return sum(texts.size for texts in [*self._texts_of_owner.values()])
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Removes all blocks."""
         self._texts_of_owner.clear()
 
     def find(self, scope: PrefixScope, ids: np.ndarray) -> list[CacheBlock]:
-        """Returns the blocks that a text can go on from, in order; they count as used.
+        """Returns the stored blocks of a text's longest prefix, and marks them as used.
 
         Args:
           scope: the scope.
@@ -172,7 +172,7 @@ class PrefixStore:
     def add(
         self, scope: PrefixScope, ids: np.ndarray, make_block: Callable[[], CacheBlock]
     ) -> None:
-        """Keeps the last block of a text of whole blocks, if those before it are kept.
+        """Stores the last block of a text if the blocks before it are stored.
 
         Args:
           scope: the scope.
@@ -209,14 +209,14 @@ class PrefixStore:
             self._evict()
 
     def _evict(self) -> None:
-        """Has the owner with the most forget a block."""
+        """Removes a block of the owner with the largest stored texts."""
         owner = max(self._texts_of_owner, key=lambda owner: self._texts_of_owner[owner].size)
         self._texts_of_owner[owner].evict()
         if not self._texts_of_owner[owner].used:
             del self._texts_of_owner[owner]
 
     def _split_blocks(self, ids: np.ndarray) -> Iterator[bytes]:
-        """Yields a text's whole blocks."""
+        """Yields the complete blocks of a text."""
         text = np.ascontiguousarray(ids, np.int32)
         for end in range(self._chunk_tokens, len(text) + 1, self._chunk_tokens):
             yield text[end - self._chunk_tokens : end].tobytes()

@@ -1,4 +1,4 @@
-"""The compiled functions of sampling: prompts in chunks, a token of many completions at once."""
+"""The compiled functions of sampling: chunks of prompts, and one token for each of many rows."""
 
 import functools
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class SamplingPrograms:
     """
 
     def __init__(self, model: Model, layout: Layout, chunk: int) -> None:
-        """Makes the functions; nothing is compiled yet.
+        """Creates the functions without compiling them.
 
         Args:
           model: a model of `lora_jax.models`.
@@ -89,12 +89,12 @@ class SamplingPrograms:
 
     @property
     def has_memory(self) -> bool:
-        """True where linear layers remember a row's tokens: all of them, in one state."""
+        """True if the model has linear layers, whose recurrent state covers all tokens."""
         return bool(getattr(self._model.config, "linear_layers", ()))
 
     @property
     def depends_on_cache_length(self) -> bool:
-        """True where keys depend on the length of the cache."""
+        """True if the keys depend on the length of the cache."""
         return depends_on_cache_length(self._model.config)
 
     def empty_rows(self, n_rows: int, length: int) -> DecodingRows:
@@ -102,28 +102,28 @@ class SamplingPrograms:
         return self._device_put(slots.empty_rows(self._model, n_rows, length))
 
     def prompt_cache(self, length: int) -> Cache:
-        """Returns the cache for a prompt of at most this length, which has whole chunks."""
+        """Returns an empty cache for a prompt, with a length in complete chunks."""
         cache = init_cache(self._model.config, 1, self.round_up(length), self._model.dtype)
         return self._device_put(cache)
 
     def round_up(self, n_tokens: int) -> int:
-        """Returns a number of tokens, rounded up to whole chunks."""
+        """Returns a number of tokens rounded up to complete chunks."""
         return -(-n_tokens // self.chunk) * self.chunk
 
     def grow(self, cache: Cache, length: int) -> Cache:
-        """Returns a prompt's cache with room for so many tokens, rounded up to whole chunks."""
+        """Returns a prompt's cache with a larger length, rounded up to complete chunks."""
         return self._grow(cache, self.round_up(length))
 
     def copy_chunk(self, cache: Cache, start: int) -> CacheBlock:
-        """Returns a copy of a prompt's newest chunk, which begins at a token."""
+        """Returns a copy of a prompt's newest chunk, which begins at token `start`."""
         return self._block(cache, np.int32(start), self.chunk)
 
     def row_block(self, rows: DecodingRows, row: int, start: int) -> CacheBlock:
-        """Returns a copy of a chunk of a row."""
+        """Returns a copy of the chunk of a row that begins at a token."""
         return self._row_block(rows, np.int32(row), np.int32(start), self.chunk)
 
     def copy_row(self, rows: DecodingRows, row: Number, n_tokens: int) -> CacheBlock:
-        """Returns a copy of a row, in the host's memory.
+        """Returns a copy of a row in the host's memory.
 
         Args:
           rows: the rows.
@@ -151,7 +151,7 @@ class SamplingPrograms:
     def _run_chunk(
         self, tree: Tree, slot: Number, ids: np.ndarray, n_tokens: Number, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Runs a chunk of a prompt by the adapter in a slot, [] int32; takes the cache."""
+        """Runs a chunk of a prompt with the adapter in slot [] int32. Donates the cache."""
         return slots.run_chunk(self._forward, _choose_slot(tree, slot), ids, n_tokens, cache)
 
     def _run_activated(
@@ -163,7 +163,7 @@ class SamplingPrograms:
         cache: Cache,
         active_start: Number,
     ) -> tuple[jax.Array, Cache]:
-        """Runs a chunk, of which the tokens from `active_start` on alone see the adapter."""
+        """Runs a chunk in which only tokens from `active_start` on use the adapter."""
         choice = _choose_slot(tree, slot)
         is_active = (jnp.arange(ids.shape[1]) >= active_start)[None]
 
@@ -209,13 +209,13 @@ class SamplingPrograms:
         return logits, extended_caches
 
     def _run_rows(self, tree: Tree, rows: DecodingRows) -> tuple[jax.Array, DecodingRows]:
-        """Runs the newest token of each row by its adapter; takes the rows."""
+        """Runs the newest token of each row with the row's adapter. Donates the rows."""
         return slots.run_rows(self._forward, Choice(tree, rows.adapters), rows)
 
     def adjust(
         self, logits: jax.Array, adjustments: Adjustments[np.ndarray], temperature: jax.Array
     ) -> jax.Array:
-        """Returns the logits to choose from; see `adjust_logits`."""
+        """Returns the adjusted logits from which tokens are drawn; see `adjust_logits`."""
         return self._adjust(logits, *self._device_put((adjustments, temperature)))
 
     def _draw_tokens(
@@ -226,14 +226,14 @@ class SamplingPrograms:
         n_drawn: jax.Array | np.ndarray,
         with_top: Flag,
     ) -> tuple[DrawnTokens[jax.Array], jax.Array]:
-        """Draws a token of each row, of logits that may be adjusted; also returns `n_drawn` + 1."""
+        """Draws a token per row from possibly adjusted logits; returns them and n_drawn + 1."""
         step = jnp.asarray(n_drawn)
         tokens = slots.draw_tokens(logits, sampling, step, TOP, with_top, adjusted_logits)
         return tokens, step + 1
 
 
 def _choose_slot(tree: Tree, slot: Number) -> Choice:
-    """Returns the choice of a slot for one row, at the cost of that slot alone."""
+    """Returns a choice of one slot for one row, without the cost of the other slots."""
 
     def select(_: str, weight_slots: Slots) -> WeightSlots:
         assert isinstance(weight_slots, WeightSlots)  # adapters here are factors

@@ -1,4 +1,4 @@
-"""Runs prompts in chunks, and a prefix that several share once.
+"""Runs prompts in chunks, and runs a prefix that several prompts share only once.
 
 A chunk is `Sizes.chunk` tokens of one prompt. A piece is a smaller number of tokens, which runs in
 one call with pieces of other prompts.
@@ -26,7 +26,7 @@ from train.serve.engine.sizes import Sizes
 
 @dataclasses.dataclass(eq=False)
 class RunningPrompt:
-    """A prompt that runs, or did.
+    """A prompt whose tokens are running or have run.
 
     Attributes:
       job: the sample.
@@ -48,17 +48,17 @@ class RunningPrompt:
 
     @property
     def is_done(self) -> bool:
-        """True once all tokens ran."""
+        """True if all tokens of the prompt have run."""
         return self.n_run == len(self.ids)
 
     @property
     def n_left(self) -> int:
-        """The number of tokens that have yet to run."""
+        """The number of tokens that have not run yet."""
         return len(self.ids) - self.n_run
 
 
 class PromptRunner:
-    """Runs prompts in chunks; takes their prefixes from the store, and adds to it.
+    """Runs prompts in chunks, reuses stored prefixes, and stores new ones.
 
     A chunk runs in a cache whose length depends on the chunk's place alone, and what a prompt
     begins with as another did is taken over up to the end of a whole chunk. So each prompt has the
@@ -74,14 +74,14 @@ class PromptRunner:
     """
 
     def __init__(self, programs: SamplingPrograms, sizes: Sizes) -> None:
-        """Begins with an empty store."""
+        """Creates a runner with an empty store."""
         self._programs = programs
         self._sizes = sizes
         self._chunk_tokens = sizes.chunk
         self.store = PrefixStore(sizes.chunk, sizes.prefixes, programs.has_memory)
 
     def begin(self, job: SampleJob) -> RunningPrompt:
-        """Returns a sample's prompt, of which nothing ran yet."""
+        """Returns a new record of a sample's prompt, none of whose tokens have run."""
         return RunningPrompt(job, np.asarray(job.request.prompt, np.int32))
 
     def waits(
@@ -114,7 +114,7 @@ class PromptRunner:
         return max_coming_tokens > stored_tokens
 
     def run(self, prompts: Sequence[RunningPrompt], tree: Tree) -> dict[RunningPrompt, int]:
-        """Runs the next chunk of a prompt, or as many tokens of several ones.
+        """Runs the next chunk of one prompt, or a piece of each of several prompts.
 
         Args:
           prompts: the prompt, and others that may run with it, if that takes no longer.
@@ -150,7 +150,7 @@ class PromptRunner:
     def _batch_with(
         self, leader: RunningPrompt, caches: Mapping[RunningPrompt, Cache]
     ) -> list[RunningPrompt]:
-        """Returns the prompts, `leader` first, that can run in one call with it."""
+        """Returns the prompts that can run in one call with `leader`, which is first."""
         cache_length = caches[leader].positions.shape[1]
         batch = [leader]
         for prompt, cache in caches.items():
@@ -162,7 +162,7 @@ class PromptRunner:
         return batch[: self._sizes.piece_prompts]
 
     def store_completion(self, completion: ActiveCompletion, rows: RunningRows) -> None:
-        """Stores the tokens of a completion to be found again, where last bits may differ.
+        """Stores a completion's tokens for reuse, if --fast-prompts permits different last bits.
 
         Not in models with linear layers: these remember a row's newest token, not each chunk's end.
         Nor where keys depend on the length of the cache: that of a row is that of the longest one.
@@ -200,12 +200,12 @@ class PromptRunner:
         return has_same_weights and self._prefix_scope(other.job) == self._prefix_scope(prompt.job)
 
     def _count_shared_tokens(self, prompt: RunningPrompt, other: RunningPrompt) -> int:
-        """Returns the number of tokens, in whole chunks, that two prompts share at their start."""
+        """Returns the length of two prompts' common prefix, rounded down to chunks."""
         n_tokens = count_common_prefix(_storable_ids(prompt), _storable_ids(other))
         return n_tokens - n_tokens % self._chunk_tokens
 
     def _prefix_scope(self, job: SampleJob) -> PrefixScope:
-        """Returns the scope in which the tokens of a prompt before an invocation are found."""
+        """Returns the store's scope for the tokens of a prompt before an invocation."""
         cache_length = None
         if self._programs.depends_on_cache_length:
             cache_length = self._sizes.cache_length(len(job.request.prompt))
@@ -214,7 +214,7 @@ class PromptRunner:
         return PrefixScope(job.request.client.owner, adapter, cache_length)
 
     def _active_scope(self, prompt: RunningPrompt) -> tuple[PrefixScope, int]:
-        """Returns the scope of tokens that an activated LoRA computed, and where they start.
+        """Returns the scope of the tokens after an invocation, and their first index.
 
         The tokens before the chunk with the invocation are part of the scope.
         """
@@ -225,7 +225,7 @@ class PromptRunner:
         return dataclasses.replace(base_scope, adapter=job.adapter, kind=kind), text_end
 
     def _find_blocks(self, prompt: RunningPrompt) -> list[CacheBlock]:
-        """Returns the stored blocks that a prompt can go on from, in order."""
+        """Returns the stored blocks of a prompt's longest prefix, in order."""
         blocks = self.store.find(self._prefix_scope(prompt.job), _storable_ids(prompt))
         if prompt.job.active_start:
             active_scope, text_end = self._active_scope(prompt)
@@ -234,7 +234,7 @@ class PromptRunner:
         return blocks
 
     def _next_cache_length(self, prompt: RunningPrompt) -> int:
-        """Returns the length of the cache in which the next chunk of a prompt runs."""
+        """Returns the length of the cache in which a prompt's next chunk runs."""
         if self._programs.depends_on_cache_length:
             return self._sizes.cache_length(len(prompt.ids))
         return self._sizes.cache_length(prompt.n_run + 1)
@@ -256,7 +256,7 @@ class PromptRunner:
         return prompt.cache
 
     def _run_chunk(self, prompt: RunningPrompt, cache: Cache, tree: Tree) -> None:
-        """Runs the next chunk of a prompt; of an activated LoRA's, the part before it as base."""
+        """Runs the next chunk of a prompt, with the base for tokens before an invocation."""
         ids, n_tokens = self._next_ids(prompt, self._chunk_tokens)
         slot = np.int32(_slot_of_prompt(prompt))
         n_base_tokens = np.int32(prompt.job.active_start - prompt.n_run)
@@ -270,7 +270,7 @@ class PromptRunner:
         prompt.logits, prompt.cache = self._programs.extend(tree, slot, ids, n_tokens, cache)
 
     def _run_pieces(self, caches: dict[RunningPrompt, Cache], tree: Tree) -> None:
-        """Runs the next piece of each prompt in one call, filled up to its number of prompts."""
+        """Runs the next piece of each prompt in one call, padded to a fixed batch size."""
         n_prompts = self._sizes.piece_prompts
         slots = np.zeros(n_prompts, np.int32)
         ids = np.zeros((n_prompts, 1, self._sizes.piece_tokens), np.int32)
@@ -291,14 +291,14 @@ class PromptRunner:
             prompt.cache = extended_caches[i]
 
     def _next_ids(self, prompt: RunningPrompt, length: int) -> tuple[np.ndarray, np.int32]:
-        """Returns a prompt's next tokens, [1, length] int32, padded, and how many there are."""
+        """Returns a prompt's next tokens, [1, length] int32, padded, and their number."""
         next_ids = prompt.ids[prompt.n_run : prompt.n_run + length]
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(next_ids)] = next_ids
         return padded, np.int32(len(next_ids))
 
     def _store_newest_chunk(self, prompt: RunningPrompt) -> None:
-        """Stores the newest chunk, once it is whole, to be found again."""
+        """Stores the newest chunk for reuse if it is complete."""
         is_chunk_end = prompt.n_run % self._chunk_tokens == 0
         if not is_chunk_end:
             return
@@ -318,7 +318,7 @@ class PromptRunner:
         return len(self._sizes.cache_lengths) * (2 if self._sizes.fast_prompts else 1)
 
     def warm_up(self, tree: Tree) -> Generator[None, None, tuple[jax.Array, list[Cache]]]:
-        """Compiles all functions of prompts, for all shapes, step by step.
+        """Compiles all functions of prompts for all shapes, one per iteration.
 
         Args:
           tree: the base with adapters in slots.
@@ -350,7 +350,7 @@ class PromptRunner:
         return logits, caches
 
     def _cache_growth_lengths(self) -> Iterator[tuple[int, int]]:
-        """Yields pairs of a cache's length and the next length that it grows to."""
+        """Yields each length of a cache with the next larger length."""
         chunk_starts = range(0, self._sizes.max_length, self._chunk_tokens)
         lengths = [
             self._programs.round_up(self._sizes.cache_length(start + 1)) for start in chunk_starts
@@ -361,7 +361,7 @@ class PromptRunner:
 
 
 def _storable_ids(prompt: RunningPrompt) -> np.ndarray:
-    """Returns the tokens that may be stored: without the last, and before an invocation."""
+    """Returns a prompt's reusable tokens: all before an invocation, and never the last token."""
     ids = prompt.ids[:-1]
     return ids[: prompt.job.active_start] if prompt.job.active_start else ids
 

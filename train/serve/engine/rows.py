@@ -1,4 +1,4 @@
-"""The rows in which completions are drawn: each may leave between two tokens, and come back."""
+"""The rows that draw completions. A completion may be paused between two tokens and resumed."""
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ class RunningRows:
     """
 
     def __init__(self, programs: SamplingPrograms, sizes: Sizes, vocab: int) -> None:
-        """Makes few and short rows.
+        """Creates rows of the smallest number and length.
 
         Args:
           programs: the compiled functions.
@@ -52,22 +52,22 @@ class RunningRows:
         self.reset()
 
     def reset(self) -> None:
-        """Makes new arrays, for rows that nobody uses."""
+        """Replaces the arrays of rows that no completion uses."""
         self._arrays = self._programs.empty_rows(self._width, self._length)
 
     @property
     def are_lost(self) -> bool:
-        """True where an error took the arrays with it."""
+        """True if an error deleted the arrays that it was given."""
         return bool(self._arrays.last.is_deleted())
 
     def narrow(self) -> None:
-        """Lets the rows shrink to the fewest that suffice, from the next token on."""
+        """Allows the rows to shrink to the smallest sufficient number at the next token."""
         self._idle_tokens = _SHRINK_AFTER_TOKENS
 
     def begin(
         self, completion: ActiveCompletion, logits: jax.Array, cache: Cache
     ) -> DrawnTokens[np.ndarray]:
-        """Draws the first token of a completion, and gives it a row.
+        """Draws the first token of a completion, and assigns a row to the completion.
 
         Args:
           completion: the completion.
@@ -97,7 +97,7 @@ class RunningRows:
         return tokens
 
     def pause(self, completion: ActiveCompletion) -> None:
-        """Takes a completion out of its row; its cache goes to the host's memory."""
+        """Copies a completion's cache to the host's memory, and frees its row."""
         row = np.int32(self._row_of(completion))
         completion.cache = self._programs.copy_row(self._arrays, row, completion.n_cached)
         self.free(completion)
@@ -107,7 +107,7 @@ class RunningRows:
         del self.completions[self._row_of(completion)]
 
     def resume(self, completion: ActiveCompletion) -> None:
-        """Gives a paused completion a row again, in which it goes on with the same bits."""
+        """Assigns a row to a paused completion, which continues with identical numbers."""
         assert completion.cache is not None
         cache_length = self._sizes.cache_length(completion.n_cached)
         self._insert_row(
@@ -121,7 +121,7 @@ class RunningRows:
         completion.cache = None
 
     def block(self, completion: ActiveCompletion, start: int) -> CacheBlock:
-        """Returns a copy of a chunk of a completion, prompt included, which begins at a token."""
+        """Returns a copy of the chunk of a prompt with its completion that begins at `start`."""
         return self._programs.row_block(self._arrays, self._row_of(completion), start)
 
     def draw(self, tree: Tree) -> DrawnTokens[np.ndarray]:
@@ -183,7 +183,7 @@ class RunningRows:
         newest_token: int,
         n_drawn: int,
     ) -> None:
-        """Gives a completion the first free row, with what it holds on the device."""
+        """Writes a completion's state into the first free row."""
         self._fit_shape(len(self.completions) + 1, n_cached + 1)
         # Take the first free row.
         free_row = 0
@@ -226,7 +226,7 @@ class RunningRows:
         self._idle_tokens = 0
 
     def _resize(self, rows: Sequence[int], length: int) -> None:
-        """Replaces the arrays by those of some of their rows, with caches of a length."""
+        """Replaces the arrays by the given rows of them, with caches of another length."""
         self._arrays = self._programs.fit_rows(self._arrays, np.array(rows, np.int32), length)
 
     @property
@@ -239,7 +239,7 @@ class RunningRows:
     def warm_up(
         self, tree: Tree, logits: jax.Array, prompt_caches: Sequence[Cache]
     ) -> Iterator[None]:
-        """Compiles all functions of rows, for all shapes, step by step; nobody samples yet.
+        """Compiles all functions of rows for all shapes, one per iteration.
 
         Args:
           tree: the base with adapters in slots.
@@ -273,7 +273,7 @@ class RunningRows:
         sampling: Sampling,
         prompt_caches: Sequence[Cache],
     ) -> Generator[None, None, tuple[jax.Array, DecodingRows]]:
-        """Compiles the functions of rows of one shape but the draws; returns logits and rows."""
+        """Compiles the functions of one shape except the draws; returns logits and rows."""
         programs = self._programs
         sizes = self._sizes
         row = np.int32(0)
@@ -308,13 +308,13 @@ class RunningRows:
     def _warm_up_draws(
         self, logits: jax.Array, sampling: Sampling, n_drawn: jax.Array | np.ndarray
     ) -> None:
-        """Compiles the draws of a token of each row."""
+        """Compiles the function that draws a token for each row."""
         neutral = self._adjuster.neutral(len(logits))
         adjusted_logits = self._programs.adjust(logits, neutral, sampling.temperature)
         self._programs.draw(logits, adjusted_logits, sampling, n_drawn, np.bool_(False))
 
     def _measure_token_seconds(self, tree: Tree, width: int) -> float:
-        """Returns the seconds that a token takes in so many rows."""
+        """Returns the seconds of a decoding step of so many rows."""
         durations: list[float] = []
         rows = self._programs.empty_rows(width, self._sizes.cache_lengths[0])
         for _ in range(3):

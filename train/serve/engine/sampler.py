@@ -1,4 +1,4 @@
-"""Continuous batching: a sample enters between two tokens, and leaves when it ends."""
+"""Continuous batching: a sample starts between two tokens of others, and leaves at its end."""
 
 import itertools
 from collections import Counter, deque
@@ -25,7 +25,7 @@ Waiting = RunningPrompt | ActiveCompletion  # a prompt waits to begin its next c
 
 
 class Sampler:
-    """Draws the completions of many samples side by side, each by its own adapter.
+    """Draws the completions of many samples together, each with its own adapter.
 
     Owners take turns, then an owner's sessions, a session's adapters, and an adapter's requests. A
     turn is a chunk of a prompt, or a token of each completion. Between two tokens of a completion,
@@ -43,7 +43,7 @@ class Sampler:
         sizes: Sizes,
         text_of: Callable[[Sequence[int]], str],
     ) -> None:
-        """Begins without samples.
+        """Creates a sampler without samples.
 
         Args:
           base, trainer, programs, pool, sizes: see their classes.
@@ -70,28 +70,28 @@ class Sampler:
 
     @property
     def waiting(self) -> int:
-        """The number of samples that wait."""
+        """The number of waiting samples."""
         n_queued = sum(len(queue) for queue in [*self._waiting.values()])
         n_ready = sum(not prompt.n_begun for prompt in [*self._ready])
         return n_queued + len(self._prompts) + n_ready
 
     @property
     def drawing(self) -> int:
-        """The number of completions under way."""
+        """The number of completions that have begun and not ended."""
         return len(self._rows.completions) + len(self._paused)
 
     @property
     def busy(self) -> bool:
-        """True where there is anything to do."""
+        """True if a sample waits or runs."""
         return bool(self._waiting or self._active_jobs())
 
     @property
     def prefix_size(self) -> int:
-        """The bytes of what is kept to be found again."""
+        """The bytes of the stored prefixes."""
         return self._runner.store.size
 
     def serves_others(self, path: TurnPath) -> bool:
-        """Returns True if anybody else samples at the last level of a path."""
+        """Returns True if another path with the same parent has samples."""
         return self._turns.has_others(path)
 
     def add(self, job: SampleJob) -> None:
@@ -100,7 +100,7 @@ class Sampler:
         self._waiting.setdefault(job.path[:-1], deque()).append(job)
 
     def step(self) -> None:
-        """Runs a chunk of a prompt, or draws a token of each completion."""
+        """Runs a chunk of a prompt, or draws a token for each completion."""
         self._admit_samples()
         self._fill_rows()
         due_prompts = self._due_prompts()
@@ -111,7 +111,7 @@ class Sampler:
         self._fill_rows()
 
     def end(self, job: SampleJob, error: Exception | None = None) -> None:
-        """Ends a sample that is not over: with what was drawn so far, or with what went wrong."""
+        """Ends a running sample with its tokens so far, or with an error."""
         if job.is_over:
             return
         job.is_over = True
@@ -142,7 +142,7 @@ class Sampler:
         job.scores = PromptScores()
 
     def _remove_queued(self, job: SampleJob) -> None:
-        """Removes a sample from its queue, if it waits there."""
+        """Removes a sample from its queue if it is waiting there."""
         queue = self._waiting.get(job.path[:-1], deque())
         if job in queue:
             queue.remove(job)
@@ -150,13 +150,13 @@ class Sampler:
                 del self._waiting[job.path[:-1]]
 
     def fail(self, error: Exception) -> None:
-        """Ends all samples, by an error in what they share."""
+        """Ends all samples with an error of the arrays that they share."""
         for job in [*itertools.chain(*self._waiting.values()), *self._active_jobs()]:
             self.end(job, error)
         self._rows.reset()
 
     def _active_jobs(self) -> list[SampleJob]:
-        """Returns the samples whose prompts run or ran; one for each of its completions, too."""
+        """Returns the sample of each admitted prompt and of each begun completion."""
         prompts = self._prompts + self._ready
         completions = [*self._rows.completions.values(), *self._paused]
         return [prompt.job for prompt in prompts] + [completion.job for completion in completions]
@@ -164,7 +164,7 @@ class Sampler:
     # Slots
 
     def _take_slot(self, job: SampleJob) -> bool:
-        """Gives a sample's adapter a slot, if need be another's; returns True if it has one."""
+        """Assigns a slot to a sample, perhaps one of others; returns True if the sample has one."""
         if job.slot is None:
             job.slot = self._pool.acquire(job.adapter)
         if job.slot is None:
@@ -196,14 +196,14 @@ class Sampler:
         return users_of_slot[max(slots, key=latest_turn)]
 
     def _suspend_sample(self, job: SampleJob) -> None:
-        """Takes a sample's slot away, and the rows with it, until its next turn."""
+        """Takes away a sample's slot, and pauses its completions."""
         for completion in [*self._rows.completions.values()]:
             if completion.job is job:
                 self._pause_completion(completion)
         self._release_slot(job)
 
     def _release_slot(self, job: SampleJob) -> None:
-        """Gives the slot of a sample back, if it has one."""
+        """Releases the slot of a sample if it has one."""
         if job.slot is not None:
             self._pool.release(job.slot)
             job.slot = None
@@ -211,7 +211,7 @@ class Sampler:
     # Prompts
 
     def _admit_samples(self) -> None:
-        """Admits waiting samples while there are free rows.
+        """Admits waiting samples while rows are free.
 
         The first sample of an adapter needs no free row, so that nobody's many completions delay
         it. The second one needs none either, once the first has begun a completion. If an adapter
@@ -253,7 +253,7 @@ class Sampler:
                 del self._waiting[adapter_path]
 
     def _sessions_without_slot(self) -> set[TurnPath]:
-        """Returns the sessions of samples that are under way and have lost their slot."""
+        """Returns the sessions with an admitted sample that has lost its slot."""
         waiting: list[Waiting] = [*self._prompts, *self._ready, *self._paused]
         return {item.job.path[:PARTY_LEVELS] for item in waiting if item.job.slot is None}
 
@@ -280,11 +280,11 @@ class Sampler:
         return due_prompts
 
     def _job_order(self, item: Waiting) -> tuple[int, ...]:
-        """Returns a key to sort by: the least is next."""
+        """Returns a sort key by the order of turns. The smallest key is next."""
         return self._turns.order(item.job.path)
 
     def _run_chunk(self, prompts: list[RunningPrompt]) -> None:
-        """Runs a chunk of the first prompt, or pieces of several; finishes those that end."""
+        """Runs a chunk of a prompt, or pieces of several, and finishes prompts that are done."""
         tokens_of_prompt = self._runner.run(prompts, self._pool.tree)
         self._turns.note(prompt.job.path for prompt in tokens_of_prompt)
         self._ran_chunk = True
@@ -297,7 +297,7 @@ class Sampler:
                 self._call_isolated(prompt.job, self._finish_prompt, prompt)
 
     def _finish_prompt(self, prompt: RunningPrompt) -> None:
-        """Scores a prompt that ran, if that was asked for, and lets its completions begin."""
+        """Scores a finished prompt if its request asks for scores; then completions may begin."""
         job = prompt.job
         request = job.request
         job.n_cached = prompt.n_cached
@@ -321,7 +321,7 @@ class Sampler:
     # Completions
 
     def _n_usable_rows(self) -> int:
-        """Returns the number of rows to use: fewer for a while after several owners drew."""
+        """Returns the number of usable rows, smaller while several owners have samples."""
         n_owners = self._turns.n_below(())
         if 1 < n_owners <= self._rows.shared:
             self._lone_tokens = 0
@@ -329,7 +329,7 @@ class Sampler:
         return self._rows.shared if is_shared else self._sizes.sequences
 
     def _fill_rows(self) -> None:
-        """Assigns rows to waiting completions, and pauses completions of others where needed."""
+        """Assigns rows to waiting completions, and pauses other completions if necessary."""
         while len(self._rows.completions) > self._n_usable_rows():
             self._pause_one([*self._rows.completions])
             self._rows.narrow()
@@ -337,7 +337,7 @@ class Sampler:
             pass
 
     def _next_completions(self) -> list[Waiting]:
-        """Returns completions that wait for a row, those of parties with the fewest rows first.
+        """Returns waiting completions, beginning with owners and sessions with the fewest rows.
 
         For each session, these are the first that has a slot and the first that has none. If all
         slots belong to the session, only the one with a slot can continue.
@@ -360,7 +360,7 @@ class Sampler:
         return [*next_of_session.values()]
 
     def _assign_row(self, item: Waiting) -> bool:
-        """Gives a waiting completion a row, if it may have one, and returns True if it got one."""
+        """Assigns a row to a waiting completion if it is entitled to one; returns True if so."""
         job = item.job
         if len(self._rows.completions) < self._n_usable_rows():
             if not self._take_slot(job):
@@ -390,7 +390,7 @@ class Sampler:
         return True
 
     def _pause_one(self, rows: Sequence[int]) -> None:
-        """Pauses a completion in one of some rows: the latest of the party with the most."""
+        """Pauses the newest completion of the owner and session with the most of these rows."""
         completions = [self._rows.completions[row] for row in reversed(rows)]
         n_rows = Counter[TurnPath]()
         for completion in completions:
@@ -402,12 +402,12 @@ class Sampler:
         self._pause_completion(max(completions, key=rows_of_parties))
 
     def _pause_completion(self, completion: ActiveCompletion) -> None:
-        """Takes a completion out of its row, until it gets one again."""
+        """Pauses a completion until it is assigned a row again."""
         self._rows.pause(completion)
         self._paused.append(completion)
 
     def _begin_completion(self, prompt: RunningPrompt, index: int) -> None:
-        """Draws the first token of a prompt's completion, and gives it a row."""
+        """Draws the first token of a prompt's completion, and assigns a row to it."""
         grammar = prompt.job.request.limits.grammar
         constraint = None if grammar is None else grammar.begin()
         completion = ActiveCompletion(prompt.job, index, constraint=constraint)
@@ -417,7 +417,7 @@ class Sampler:
         self._add_token(completion, tokens, 0)
 
     def _draw_tokens(self) -> None:
-        """Draws the next token of each completion that has a row."""
+        """Draws the next token of each completion in a row."""
         tokens = self._rows.draw(self._pool.tree)
         self._ran_chunk = False
         self.rounds += 1
@@ -431,7 +431,7 @@ class Sampler:
     def _add_token(
         self, completion: ActiveCompletion, tokens: DrawnTokens[np.ndarray], row: int
     ) -> None:
-        """Adds the token that a row drew to its completion, and ends it if it is the last one."""
+        """Adds a row's drawn token to its completion, and ends a complete completion."""
         job = completion.job
         request = job.request
         completion.check()
@@ -463,7 +463,7 @@ class Sampler:
                 self.end(job)
 
     def _call_isolated(self, job: SampleJob, function: Callable[..., None], *args: Any) -> None:
-        """Calls a function for a sample: an error of it fails that sample alone, not the rows."""
+        """Calls a function for a sample. An error ends this sample only, unless rows are lost."""
         try:
             function(*args)
         except Exception as error:
@@ -477,7 +477,7 @@ class Sampler:
         return self._runner.steps + self._rows.steps
 
     def warm_up(self) -> Iterator[None]:
-        """Compiles all functions, for all shapes, step by step; nobody samples yet."""
+        """Compiles all functions for all shapes, one per iteration."""
         logits, caches = yield from self._runner.warm_up(self._pool.tree)
         yield from self._rows.warm_up(self._pool.tree, logits, caches)
         slot = self._pool.acquire(self._base.zero_adapter)

@@ -1,4 +1,4 @@
-"""The few shapes in which a server computes, so that nothing compiles once it serves."""
+"""The few array shapes of a server, all of which are compiled before it serves."""
 
 import bisect
 import dataclasses
@@ -12,7 +12,7 @@ _MAX_PIECE_PROMPTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Holds shapes.
+    """The limits from which a server's array shapes follow.
 
     Attributes:
       max_length: tokens of a sequence at most.
@@ -35,7 +35,7 @@ class Sizes:
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
-        """The lengths of rows: halves of the longest."""
+        """The lengths of training rows, each half of the next."""
         lengths = [self.max_length]
         while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST_ROW:
             lengths.append(lengths[-1] // 2)
@@ -49,13 +49,13 @@ class Sizes:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The numbers of completions side by side."""
+        """The possible numbers of rows that decode together."""
         narrow = max(1, self.sequences // 8)
         return (narrow, self.sequences) if narrow < self.sequences else (self.sequences,)
 
     @property
     def piece_prompts(self) -> int:
-        """The number of prompts of which pieces run together: a divisor of a chunk's tokens."""
+        """The number of prompts whose pieces run in one call, a divisor of a chunk's tokens."""
         n_prompts = min(_MAX_PIECE_PROMPTS, self.chunk) if self.fast_prompts else 1
         while self.chunk % n_prompts:
             n_prompts -= 1
@@ -63,7 +63,7 @@ class Sizes:
 
     @property
     def piece_tokens(self) -> int:
-        """The number of tokens of each piece: all pieces together have as many as a chunk."""
+        """The number of tokens of a piece, so that all pieces of a call fill one chunk."""
         return self.chunk // self.piece_prompts
 
     def n_rows(self, row_length: int) -> int:
@@ -75,7 +75,7 @@ class Sizes:
         return self.cache_lengths[bisect.bisect_left(self.cache_lengths, n_tokens)]
 
     def caches_to(self, length: int, other_length: int) -> Sequence[int]:
-        """Returns the lengths of caches from one, left out, to another one, a step at a time."""
+        """Returns the cache lengths after `length`, up or down to and including `other_length`."""
         start = self.cache_lengths.index(length)
         end = self.cache_lengths.index(other_length)
         if end >= start:

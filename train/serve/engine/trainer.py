@@ -1,4 +1,4 @@
-"""Gradients and updates of adapters: one compiled function for those of all tenants.
+"""Computes gradients and updates of adapters, with functions compiled once for all tenants.
 
 A token has one target or several: the tokens whose log-probabilities a loss is computed from. All
 arrays of a batch have the same number of targets a token.
@@ -32,7 +32,7 @@ TokenFunction = Callable[[jax.Array, jax.Array], Tree]  # of logits and targets
 
 
 class TrainBatch(NamedTuple):
-    """Some rows of a request, filled up to a shape.
+    """Some rows of a request, padded to a compiled shape.
 
     Attributes:
       data_indices: indices of the rows among the request's data.
@@ -60,7 +60,7 @@ class LossInputs(NamedTuple):
 
 
 class AdamSettings(NamedTuple):
-    """The numbers of a step of AdamW, fp32 [] each.
+    """The settings of an AdamW step, fp32 [] each.
 
     Attributes:
       learning_rate, eps: as in `Update`.
@@ -84,10 +84,10 @@ class AdamSettings(NamedTuple):
 
 
 class Trainer:
-    """Computes with an adapter that is an argument, so that all share what is compiled."""
+    """Trains adapters. They are arguments of the compiled functions, which all adapters share."""
 
     def __init__(self, base: ServedBase, sizes: Sizes, layout: Layout, chunk: int) -> None:
-        """Makes the functions; nothing is compiled yet.
+        """Creates the functions without compiling them.
 
         Args:
           base: the base.
@@ -116,7 +116,7 @@ class Trainer:
         return 2 * len(self._sizes.row_lengths) + 3
 
     def warm_up(self, state: TrainingState) -> Iterator[None]:
-        """Compiles all functions, for all shapes, step by step.
+        """Compiles all functions for all shapes, one per iteration.
 
         Args:
           state: the state of an adapter, which stays as it is.
@@ -137,7 +137,7 @@ class Trainer:
         yield
 
     def batches(self, request: Gradient) -> list[TrainBatch]:
-        """Returns the batches of a request, data of like length together.
+        """Returns the batches of a request. All rows of a batch have one shape.
 
         Raises:
           RequestError: a datum does not fit, or lacks something.
@@ -167,7 +167,7 @@ class Trainer:
     def gradient(
         self, adapter: Adapter, total: Factors | None, request: Gradient, batch: TrainBatch
     ) -> tuple[Factors, float, np.ndarray]:
-        """Returns the gradient so far, the batch's loss and its log-probabilities."""
+        """Returns the summed gradient, and the batch's loss and log-probabilities."""
         inputs = self._make_loss_inputs(adapter, request, batch)
         loss, logps, batch_grads = self._gradient(adapter.factors, inputs)
         return self.add(total, batch_grads), float(loss), np.asarray(logps)
@@ -228,7 +228,7 @@ class Trainer:
         return grads if total is None else self._add(total, grads)
 
     def is_finite(self, factors: Factors) -> bool:
-        """Returns True if all numbers are finite, and so is the norm, by which updates clip."""
+        """Returns True if all elements and their norm, by which updates clip, are finite."""
         return bool(self._finite(factors))
 
     def update(
@@ -269,14 +269,14 @@ class Trainer:
         return TrainingState(adapter=adapter, first=first, second=second, steps=steps), float(norm)
 
     def _row_shape_for(self, datum: Datum) -> tuple[int, int]:
-        """Returns the length of a row for a datum, and the number of targets of a token there."""
+        """Returns the length and the number of targets per token of a datum's row."""
         targets = datum.inputs["target_tokens"]
         n_targets = 1 if targets.ndim == 1 else targets.shape[1]
         row_targets = N_TARGETS[bisect.bisect_left(N_TARGETS, n_targets)]
         return self._sizes.row_length(len(datum.tokens)), row_targets
 
     def _check_datum(self, i: int, datum: Datum, loss: str) -> None:
-        """Raises a RequestError if a datum does not fit."""
+        """Raises a RequestError if a datum is too long or its inputs are wrong."""
         n_tokens = len(datum.tokens)
         vocab_size = self._base.model.config.vocab_size
         if not 1 <= n_tokens <= self._sizes.max_length:
@@ -320,7 +320,7 @@ class Trainer:
     def _make_batch_arrays(
         self, data: Sequence[Datum], request: Gradient, row_length: int, n_targets: int
     ) -> dict[str, np.ndarray]:
-        """Returns the arrays of a batch, a datum a row, filled up to a shape."""
+        """Returns the arrays of a batch with one datum per row, padded to a shape."""
         n_rows = self._sizes.n_rows(row_length)
         target_shape = (n_rows, row_length, n_targets)
         ids = np.zeros((n_rows, row_length), np.int32)
@@ -352,7 +352,7 @@ class Trainer:
     def _make_loss_inputs(
         self, adapter: Adapter, request: Gradient, batch: TrainBatch
     ) -> LossInputs:
-        """Returns the inputs of a batch's loss besides the factors, on the mesh."""
+        """Returns all inputs of a batch's loss except the factors, on the mesh."""
         arrays = {**self._layout.batch(batch.batch, parts=False)}
         arrays["beta"] = cast(jax.Array, np.float32(request.config.get("beta", 0.05)))
         return LossInputs(
@@ -363,7 +363,7 @@ class Trainer:
         )
 
     def _token_values(self, function: TokenFunction, factors: Factors, inputs: LossInputs) -> Tree:
-        """Returns a function of the logits and targets of each token of a batch."""
+        """Returns the values of a function of logits and targets for each token of a batch."""
         tree = self._base.tree(factors, inputs.scales, inputs.shell)
         batch = {name: array for name, array in inputs.batch.items() if name != "beta"}
         return token_values(function, self._forward, tree, batch, chunk=self._chunk_tokens)
@@ -384,7 +384,7 @@ class Trainer:
     def _compute_scores(
         self, factors: Factors, inputs: LossInputs, with_top: jax.Array
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-        """Returns the loss of a batch, its log-probabilities and the likeliest tokens."""
+        """Returns the loss of a batch, its log-probabilities and the most likely tokens."""
         self.compiled += 1
 
         def score(logits: jax.Array, targets: jax.Array) -> Tree:
@@ -401,7 +401,7 @@ class Trainer:
         grads: Factors,
         adam_array: jax.Array,
     ) -> tuple[Factors, Factors, Factors, jax.Array, jax.Array]:
-        """Returns factors and moments after a step, the gradient's norm, and if all are finite."""
+        """Returns new factors and moments, the gradient's norm, and whether all are finite."""
         self.compiled += 1
         adam = AdamSettings(*adam_array)
         norm = optax.tree.norm(grads)
@@ -420,7 +420,7 @@ class Trainer:
 
 
 def _prompt_top(ids: jax.Array, logps: jax.Array, n_scored: int, top: int) -> Top:
-    """Returns the likeliest tokens of a prompt's scores, [1, length, k] each; none for token 0."""
+    """Returns the most likely tokens at each place of a prompt, with none for the first token."""
     prompt_ids = np.zeros((n_scored + 1, top), np.int32)
     prompt_ids[1:] = np.asarray(ids)[0, :n_scored, :top]
     prompt_logps = np.full((n_scored + 1, top), _NO_LOGPROB, np.float32)
@@ -429,7 +429,7 @@ def _prompt_top(ids: jax.Array, logps: jax.Array, n_scored: int, top: int) -> To
 
 
 def _are_finite(arrays: Tree) -> jax.Array:
-    """Returns True, [] bool, if all numbers of a tree are finite."""
+    """Returns True if all elements of a tree are finite, [] bool."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays)]))
 
 

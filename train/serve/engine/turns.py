@@ -1,4 +1,4 @@
-"""The order of turns of owners, their sessions, the sessions' adapters, and requests.
+"""The order in which owners, their sessions, adapters and requests take turns.
 
 A path names one of these: its levels are an owner, a session of it, an adapter there, and a
 request. A party is an owner or a session. Parties share things of which there are few, called
@@ -17,20 +17,20 @@ _MAX_WAIT_TURNS = (1, 16)
 
 
 class TurnOrder:
-    """Gives a turn to whoever had none for the longest time, level by level.
+    """Gives a turn to the path whose last turn is the oldest, level by level.
 
     Who comes anew begins at the end of the row: nobody saves up turns.
     """
 
     def __init__(self) -> None:
-        """Begins without anybody."""
+        """Creates an order without paths."""
         self._n_turns = 0
         self._last_turn: dict[TurnPath, int] = {}  # or the time of its coming
         self._users: Counter[TurnPath] = Counter()
         self._children: Counter[TurnPath] = Counter()  # of those that have users
 
     def enter(self, path: TurnPath) -> None:
-        """Lets somebody in."""
+        """Adds a user of a path and of all levels above it."""
         for level in levels(path):
             if not self._users[level]:
                 self._n_turns += 1
@@ -39,7 +39,7 @@ class TurnOrder:
             self._users[level] += 1
 
     def leave(self, path: TurnPath) -> None:
-        """Lets somebody out who entered."""
+        """Removes a user of a path and of all levels above it."""
         for level in levels(path):
             self._users[level] -= 1
             if not self._users[level]:
@@ -50,31 +50,31 @@ class TurnOrder:
                     del self._children[level[:-1]]
 
     def note(self, paths: Iterable[TurnPath]) -> None:
-        """Notes a turn that these paths had together."""
+        """Records one turn that several paths had together."""
         self._n_turns += 1
         for path in paths:
             self._last_turn.update(dict.fromkeys(levels(path), self._n_turns))
 
     def last(self, path: TurnPath) -> int:
-        """Returns the time of somebody's last turn."""
+        """Returns the number of a path's last turn."""
         return self._last_turn[path]
 
     def n_below(self, path: TurnPath) -> int:
-        """Returns the number of those right beneath a path: () for owners."""
+        """Returns the number of a path's children. The children of () are the owners."""
         return self._children[path]
 
     def order(self, path: TurnPath) -> tuple[int, ...]:
-        """Returns a key to sort by: the least is next."""
+        """Returns a sort key for a path. The path with the smallest key is next."""
         return tuple(self._last_turn[level] for level in levels(path))
 
     def has_others(self, path: TurnPath) -> bool:
-        """Returns True if anybody else is there at the last level of a path."""
+        """Returns True if another path has the same parent."""
         return self._children[path[:-1]] > (path in self._users)
 
     def loser(
         self, path: TurnPath, holders: Mapping[Resource, set[TurnPath]]
     ) -> tuple[TurnPath, list[Resource]] | None:
-        """Returns the party that gives up a resource, where none is free.
+        """Returns the owner or session that must give up a resource when none is free.
 
         One with two resources more than another has, loses one; and so has one of a single
         resource, to one without any who waits for longer. So resources are shared evenly among
@@ -112,7 +112,7 @@ class TurnOrder:
         return None
 
     def _richest(self, resources_of_parties: Mapping[TurnPath, Sequence[object]]) -> TurnPath:
-        """Returns the party with the most resources; of equals, that with the latest turn."""
+        """Returns the party with the most resources; among equals, the one with the latest turn."""
 
         def wealth(party: TurnPath) -> tuple[int, int]:
             return len(resources_of_parties[party]), self._last_turn[party]
@@ -120,7 +120,7 @@ class TurnOrder:
         return max(resources_of_parties, key=wealth)
 
     def _has_waited_longer(self, party: TurnPath, rival: TurnPath) -> bool:
-        """Returns True if a party waited long enough, and longer than a rival."""
+        """Returns True if a party has waited long enough, and longer than a rival."""
         wait_turns = self._n_turns - self._last_turn[party]
         is_long = wait_turns >= _MAX_WAIT_TURNS[len(party) - 1]
         return is_long and self._last_turn[party] < self._last_turn[rival]
@@ -132,6 +132,6 @@ def parties(path: TurnPath) -> list[TurnPath]:
 
 
 def levels(path: TurnPath) -> Iterator[TurnPath]:
-    """Yields the beginnings of a path: the owner's, the session's, and so on."""
+    """Yields the prefixes of a path: the owner, then the session, and so on."""
     for n_levels in range(1, len(path) + 1):
         yield path[:n_levels]

@@ -1,4 +1,4 @@
-"""Encrypts exports for those who may read them, by age (https://age-encryption.org/v1)."""
+"""Encrypts exports for given recipients with age (https://age-encryption.org/v1)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ _MAX_RECIPIENTS = 10
 
 
 def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
-    """Returns public keys of age or SSH, as they are given.
+    """Returns the public keys of age or SSH unchanged, after checking them.
 
     Raises:
       RequestError: one is none, or there are too many.
@@ -38,7 +38,7 @@ def check_recipients(recipients: Sequence[object]) -> tuple[str, ...]:
 
 
 def encrypt(folder: Path, recipients: Sequence[str]) -> None:
-    """Encrypts each file of a folder, whose name then ends in ``.age``."""
+    """Encrypts each file of a folder, and adds ``.age`` to its name."""
     keys = [_public_key(recipient) for recipient in recipients]
     for path in sorted(folder.iterdir()):
         pyrage.encrypt_file(str(path), f"{path}{SUFFIX}", keys)

@@ -1,4 +1,4 @@
-"""The engine as routes see it: its limits, its state, its methods, and checks of requests."""
+"""The interface between engine and routes: limits, state, methods, and checks of requests."""
 
 import dataclasses
 import itertools
@@ -108,14 +108,14 @@ class Status:
 
 
 class EngineProtocol(Protocol):
-    """The engine, as routes see it. All methods may be called by any thread, and return at once."""
+    """The methods of an engine. Any thread may call them, and none of them blocks."""
 
     @property
     def facts(self) -> EngineFacts:
         """The model, and the limits of requests."""
 
     def submit(self, tenant: str, command: Command, done: Done, client: Client = ANYONE) -> None:
-        """Queues a command; a tenant's are executed in the order of their submission.
+        """Queues a command. Commands of one tenant are executed in order.
 
         Args:
           tenant: the adapter that trains.
@@ -142,10 +142,10 @@ class EngineProtocol(Protocol):
         """
 
     def adopt(self, name: str, folder: Path, done: Done) -> None:
-        """Reads the adapter in a folder of PEFT, or of a run, so that samples may choose it."""
+        """Reads an adapter from PEFT's folder or a run's folder, so that samples may choose it."""
 
     def drop(self, name: str) -> None:
-        """Forgets an adapter that samples could choose; those under way go on."""
+        """Removes an adapter from those that samples may choose; running samples continue."""
 
     def knows(self, name: str) -> bool:
         """Returns True if samples may choose an adapter of this name."""
@@ -155,7 +155,7 @@ class EngineProtocol(Protocol):
 
 
 def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
-    """Raises a RequestError if a sample makes no sense."""
+    """Raises a RequestError for a sample with invalid values."""
     n_tokens = len(request.prompt)
     if not n_tokens:
         raise RequestError("the prompt is empty. Pass at least one token.")
@@ -193,7 +193,7 @@ def check_sample(request: SampleRequest, facts: EngineFacts) -> None:
 
 
 def _check_targets(targets: np.ndarray, n_tokens: int, facts: EngineFacts) -> None:
-    """Raises a RequestError if targets are none of a prompt of n tokens."""
+    """Raises a RequestError for targets that do not fit a prompt of n tokens."""
     has_row_of_each = targets.ndim == 2 and len(targets) == n_tokens - 1
     if not has_row_of_each or not 1 <= targets.shape[1] <= MOST_TARGETS:
         raise RequestError(
@@ -208,7 +208,7 @@ def _check_targets(targets: np.ndarray, n_tokens: int, facts: EngineFacts) -> No
 
 
 def _check_limits(request: SampleRequest, facts: EngineFacts) -> None:
-    """Raises a RequestError if the limits of what is drawn make no sense."""
+    """Raises a RequestError for invalid limits of the drawn tokens."""
     limits = request.limits
     penalties = request.penalties
     settings = {"min_p": request.min_p} | vars(penalties)
@@ -238,7 +238,7 @@ def _check_limits(request: SampleRequest, facts: EngineFacts) -> None:
 
 
 def check_update(settings: Update) -> None:
-    """Raises a RequestError if a step of AdamW by these numbers makes no sense."""
+    """Raises a RequestError for invalid settings of an AdamW step."""
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
         value = getattr(settings, name)
         may_be_negative = name == "learning_rate"

@@ -1,4 +1,4 @@
-"""Limits of what a sample may draw: penalties, tokens that may come, and grammars."""
+"""Limits of the tokens that a sample may draw: penalties, allowed tokens, and grammars."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ MOST_BIASES = MOST_BAD = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Penalties:
-    """Penalties of tokens that were there, with vLLM's meaning.
+    """Penalties of repeated tokens, with vLLM's meaning.
 
     Attributes:
       repetition: divides positive logits, and multiplies negative ones, of tokens of the prompt and
@@ -34,25 +34,25 @@ class TokenConstraint(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """True once nothing more may come."""
+        """True if the grammar is complete."""
 
     def accept(self, token: int) -> None:
-        """Takes a token that was drawn; raises ValueError where the grammar cannot go on."""
+        """Advances the grammar by a drawn token; raises a ValueError if it forbids the token."""
 
 
 class Grammar(Protocol):
-    """A form of completions."""
+    """A grammar that restricts completions."""
 
     def begin(self) -> TokenConstraint:
         """Returns the constraint of a new completion."""
 
     def fill(self, rows: Mapping[int, Any], masks: np.ndarray) -> None:
-        """Restricts masks, [rows, words] uint32, to what constraints of any grammar allow next."""
+        """Restricts masks, [rows, words] uint32, to the next tokens that each constraint allows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenLimits:
-    """Limits of the tokens that are drawn.
+    """Limits of the drawn tokens.
 
     Attributes:
       allowed: the only tokens that may be drawn; None for all.
@@ -73,7 +73,7 @@ class TokenLimits:
 
     @property
     def masks(self) -> bool:
-        """True where some tokens may not be drawn at some time."""
+        """True if the limits forbid some tokens at some step."""
         is_restricted = self.allowed is not None or bool(self.bad)
         return is_restricted or self.min_tokens > 0 or self.grammar is not None
 

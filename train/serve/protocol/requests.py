@@ -1,4 +1,4 @@
-"""Commands on adapters, samples, and their results, as routes and engine exchange them.
+"""The commands, samples and results that routes and engine exchange.
 
 Arrays are NumPy's: routes know no JAX, and the engine knows no HTTP.
 """
@@ -13,12 +13,12 @@ from train.serve.protocol.limits import ANY_TOKENS, NO_PENALTIES, Penalties, Tok
 
 
 class RequestError(Exception):
-    """A request is wrong by the client's fault; the message names the fault and the remedy."""
+    """The error for an invalid request. Its message tells the client the fault and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """The client that asks: owners take turns, and an owner's sessions share the owner's turns.
+    """The client of a request. Owners take turns, and an owner's sessions share the owner's turns.
 
     Attributes:
       owner: the name of a key.
@@ -34,7 +34,7 @@ ANYONE = Client()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """Describes an adapter.
+    """The description of an adapter.
 
     Attributes:
       rank: rank of all its factors.
@@ -54,14 +54,14 @@ class AdapterSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Create:
-    """Makes a tenant: an adapter that trains, B = 0. The result is the `AdapterSpec`."""
+    """Creates a tenant with a new adapter, whose B is zero. The result is its `AdapterSpec`."""
 
     spec: AdapterSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Puts a saved adapter in a tenant's place, or makes the tenant; results in its `AdapterSpec`.
+    """Loads a saved adapter into an existing or a new tenant. The result is its `AdapterSpec`.
 
     Attributes:
       path: the folder that a `Save` wrote, or one of PEFT.
@@ -74,7 +74,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Datum:
-    """A sequence and what its loss needs.
+    """A sequence and the inputs of its loss.
 
     Attributes:
       tokens: [n] int32, the input.
@@ -88,7 +88,7 @@ class Datum:
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """Adds the gradient of a loss, a sum over all data, to a tenant's; see `GradientResult`.
+    """Adds the gradient of a loss, summed over all data, to a tenant's gradient.
 
     Attributes:
       data: the sequences.
@@ -116,7 +116,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """Takes a step of AdamW by the summed gradient, and clears it; the result is `UpdateResult`.
+    """Updates an adapter by an AdamW step and clears the gradient. The result is `UpdateResult`.
 
     Attributes:
       grad_clip_norm: the largest norm of the gradient over all factors; 0 for no limit.
@@ -132,12 +132,12 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Discard:
-    """Drops a tenant's summed gradient. The result is None."""
+    """Clears a tenant's summed gradient. The result is None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Save:
-    """Writes a tenant's adapter as a PEFT folder, which appears whole; the result is `SaveResult`.
+    """Writes a tenant's adapter as a PEFT folder atomically. The result is `SaveResult`.
 
     Attributes:
       path: a folder that is not there yet.
@@ -155,7 +155,7 @@ class Save:
 
 @dataclasses.dataclass(frozen=True)
 class Leave:
-    """Removes a tenant; what it saved stays. The result is None."""
+    """Removes a tenant but not its saved adapters. The result is None."""
 
 
 Command = Create | Load | Gradient | Update | Discard | Save | Leave
@@ -176,7 +176,7 @@ class GradientResult:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateResult:
-    """Holds the metrics of an `Update`, by name and reduction."""
+    """The metrics of an `Update`, by name and reduction."""
 
     metrics: Mapping[str, float]
 
@@ -194,7 +194,7 @@ CommandResult = AdapterSpec | GradientResult | UpdateResult | SaveResult | Excep
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """Asks for completions of a prompt.
+    """A request for completions of a prompt.
 
     Attributes:
       adapter: the name of a saved or adopted adapter; None for the base.
@@ -239,7 +239,7 @@ class SampleRequest:
 
     @property
     def is_adjusted(self) -> bool:
-        """True where tokens are chosen by other logits than the model's own."""
+        """True if tokens are drawn from adjusted logits."""
         has_penalties = self.penalties != NO_PENALTIES
         has_biases = bool(self.limits.biases)
         return has_penalties or has_biases or self.min_p > 0 or self.limits.masks
@@ -250,7 +250,7 @@ TOP, MOST_TARGETS = 20, 127
 
 @dataclasses.dataclass(frozen=True)
 class Top:
-    """Holds the most likely tokens at each of n places, the likeliest first.
+    """The most likely tokens at each of n places, in descending order.
 
     Attributes:
       ids: [n, k] int32.
@@ -263,7 +263,7 @@ class Top:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A completion.
+    """The tokens of one completion, with their log-probabilities.
 
     Attributes:
       tokens: [m] int32, what ended it among them.
@@ -299,7 +299,7 @@ class SampleResult:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnToken:
-    """A token of a completion, as it is drawn.
+    """One token of a completion that is still being drawn.
 
     Attributes:
       index: which completion.

@@ -1,1 +1,1 @@
-"""HTTP: what clients say, and what they are told; knows no JAX."""
+"""The HTTP routes, which read requests and write answers without JAX."""

@@ -1,4 +1,4 @@
-"""Access to a server: keys, the start, and limits of bodies and of requests under way."""
+"""Accepts or refuses requests to a server: keys, origins, startup, and limits."""
 
 import asyncio
 import dataclasses
@@ -27,7 +27,7 @@ _FUTURE_PATH = "/api/v1/retrieve_future"  # is answered while the server ends: t
 
 @dataclasses.dataclass
 class StartProgress:
-    """The progress of a start; any thread may change it.
+    """The progress of the server's start. Any thread may change it.
 
     Attributes:
       model: name of the base.
@@ -40,12 +40,12 @@ class StartProgress:
     parts: int = 0
 
     def see(self, compiled: int, parts: int) -> None:
-        """Notes the progress of the start."""
+        """Updates the progress."""
         self.compiled = compiled
         self.parts = parts
 
     def refusal(self) -> HttpError:
-        """Returns the answer to requests that come too early."""
+        """Returns the error for a request that comes before the server is ready."""
         progress = "the weights are being loaded"
         if self.parts:
             progress = f"{self.compiled} of {self.parts} parts are compiled"
@@ -58,7 +58,7 @@ class StartProgress:
 
 
 class Access:
-    """The keys and origins that a server accepts, and what it can take now.
+    """The keys and origins that a server accepts, and its present state.
 
     Attributes:
       keyed: whether there are keys.
@@ -71,7 +71,7 @@ class Access:
     def __init__(
         self, keys: Mapping[str, str] | None = None, origins: Origins | None = None
     ) -> None:
-        """Takes the owners by their keys, None for a server without; by default no origins."""
+        """Stores the owners by their keys (None for a server without keys) and the origins."""
         self.keyed = keys is not None
         self.draining = False
         self.origins = origins or Origins()
@@ -80,7 +80,7 @@ class Access:
         self._owner_of_digest = {_digest(key): owner for key, owner in (keys or {}).items()}
 
     def owner(self, request: HTTPConnection) -> str | None:
-        """Returns the owner by the key in `Authorization` or `X-API-Key`; None for a wrong one."""
+        """Returns the owner of the key in `Authorization` or `X-API-Key`; None for a wrong key."""
         if not self.keyed:
             return LOCAL
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
@@ -98,7 +98,7 @@ def _digest(key: str) -> bytes:
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """Returns the owners by their keys, from a file with a `name key` in each line.
+    """Reads the owners by their keys from a file with a line `name key` for each key.
 
     Empty lines, and those that begin with #, are left out. An owner may have several keys.
 
@@ -130,7 +130,7 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def owner_of(request: HTTPConnection) -> str:
-    """Returns the owner of a request that came through a `Gate`."""
+    """Returns the owner of a request that passed a `Gate`."""
     return request.scope["owner"]
 
 
@@ -148,7 +148,7 @@ class GateLimits:
 
 
 class Gate:
-    """ASGI middleware that lets requests in: with a key, of bounded size, so many at once."""
+    """ASGI middleware that checks the key, the size of the body, and the number of requests."""
 
     def __init__(self, app: ASGIApp, access: Access, limits: GateLimits) -> None:
         """Wraps an application."""
@@ -158,7 +158,7 @@ class Gate:
         self._max_running = limits.waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves a request, or refuses it."""
+        """Serves a request or refuses it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -173,7 +173,7 @@ class Gate:
         has_started = False
 
         async def send_or_refuse(message: Message) -> None:
-            """Sends the refusal of a body in the place of what a route makes of it."""
+            """Sends a message of the route, or an error if the body was refused."""
             nonlocal has_started
             if body.refusal is None or has_started:
                 await send(message)
@@ -190,7 +190,7 @@ class Gate:
             self._access.running[owner] -= 1
 
     def _enter(self, scope: Scope) -> str:
-        """Returns the owner of a request; raises HttpError if it is not let in."""
+        """Returns the owner of a request; raises HttpError if the request is refused."""
         path = scope["path"]
         headers = Headers(scope=scope)
         if not self._access.keyed:

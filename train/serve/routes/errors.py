@@ -1,4 +1,4 @@
-"""Errors that a client gets: JSON of OpenAI's form, and never a traceback."""
+"""The errors that clients receive: JSON in OpenAI's format, without tracebacks."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,7 +14,7 @@ _TYPE_OF_STATUS = {401: "authentication_error", 404: "not_found_error", 429: "ra
 
 
 class HttpError(Exception):
-    """A request that is refused.
+    """An error that refuses a request.
 
     Attributes:
       status: status of HTTP.
@@ -34,7 +34,7 @@ class HttpError(Exception):
         headers: Mapping[str, str] | None = None,
         more: Mapping[str, object] | None = None,
     ) -> None:
-        """Makes an error of an HTTP status and a message for the client."""
+        """Creates an error with an HTTP status and a message for the client."""
         super().__init__(message)
         self.status = status
         self.param = param
@@ -44,7 +44,7 @@ class HttpError(Exception):
 
     @property
     def content(self) -> JsonObject:
-        """The JSON of the answer."""
+        """The JSON object of the answer."""
         default_type = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPE_OF_STATUS.get(self.status, default_type)
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
@@ -54,12 +54,12 @@ class HttpError(Exception):
 def json_response(
     content: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Returns JSON in ASCII: texts may hold halves of characters, which UTF-8 cannot write."""
+    """Returns JSON in ASCII, because UTF-8 cannot encode the unpaired surrogates of some texts."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 
 def as_http_error(error: BaseException) -> HttpError:
-    """Returns the error that a client is told; nothing of the server's own failures."""
+    """Returns the error for the client, without details of the server's own failures."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, RequestError):
@@ -76,13 +76,13 @@ def as_http_error(error: BaseException) -> HttpError:
 
 
 async def wait_disconnect(request: Request) -> None:
-    """Returns once the client has closed the connection; its body was read before."""
+    """Waits until the client closes the connection. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def handle(request: Request, error: Exception) -> Response:
-    """Answers an error; an exception handler of Starlette's."""
+    """Returns the answer to an error: an exception handler for Starlette."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
     answer = as_http_error(error)

@@ -1,4 +1,4 @@
-"""Web pages that may use a server: their origins, and the names by which it may be asked for."""
+"""Checks the web pages that may use a server: their origins, and the host names of requests."""
 
 import ipaddress
 import re
@@ -28,12 +28,12 @@ class Origins:
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
-        """Takes origins as `read_origin` returns them."""
+        """Stores origins as `read_origin` returns them."""
         self.allowed = tuple(dict.fromkeys(allowed))
         self._hosts = {urlsplit(origin).netloc for origin in self.allowed}
 
     def refusal(self, headers: Headers) -> str | None:
-        """Returns the reason to refuse a request without a key; None for none."""
+        """Returns the reason to refuse a request without a key, or None."""
         if ANY in self.allowed:
             return None
         hosts = [host.lower() for host in headers.getlist("host")]
@@ -58,7 +58,7 @@ class Origins:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns True if a name stands for this very machine."""
+    """Returns True if a host name refers to this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -67,7 +67,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_origin(text: str) -> str:
-    """Returns an origin as browsers write it, or "*".
+    """Returns an origin in the form that browsers send, or "*".
 
     Raises:
       UserError: it is none.

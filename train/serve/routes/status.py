@@ -1,4 +1,4 @@
-"""The state of a server: a page, its numbers as JSON, and Prometheus' metrics."""
+"""The state of a server as a web page, as JSON, and as Prometheus metrics."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ _TENANT_METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class TenantLookup:
-    """Finds the tenants that the page shows.
+    """Finds the tenants for the page.
 
     Attributes:
       list: returns the tenants, with those on disk; None for those of the engine.
@@ -63,7 +63,7 @@ async def _page(request: Request) -> Response:
 
 
 class StatusRoutes:
-    """The routes; with keys, an owner sees only the tenants that are the owner's."""
+    """The routes of the server's state. With keys, owners see only their own tenants."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class StatusRoutes:
         lookup: AdapterLookup,
         tenants: TenantLookup,
     ) -> None:
-        """Keeps the arguments of `make_app`."""
+        """Stores the arguments of `make_app`."""
         self._engine = engine
         self._access = access
         self._owns = lookup.owns
@@ -157,7 +157,7 @@ def _add_head(lines: list[str], name: str, kind: str, description: str) -> str:
 
 
 def _tenant_sample(metric: str, tenant_name: str, value: object) -> str:
-    """Returns the line of a tenant's value of a metric."""
+    """Returns the line of a metric with a tenant's value."""
     return f'{metric}{{tenant="{_escape(tenant_name)}"}} {value}'
 
 
@@ -166,5 +166,5 @@ def _escape(label: str) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """Returns a number that JSON can hold; None for one that it cannot."""
+    """Returns a number if JSON can represent it; None otherwise."""
     return value if abs(value) < float("inf") else None

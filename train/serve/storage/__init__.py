@@ -1,1 +1,1 @@
-"""The SQLite ledger, the results that go into it, and folders of files."""
+"""Stores the server's state: the SQLite ledger, results, and folders of files."""

@@ -1,4 +1,4 @@
-"""A file of SQLite that many threads use: one connection writes, another reads."""
+"""An SQLite file that many threads use through one writing and one reading connection."""
 
 import sqlite3
 import threading
@@ -14,21 +14,21 @@ _CROWDED_MESSAGE = "many requests write to the server's ledger"
 
 
 class LockedError(Exception):
-    """Says that a backup or other writers hold the file; what was to be written is not."""
+    """The error for a write that failed because other processes hold the file's lock."""
 
 
 class FullError(Exception):
-    """Says that the file cannot be written, for lack of room; what was to be written is not."""
+    """The error for a write that failed because the disk is full."""
 
 
 class Database:
-    """Executes statements of SQL. All methods may be called by any thread.
+    """Executes SQL statements. Any thread may call its methods.
 
     Reads do not wait for writes; within a transaction, they see what it wrote.
     """
 
     def __init__(self, path: Path | str, tables: str, patience: float = 1.0):
-        """Opens or makes the file.
+        """Opens or creates the file.
 
         Args:
           path: the file; ":memory:" for none.
@@ -73,7 +73,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commits the statements inside as one transaction; may be nested.
+        """Commits the statements in this context as one transaction. Contexts may be nested.
 
         Raises:
           LockedError, FullError: nothing was written.
@@ -106,7 +106,7 @@ class Database:
         return getattr(self._thread_state, "depth", 0)
 
     def execute(self, sql: str, *values: object) -> list[Row]:
-        """Returns the rows that a statement yields."""
+        """Returns the rows of a statement."""
         if self._depth:
             return self._execute_on(self._writer, sql, values)
         if sql.startswith("select "):
@@ -125,7 +125,7 @@ class Database:
         return rows[0] if rows else None
 
     def insert(self, table: str, values: Mapping[str, object], verb: str = "insert") -> None:
-        """Adds a row of values by the names of columns."""
+        """Inserts a row from values by column names."""
         placeholders = ", ".join("?" * len(values))
         sql = f"{verb} into {table} ({', '.join(values)}) values ({placeholders})"
         self.execute(sql, *values.values())
@@ -133,7 +133,7 @@ class Database:
     def page(
         self, matching_rows: str, order: str, values: tuple, limit: int, offset: int
     ) -> tuple[list[Row], int]:
-        """Returns some of the rows, and how many there are in all."""
+        """Returns a page of rows, and the number of all rows."""
         (count_row,) = self.execute(f"select count(*) from {matching_rows}", *values)
         sql = f"select * from {matching_rows} order by {order} limit ? offset ?"
         rows = self.execute(sql, *values, limit, offset)
@@ -142,7 +142,7 @@ class Database:
 
 @contextmanager
 def _translate_errors(path: Path | str) -> Iterator[None]:
-    """Raises LockedError or FullError for errors of SQLite that say so."""
+    """Turns SQLite's errors about locks and full disks into LockedError and FullError."""
     try:
         yield
     except sqlite3.OperationalError as error:

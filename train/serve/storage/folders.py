@@ -1,4 +1,4 @@
-"""Links, lists and measures folders of files that never change."""
+"""Links, lists and measures folders whose files never change."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes a folder of the same files, which take no room of their own; it appears whole."""
+    """Copies a folder atomically by hard links, which need no disk space."""
     partial_folder = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     try:
@@ -22,7 +22,7 @@ def link(source: Path, target: Path) -> None:
 
 @contextmanager
 def link_beside(source: Path, target: Path) -> Iterator[Path]:
-    """Makes a folder of the same files, to be renamed to its target; removes it if it was not."""
+    """Yields a linked copy of a folder, which the caller renames; otherwise it is removed."""
     folder = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     link(source, folder)
     try:
@@ -32,7 +32,7 @@ def link_beside(source: Path, target: Path) -> Iterator[Path]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Returns the paths in a folder; none if it is not there."""
+    """Returns the paths in a folder; [] if the folder does not exist."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
@@ -42,5 +42,5 @@ def size(folder: Path) -> int:
 
 
 def adapter_name(folder: Path | str, root: Path) -> str:
-    """Returns the name by which the engine knows the adapter in a folder beneath a root."""
+    """Returns the engine's name of an adapter: its folder relative to a root."""
     return str(Path(folder).relative_to(root))

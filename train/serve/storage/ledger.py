@@ -1,4 +1,4 @@
-"""Keeps sessions, the log of each tenant's commands, and checkpoints, in SQLite."""
+"""Stores sessions, checkpoints, and the log of each tenant's commands in SQLite."""
 
 import json
 import time
@@ -45,7 +45,7 @@ _START = time.time() - time.monotonic()
 
 
 def steady_time() -> float:
-    """Returns the seconds since 1970, as if nobody set the wall clock after the import.
+    """Returns the seconds since 1970 by a clock that ignores changes of the system's time.
 
     Waiting is measured by it: a wall clock that jumps makes nothing that lives look old.
     """
@@ -53,14 +53,14 @@ def steady_time() -> float:
 
 
 class Ledger:
-    """Keeps all that must outlast the process. All methods may be called by any thread.
+    """Stores all data that must survive a restart. Any thread may call its methods.
 
     A row that a method returns is a mapping by the names of columns. Times are seconds since 1970:
     by the wall clock when something was made or used, by `clock` when something ended or will.
     """
 
     def __init__(self, path: Path | str, clock: Callable[[], float] = steady_time):
-        """Opens or makes the file.
+        """Opens or creates the file.
 
         Args:
           path: the file of SQLite; ":memory:" for none.
@@ -79,13 +79,13 @@ class Ledger:
         self._page = self._db.page
 
     def now(self) -> float:
-        """Returns the time by which waiting is measured."""
+        """Returns the time of the clock that measures intervals."""
         return self._clock()
 
     # Sessions
 
     def open_session(self, session: str, owner: str, metadata: object = None) -> None:
-        """Notes a client's session."""
+        """Records a client's session."""
         now = time.time()
         values = {
             "id": session,
@@ -107,17 +107,17 @@ class Ledger:
         return self._execute(sql, owner, limit, offset)
 
     def hear(self, session: str) -> None:
-        """Notes that a session's client lives, in memory: nothing waits for the disk."""
+        """Records in memory that a session's client is active."""
         self._heard[session] = self._clock()
 
     def idle_sessions(self, seconds: float) -> list[str]:
-        """Returns the sessions without a heartbeat, a command or a sample for some seconds."""
+        """Returns the sessions without a sign of activity for some seconds."""
         latest_time = self._clock() - seconds
         rows = self._execute("select id from sessions where ended is null")
         return [row["id"] for row in rows if self._heard.get(row["id"], self._opened) < latest_time]
 
     def end_session(self, session: str) -> list[Row]:
-        """Marks a session as ended; drops and returns its samplers that own their weights."""
+        """Marks a session as ended; deletes and returns its samplers that own their weights."""
         self._heard.pop(session, None)
         with self.transaction():
             sql = "update sessions set ended = ? where id = ? and ended is null"
@@ -132,7 +132,7 @@ class Ledger:
     # Models, the tenants
 
     def add_model(self, model: str, session: str, owner: str, base: str, metadata: object) -> None:
-        """Notes a model that a command of number 0 makes."""
+        """Records a new model, which the command with number 0 creates."""
         values = {
             "id": model,
             "session": session,
@@ -148,7 +148,7 @@ class Ledger:
         return self._execute_one("select * from models where id = ?", model)
 
     def models(self, owner: str, limit: int = -1, offset: int = 0) -> tuple[list[Row], int]:
-        """Returns an owner's models, the last used first, and how many there are in all."""
+        """Returns a page of an owner's models, the last used first, and the number of all."""
         return self._page("models where owner = ?", "used desc, id", (owner,), limit, offset)
 
     def models_of(self, session: str) -> list[Row]:
@@ -156,18 +156,18 @@ class Ledger:
         return self._execute("select * from models where session = ? order by id", session)
 
     def live_models(self) -> list[Row]:
-        """Returns the models that were not unloaded."""
+        """Returns the models that are not unloaded."""
         return self._execute("select * from models where ended is null order by id")
 
     def end_model(self, model: str) -> None:
-        """Marks a model as unloaded, and forgets what its commands were."""
+        """Marks a model as unloaded, and deletes the payloads of its commands."""
         with self.transaction():
             sql = "update models set ended = ?, folder = null where id = ?"
             self._execute(sql, self._clock(), model)
             self._execute("update commands set payload = null where model = ?", model)
 
     def abandon(self, answer: bytes) -> None:
-        """Notes an answer to the commands of unloaded models that have none."""
+        """Stores an answer for all unanswered commands of unloaded models."""
         sql = (
             "update commands set state = 'failed', answer = ?, finished = ? where state = 'logged' "
             "and model in (select id from models where ended is not null)"
@@ -175,7 +175,7 @@ class Ledger:
         self._execute(sql, answer, self._clock())
 
     def set_state(self, model: str, seq: int, folder: Path) -> None:
-        """Records the folder of the state after a command, and drops the commands up to it."""
+        """Records the folder of the state after a command, and deletes the payloads up to it."""
         with self.transaction():
             sql = "update models set state = ?, folder = ? where id = ?"
             self._execute(sql, seq, str(folder), model)
@@ -194,7 +194,7 @@ class Ledger:
         target: str | None = None,
         refused: bytes | None = None,
     ) -> Row:
-        """Notes a command, and returns its row.
+        """Records a command, and returns its row.
 
         Args:
           model, seq: its place.
@@ -234,19 +234,19 @@ class Ledger:
         return self._execute(sql, model, after)
 
     def owes(self, model: str, after: int, until: int) -> bool:
-        """Returns True if a command after one number, and up to another, has no answer."""
+        """Returns True if a command after number `after` and up to `until` has no answer."""
         sql = "select 1 from commands where model = ? and seq > ? and seq <= ? and state = 'logged'"
         return self._execute_one(sql, model, after, until) is not None
 
     def is_promised(self, target: str) -> bool:
-        """Returns True if a command that is not finished makes this checkpoint or sampler."""
+        """Returns True if an unfinished command will create this checkpoint or sampler."""
         sql = "select 1 from commands where target = ? and state = 'logged'"
         return self._execute_one(sql, target) is not None
 
     def finish(
         self, model: str, seq: int, answer: bytes, failed: bool, spec: str | None = None
     ) -> bool:
-        """Stores a command's answer, unless it has one, and the adapter of a model that it makes.
+        """Stores the answer of an unanswered command, and the description of a new model's adapter.
 
         Returns:
           Whether it had none.
@@ -265,7 +265,7 @@ class Ledger:
         return True
 
     def forget(self, seconds: float) -> None:
-        """Drops the answers that are older, and all commands of models that ended before."""
+        """Deletes answers older than `seconds`, and commands of models that ended before."""
         latest_time = self._clock() - seconds
         sql = "update commands set answer = null where answer is not null and finished < ?"
         self._execute(sql, latest_time)
@@ -275,7 +275,7 @@ class Ledger:
     # Checkpoints
 
     def add_checkpoint(self, command: Row, owner: str, size: int, facts: Mapping[str, Any]) -> None:
-        """Notes the checkpoint that a command wrote, in place of one of its name.
+        """Records the checkpoint that a command wrote, in place of one with the same name.
 
         Args:
           command: the row; its target is tinker://model/kind/name.
@@ -307,7 +307,7 @@ class Ledger:
     def checkpoints(
         self, owner: str, model: str | None = None, limit: int = -1, offset: int = 0
     ) -> tuple[list[Row], int]:
-        """Returns an owner's checkpoints, the newest first, and how many there are in all.
+        """Returns a page of an owner's checkpoints, the newest first, and the number of all.
 
         Args:
           owner: owner of the checkpoints.
@@ -323,26 +323,26 @@ class Ledger:
         return self._page(matching_rows, "made desc, rowid desc", values, limit, offset)
 
     def expired_checkpoints(self) -> list[Row]:
-        """Returns the checkpoints whose time is over."""
+        """Returns the checkpoints that have expired."""
         return self._execute("select * from checkpoints where expires <= ?", self._clock())
 
     def drop_checkpoint(self, path: str) -> None:
-        """Forgets a checkpoint."""
+        """Deletes the row of a checkpoint."""
         self._execute("delete from checkpoints where path = ?", path)
 
     def set_expiry(self, path: str, seconds: float | None) -> None:
-        """Lets a checkpoint expire in some seconds from now, or never."""
+        """Sets the seconds after which a checkpoint expires, or None for never."""
         expires = None if seconds is None else self._clock() + seconds
         self._execute("update checkpoints set expires = ? where path = ?", expires, path)
 
     def set_public(self, path: str, public: bool) -> None:
-        """Shows a checkpoint to all who have a key, or to its owner alone."""
+        """Makes a checkpoint readable for all owners, or only for its own."""
         self._execute("update checkpoints set public = ? where path = ?", public, path)
 
     # Samplers
 
     def add_sampler(self, sampler: str, **facts: str | None) -> None:
-        """Records a session's sampler, unless it is known.
+        """Records a session's sampler unless it exists.
 
         Args:
           sampler: its id.

@@ -1,4 +1,4 @@
-"""Writes results of commands into the ledger, which others may hold, or have filled."""
+"""Writes results of commands into the ledger, and waits if it is locked or full."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ _PENDING = (
 
 
 def error_answer(error: Exception) -> bytes:
-    """Returns the answer to a client whose command failed, JSON."""
+    """Returns the JSON answer for a failed command."""
     if isinstance(error, RequestError):
         category = "user"
         message = str(error)
@@ -36,7 +36,7 @@ def error_answer(error: Exception) -> bytes:
 
 
 class ResultWriter:
-    """Writes results into a ledger in a thread of its own, in the order in which they come.
+    """Writes results into a ledger in order, in a separate thread.
 
     Attributes:
       ledger: the ledger.
@@ -68,19 +68,19 @@ class ResultWriter:
         self._backlog: list[tuple[Row, CommandResult]] = []
 
     def close(self) -> None:
-        """Writes the results that are there, and stops; others come again after a restart."""
+        """Writes the pending results, and stops. A restart computes lost results again."""
         self._closing.set()
         self._thread.shutdown()
 
     def submit(self, function: Callable[..., object], *arguments: object) -> None:
-        """Calls a function in the thread, again and again while others hold the ledger."""
+        """Calls a function in the thread, and repeats the call while the ledger is locked."""
         try:
             self._thread.submit(self._call, function, *arguments)
         except RuntimeError:  # it is closed: what is not noted now is executed again
             pass
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Calls a function until others hold the ledger no more, or the writer is closed."""
+        """Calls a function until the ledger is not locked, or the writer is closed."""
         while True:
             try:
                 function(*arguments)
@@ -93,7 +93,7 @@ class ResultWriter:
             return
 
     def write(self, row: Row, result: CommandResult) -> bool:
-        """Notes the result of a command, and tells those who wait; returns whether it is noted.
+        """Stores the result of a command, and wakes its polls; returns True if it is stored.
 
         A result that the ledger does not take, such as for lack of room, stays pending until
         `retry` has noted it: the command was executed, and nobody may be told that it failed.
@@ -119,7 +119,7 @@ class ResultWriter:
         return is_noted
 
     def _fail(self, row: Row, answer: bytes) -> bool:
-        """Notes an error for an answer; returns whether the ledger took it."""
+        """Stores an error as a command's answer; returns False if the ledger fails."""
         try:
             self.ledger.finish(row["model"], row["seq"], answer, True)
         except LockedError:
@@ -130,7 +130,7 @@ class ResultWriter:
         return True
 
     def retry(self) -> None:
-        """Records results that the ledger did not take."""
+        """Stores the results that the ledger did not accept earlier."""
         self.submit(self._retry)
 
     def _retry(self) -> None:
@@ -140,7 +140,7 @@ class ResultWriter:
             self.submit(self.write, row, result)
 
     def _commit(self, row: Row, result: CommandResult) -> None:
-        """Writes the result of a command into the ledger, with the adapter that it saved."""
+        """Stores the result of a command, and the adapter that it saved, in the ledger."""
         model = self.ledger.model(row["model"])
         had_answer = row["state"] != LOGGED  # it was executed again
         if model is None or had_answer:
@@ -162,7 +162,7 @@ class ResultWriter:
             self._remove(replaced_row["folder"])
 
     def _add_saved(self, row: Row, model: Row, result: SaveResult) -> list[Row]:
-        """Adds the checkpoint or sampler that a command saved; returns rows whose files may go."""
+        """Records a command's checkpoint or sampler; returns the rows with obsolete files."""
         target = row["target"]
         if target.startswith("tinker://"):
             replaced_checkpoint = self.ledger.checkpoint(target)

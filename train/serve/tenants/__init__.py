@@ -1,1 +1,1 @@
-"""Tenants: the log of their commands, their seats in the engine, and their states on disk."""
+"""Tenants: the log of their commands, their places in the engine, and their saved states."""

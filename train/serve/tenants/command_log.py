@@ -1,4 +1,4 @@
-"""The log of commands: each reaches the engine in order, once, and again after a restart.
+"""The command log, which passes each command to the engine once, in order, and replays it later.
 
 Those that wait for a command that never comes get an error after a while.
 """
@@ -49,7 +49,7 @@ _MAX_SEQ_AHEAD = 10_000  # a command's number is at most so far beyond the next 
 
 
 class BusyError(Exception):
-    """Says that a tenant has too much in the queue; the client is to come again."""
+    """The error for a request that must be repeated later, because a queue is full."""
 
 
 class CommandCodec(Protocol):
@@ -64,7 +64,7 @@ class CommandCodec(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LogLimits:
-    """Limits of a log of commands.
+    """Limits of a command log.
 
     Attributes:
       every, most_bytes: a state is saved after so many commands, or bytes of them.
@@ -77,7 +77,7 @@ class LogLimits:
 
 
 class CommandLog:
-    """Hands commands to the engine: committed first, in the order of their numbers.
+    """Commits commands to the ledger, and then passes them to the engine in order.
 
     Now and then, after an update, a tenant's state is saved, and the log before it is forgotten.
     After a restart the last state is loaded, and the commands since are executed again.
@@ -127,15 +127,15 @@ class CommandLog:
         self.gaps = CommandGaps(self._table, self)
 
     def close(self) -> None:
-        """Notes the results that there are, and stops."""
+        """Writes the pending results, and stops."""
         self._results.close()
 
     def name(self, folder: Path | str) -> str:
-        """Returns the name by which the engine knows the adapter in a folder."""
+        """Returns the engine's name of the adapter in a folder."""
         return adapter_name(folder, self.folder)
 
     def model_folder(self, kind: str, model: str) -> Path:
-        """Returns a model's folder of a kind: snapshots or checkpoints."""
+        """Returns a model's folder of checkpoints or of snapshots."""
         return self.folder / kind / model.replace(":", "-")
 
     def accept(
@@ -147,7 +147,7 @@ class CommandLog:
         prepare: Callable[[], tuple[Path | None, str | None]] = lambda: (None, None),
         command: Command | None = None,
     ) -> str:
-        """Commits a command, and submits those whose number has come.
+        """Commits a command, and submits all commands that are next in order.
 
         Args:
           model: the tenant; the ledger knows it, or `prepare` adds it for number 0.
@@ -220,7 +220,7 @@ class CommandLog:
 
     @contextmanager
     def _hold_lock(self) -> Iterator[None]:
-        """Holds the lock, unless others hold it for long."""
+        """Holds the lock in this context; raises a BusyError if it cannot be acquired soon."""
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
             raise BusyError("many requests wait for the ledger. Send the request again later.")
         try:
@@ -229,7 +229,7 @@ class CommandLog:
             self._lock.release()
 
     def replay(self, silent: float) -> None:
-        """Loads each tenant's last state, and executes again what was logged since.
+        """Loads each tenant's last state, and executes the commands logged since then again.
 
         Args:
           silent: seconds; a tenant without a command for longer stays on disk.
@@ -244,7 +244,7 @@ class CommandLog:
                 self._queue_for_replay(model, self._clock() - silent)
 
     def _queue_for_replay(self, model: Row, recent_time: float) -> None:
-        """Lines a tenant up for a seat, if it has commands or was used since a time."""
+        """Queues a tenant for a seat if it has unexecuted commands or was used recently."""
         name = model["id"]
         state_seq = model["state"]
         tenant = TenantProgress(
@@ -265,7 +265,7 @@ class CommandLog:
         self.parking.settle()
 
     def advance(self, model: str, tenant: TenantProgress) -> None:
-        """Submits the commands whose number has come, once the engine has the tenant.
+        """Submits a tenant's commands that are next in order, if the engine has the tenant.
 
         A tenant that the engine does not have waits for a seat, once all its results are noted.
         """
@@ -285,7 +285,7 @@ class CommandLog:
                 self._submit(model, tenant, row, command)
 
     def _submit(self, model: str, tenant: TenantProgress, row: Row, command: Command) -> None:
-        """Hands a command to the engine; after an update, saves the state if that is due."""
+        """Passes a command to the engine, and saves the state after some of the updates."""
         done = partial(self._results.submit, self.finish, row, command, tenant)
         self._engine.submit(model, command, done, tenant.client)
         tenant.n_running += 1
@@ -297,7 +297,7 @@ class CommandLog:
             self._save_state(model, tenant, row["seq"])
 
     def _save_state(self, model: str, tenant: TenantProgress, seq: int) -> None:
-        """Has the engine save the state of a tenant after a command."""
+        """Requests the engine to save a tenant's state after a command."""
         tenant.n_since_state = 0
         tenant.bytes_since_state = 0
         tenant.n_running += 1
@@ -312,7 +312,7 @@ class CommandLog:
         tenant: TenantProgress | None,
         result: CommandResult,
     ) -> None:
-        """Notes a result, in the writer's thread; results come in the order of the commands."""
+        """Stores a command's result, in the writer's thread and in the order of commands."""
         is_written = False
         has_failed = isinstance(result, Exception)
         try:
@@ -333,7 +333,7 @@ class CommandLog:
             self.count_down(row["model"], tenant)
 
     def count_down(self, name: str, tenant: TenantProgress) -> None:
-        """Notes that the engine has a command less."""
+        """Decrements the number of a tenant's commands in the engine."""
         tenant.n_running -= 1
         if tenant.n_running == 0:
             self.advance(name, tenant)
@@ -347,7 +347,7 @@ class CommandLog:
         is_written: bool,
         result: CommandResult,
     ) -> None:
-        """Records the changes that a command made."""
+        """Updates a tenant's progress after a successful command."""
         model = row["model"]
         seq = row["seq"]
         if isinstance(command, Gradient):
@@ -370,7 +370,7 @@ class CommandLog:
     def _finish_save(
         self, name: str, seq: int, tenant: TenantProgress, result: CommandResult
     ) -> None:
-        """Takes a state that was saved by the way."""
+        """Records a state that was saved between a tenant's commands."""
         try:
             self.states.keep(name, seq, tenant, result)
         except LockedError:
@@ -381,7 +381,7 @@ class CommandLog:
             self.count_down(name, tenant)
 
     def leave(self, model: str) -> None:
-        """Unloads a model: the commands that the engine has are executed, others never."""
+        """Unloads a model. Commands in the engine are still executed; waiting ones are refused."""
         with self._lock:
             tenant = self._tenants.get(model)
             if tenant is None:
@@ -396,30 +396,30 @@ class CommandLog:
             self.parking.unload(model, tenant)
 
     def end_session(self, session: str) -> None:
-        """Unloads a session's models, and forgets its snapshots."""
+        """Unloads a session's models, and deletes its snapshots."""
         for model in self._ledger.models_of(session):
             self.leave(model["id"])
         for sampler in self._ledger.end_session(session):
             self._remove(sampler["folder"])
 
     def delete(self, checkpoint: Row) -> None:
-        """Removes a checkpoint."""
+        """Deletes a checkpoint."""
         self._ledger.drop_checkpoint(checkpoint["path"])
         self._remove(checkpoint["folder"])
 
     def _remove(self, folder: str) -> None:
-        """Removes the folder of an adapter, which the engine forgets."""
+        """Deletes the folder of an adapter, also from the engine."""
         self._engine.drop(self.name(folder))
         shutil.rmtree(folder, ignore_errors=True)
 
     def busy_sessions(self) -> set[str]:
-        """Returns the sessions whose tenants have something to do, or wait for that."""
+        """Returns the sessions of tenants with commands that run or can run."""
         with self._lock:
             busy_tenants = [tenant for tenant in self._tenants.values() if not tenant.is_quiet]
         return {tenant.client.session for tenant in busy_tenants}
 
     def sweep(self, keep: float = 3600.0) -> None:
-        """Removes commands that are over; call it every minute or so.
+        """Deletes expired checkpoints and answers. It is called every minute.
 
         Args:
           keep: seconds for which an answer may be fetched.
@@ -431,7 +431,7 @@ class CommandLog:
 
 
 def _check_repeat(row: Row, kind: str) -> None:
-    """Raises a RequestError if a command that comes again is another one, or was refused."""
+    """Raises a RequestError if a repeated command has another kind or was refused."""
     if row["state"] == REFUSED:
         answer = row["answer"]  # it is not kept for ever
         reason = json.loads(answer)["error"] if answer else f"seq_id {row['seq']} was refused"
@@ -443,16 +443,16 @@ def _check_repeat(row: Row, kind: str) -> None:
 
 
 def _client(model: Row | None) -> Client:
-    """Returns the client whose model this is."""
+    """Returns the client that a model belongs to."""
     assert model is not None  # its command was logged
     return Client(model["owner"], model["session"])
 
 
 class CommandGaps:
-    """Closes gaps in the numbers of tenants' commands."""
+    """Closes gaps in the sequence numbers of tenants' commands."""
 
     def __init__(self, table: TenantTable, log: TenantLog) -> None:
-        """Keeps the parts of a server.
+        """Stores the tenants and their log.
 
         Args:
           table: the tenants.
@@ -464,7 +464,7 @@ class CommandGaps:
         self._ledger = table.results.ledger
 
     def close(self, seconds: float) -> None:
-        """Answers the commands that waited so long for a missing one with an error.
+        """Refuses the commands that have waited too long for a missing command.
 
         The missing commands are refused from now on. The gradient before them is dropped: the step
         that was to take it never comes, and no other step may contain it.
@@ -477,7 +477,7 @@ class CommandGaps:
                     self._close_gap(name, tenant, seconds)
 
     def _close_gap(self, name: str, tenant: TenantProgress, seconds: float) -> None:
-        """Refuses the commands that a tenant's others wait for, and all that wait."""
+        """Refuses a tenant's missing commands, and all commands that wait for them."""
         waiting_seqs = sorted(tenant.waiting)
         last_seq = waiting_seqs[-1]
         gaps = _gaps_between([tenant.next_seq - 1, *waiting_seqs])
@@ -515,5 +515,5 @@ def _gaps_between(seqs: Sequence[int]) -> list[range]:
 
 
 def _gap_name(gap: range) -> str:
-    """Returns the numbers of a gap as a message names them."""
+    """Returns the sequence numbers of a gap as text, such as "3" or "3 to 5"."""
     return str(gap[0]) if len(gap) == 1 else f"{gap[0]} to {gap[-1]}"

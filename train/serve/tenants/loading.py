@@ -1,4 +1,4 @@
-"""The progress of tenants, and their return into the engine: by a last state and what came since.
+"""The progress of tenants, and how the engine loads them: a saved state and later commands.
 
 The log, loading and parking share the table of them.
 """
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class TenantProgress:
-    """The progress of a tenant.
+    """The progress of a tenant's commands.
 
     Attributes:
       next_seq: the number of the command that the engine gets next.
@@ -64,13 +64,13 @@ class TenantProgress:
 
     @property
     def is_quiet(self) -> bool:
-        """True where the engine has nothing to do, nor could have."""
+        """True if the tenant has no command that runs or can run."""
         return self.n_running == 0 and self.next_seq not in self.waiting
 
 
 @dataclasses.dataclass
 class TenantTable:
-    """The tenants of a server, and what executes and keeps their commands.
+    """The tenants of a server, with the engine, the ledger and the seats that they share.
 
     Attributes:
       engine: executes commands.
@@ -88,13 +88,13 @@ class TenantTable:
 
 
 def queue_load_of(row: Row) -> int:
-    """Returns the size of a command in its tenant's queue: 0 once it has an answer."""
+    """Returns the weight of a command in its tenant's queue; 0 for an answered command."""
     has_answer = row["state"] != LOGGED
     return 0 if has_answer else 1 + len(row["payload"] or b"") // 2**19
 
 
 def first_missing_seq(state_seq: int, rows: list[Row]) -> int:
-    """Returns the number of the first missing command after a saved state."""
+    """Returns the first missing sequence number after a saved state."""
     logged_seqs = {row["seq"] for row in rows}
     seq = state_seq + 1
     while seq in logged_seqs:
@@ -103,10 +103,10 @@ def first_missing_seq(state_seq: int, rows: list[Row]) -> int:
 
 
 class TenantLog(Protocol):
-    """The log of commands, as loading and parking see it."""
+    """The methods of the command log that loading and parking call."""
 
     def advance(self, name: str, tenant: TenantProgress) -> None:
-        """Submits the commands whose number has come, once the engine has the tenant."""
+        """Submits a tenant's commands that are next in order, if the engine has the tenant."""
 
     def finish(
         self,
@@ -118,14 +118,14 @@ class TenantLog(Protocol):
         """Writes the result of a command."""
 
     def count_down(self, name: str, tenant: TenantProgress) -> None:
-        """Counts a command less in the engine."""
+        """Decrements the number of a tenant's commands in the engine."""
 
 
 class TenantLoader:
-    """Loads tenants that have got a seat into the engine, or refuses their commands."""
+    """Loads tenants with a seat into the engine, or refuses their commands."""
 
     def __init__(self, table: TenantTable, log: TenantLog, read: Callable[[Row], Command]) -> None:
-        """Begins with an empty engine.
+        """Stores the tenants, their log, and the reader of commands.
 
         Args:
           table: the tenants.
@@ -141,7 +141,7 @@ class TenantLoader:
         self._read = read
 
     def resume(self, name: str) -> None:
-        """Has the engine load a tenant that has got a seat, and then go on with it."""
+        """Loads a tenant's state into the engine, and then continues its commands."""
         tenant = self._table.tenants[name]
         try:
             folder = self._queue_commands_since_state(name, tenant)
@@ -195,7 +195,7 @@ class TenantLoader:
         self.refuse(name, RequestError(message))
 
     def refuse(self, name: str, error: RequestError) -> None:
-        """Answers the commands of a tenant that the engine does not have, and cannot take in."""
+        """Refuses the unanswered commands of a tenant that the engine cannot load."""
         tenant = self._table.tenants[name]
         model = self._ledger.model(name)
         assert model is not None
@@ -209,7 +209,7 @@ class TenantLoader:
                 self._results.submit(self._log.finish, row, None, tenant, error)
 
     def _command_to_execute(self, row: Row, tenant: TenantProgress) -> Command | None:
-        """Returns the command of a row if the engine must execute it (again), else None."""
+        """Returns the command of a row; None if the engine need not execute it again."""
         command = self._read(row)
         has_answer = row["state"] != LOGGED
         if not isinstance(command, Save):

@@ -1,4 +1,4 @@
-"""Tenants on disk: those that were silent, and those whose room in memory others need.
+"""Parks tenants on disk when they are silent, or when other tenants need their memory.
 
 The engine goes on from their saved states, after parking or after a restart.
 """
@@ -30,10 +30,10 @@ _logger = logging.getLogger(__name__)
 
 
 class StateFolders:
-    """Keeps the folders of states: of each tenant the last one, and what its log needs."""
+    """The folders of tenants' states: the last state, and states that the log still needs."""
 
     def __init__(self, ledger: Ledger, folder: Path):
-        """Begins with what there is.
+        """Stores the ledger, and the folder that contains the states.
 
         Args:
           ledger: notes which state is the last.
@@ -51,7 +51,7 @@ class StateFolders:
         return self.tenant_folder(name) / str(seq)
 
     def keep(self, name: str, seq: int, tenant: TenantProgress, result: CommandResult) -> None:
-        """Makes a saved state the last one, unless a gradient is pending, which it lacks.
+        """Records a saved state as a tenant's last state, unless a gradient is pending.
 
         Nor is it kept while the ledger lacks an answer to a command before: after a restart, only
         the command itself, executed again, could give it.
@@ -82,34 +82,34 @@ class StateFolders:
                 shutil.rmtree(child, ignore_errors=True)
 
     def link(self, name: str, seq: int, source: Path) -> None:
-        """Makes a checkpoint with the optimiser's state the state after a command."""
+        """Links a checkpoint with an optimizer state as the state after a command."""
         folder = self.path(name, seq)
         if not folder.exists():
             link(source, folder)
 
     def clear(self, name: str, seq: int) -> None:
-        """Makes room for the state after a command, where an earlier attempt left a folder."""
+        """Deletes a folder that an earlier attempt to save this state left."""
         shutil.rmtree(self.path(name, seq), ignore_errors=True)
 
     def tidy(self, model: Row, rows: list[Row]) -> None:
-        """Removes files that neither a model's last state nor the commands since need."""
+        """Deletes a model's files that neither its last state nor later commands need."""
         needed_folders = {model["folder"], *(row["folder"] for row in rows)}
         for child in list_folder(self.tenant_folder(model["id"])):
             if str(child) not in needed_folders:
                 shutil.rmtree(child, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Removes the states of a tenant."""
+        """Deletes all states of a tenant."""
         shutil.rmtree(self.tenant_folder(name), ignore_errors=True)
 
 
 class TenantParking:
-    """Has tenants leave the engine, and come back."""
+    """Moves tenants from the engine to the disk, and back."""
 
     def __init__(
         self, table: TenantTable, log: TenantLog, loader: TenantLoader, states: StateFolders
     ) -> None:
-        """Begins with an empty engine.
+        """Stores the tenants, their log and their states.
 
         Args:
           table: the tenants.
@@ -127,7 +127,7 @@ class TenantParking:
         self._states = states
 
     def settle(self) -> None:
-        """Has the engine take in those who wait for room, and makes room for them."""
+        """Loads waiting tenants into free seats, and parks tenants to free seats."""
         newcomer = self._seats.next()
         while newcomer is not None:
             self._loader.resume(newcomer)
@@ -144,12 +144,12 @@ class TenantParking:
             self._loader.refuse(name, RequestError(reason))
 
     def _quiet_tenants(self) -> list[str]:
-        """Returns the tenants without work in the engine, those used last at the end."""
+        """Returns the tenants without work in the engine, the least recently used first."""
         names = [name for name, tenant in self._table.tenants.items() if tenant.is_quiet]
         return sorted(names, key=lambda name: self._table.tenants[name].last_used)
 
     def _park(self, name: str) -> None:
-        """Has a tenant leave the engine once its state is on disk; its commands wait."""
+        """Saves a tenant's state if necessary, and then removes the tenant from the engine."""
         tenant = self._table.tenants[name]
         model = self._ledger.model(name)
         assert model is not None
@@ -167,7 +167,7 @@ class TenantParking:
     def _finish_save(
         self, name: str, seq: int, tenant: TenantProgress, result: CommandResult
     ) -> None:
-        """Takes a tenant out of the engine whose state was saved."""
+        """Removes a tenant from the engine after its state was saved."""
         error = result if isinstance(result, Exception) else None
         try:
             self._states.keep(name, seq, tenant, result)
@@ -186,7 +186,7 @@ class TenantParking:
             self.settle()
 
     def _leave_engine(self, name: str, tenant: TenantProgress) -> None:
-        """Has a tenant leave the engine, and notes the state in which it does."""
+        """Removes a tenant from the engine, and keeps its present status."""
         engine_status = self._engine.status().tenants.get(name)
         if engine_status is not None:
             status = _merge(tenant.status, engine_status)
@@ -196,7 +196,7 @@ class TenantParking:
         self._engine.submit(name, Leave(), done, tenant.client)
 
     def _finish_leave(self, name: str, _: CommandResult = None) -> None:
-        """Frees the seat of a tenant that has left the engine, and the disk if it is unloaded."""
+        """Frees the seat of a removed tenant, and deletes the states of an unloaded one."""
         with self._table.lock:
             if name not in self._table.tenants:
                 self._states.remove(name)
@@ -204,7 +204,7 @@ class TenantParking:
             self.settle()
 
     def unload(self, name: str, tenant: TenantProgress) -> None:
-        """Has the engine forget a tenant that is no longer in the table; removes its states."""
+        """Removes a tenant that is no longer in the table, and its states."""
         self._seats.give_up(name)
         match self._seats.phase(name):
             case None:
@@ -225,7 +225,7 @@ class TenantParking:
             self.settle()
 
     def status(self) -> dict[str, TenantStatus]:
-        """Returns the state of all tenants, whether the engine has them or not."""
+        """Returns the status of all tenants, including parked ones."""
         statuses = dict(self._engine.status().tenants)
         with self._table.lock:
             tenants = dict(self._table.tenants)
@@ -242,7 +242,7 @@ class TenantParking:
         return statuses
 
     def _read_status(self, name: str, tenant: TenantProgress) -> TenantStatus | None:
-        """Returns the state of a tenant that was parked before the server was started."""
+        """Returns the status of a tenant that was parked before the server started."""
         model = self._ledger.model(name)
         if model is None or model["spec"] is None:
             return None
@@ -260,7 +260,7 @@ class TenantParking:
 
 
 def _merge(parked_status: TenantStatus | None, engine_status: TenantStatus) -> TenantStatus:
-    """Returns the engine's state of a tenant, with what it has forgotten by parking."""
+    """Returns the engine's status of a tenant, with the losses and seconds before its parking."""
     if parked_status is None:
         return engine_status
     loss_of_step = dict(parked_status.losses) | dict(engine_status.losses)

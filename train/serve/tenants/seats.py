@@ -1,4 +1,4 @@
-"""Seats of tenants in the engine, and those who wait for one."""
+"""Counts the seats of tenants in the engine, and queues the tenants that wait for one."""
 
 import dataclasses
 import enum
@@ -23,7 +23,7 @@ class Phase(enum.Enum):
 
 @dataclasses.dataclass
 class _Seat:
-    """The seat of a tenant: its client, its phase, and since when it was ready."""
+    """A tenant's seat: its client, its phase, and the time when it became ready."""
 
     client: Client
     phase: Phase = Phase.LOADING
@@ -31,10 +31,10 @@ class _Seat:
 
 
 class Seats:
-    """Counts the room for tenants in the engine."""
+    """The seats of tenants in the engine, and the queue for them."""
 
     def __init__(self, room: int | None = None, own: int | None = None) -> None:
-        """Begins with all room free.
+        """Creates free seats.
 
         Args:
           room: tenants at once; None for any number.
@@ -53,7 +53,7 @@ class Seats:
         return None if seat is None else seat.phase
 
     def holds(self, name: str) -> bool:
-        """Returns True if the engine takes a tenant's commands."""
+        """Returns True if the engine accepts a tenant's commands."""
         return self.phase(name) is Phase.READY
 
     def list_phase(self, phase: Phase) -> list[str]:
@@ -61,20 +61,20 @@ class Seats:
         return [name for name, seat in self._seats.items() if seat.phase is phase]
 
     def wait(self, name: str, client: Client) -> None:
-        """Puts a tenant at the end of the line for a seat, unless it is in it."""
+        """Adds a tenant to the end of the queue for a seat, unless it is queued already."""
         self._waiting.setdefault(name, client)
 
     def give_up(self, name: str) -> None:
-        """Takes a tenant out of the line for a seat."""
+        """Removes a tenant from the queue for a seat."""
         self._waiting.pop(name, None)
 
     def fits(self, client: Client) -> bool:
-        """Returns True if there is room for another tenant of a client."""
+        """Returns True if there is a free seat for another tenant of a client."""
         has_room = self._max_tenants is None or len(self._seats) < self._max_tenants
         return has_room and self._has_own_room(client)
 
     def next(self) -> str | None:
-        """Gives a free seat to the first waiting tenant that may have it, and returns its name."""
+        """Gives a free seat to the first queued tenant that may have it, and returns its name."""
         for name, client in self._waiting_line():
             if self.fits(client):
                 del self._waiting[name]
@@ -83,11 +83,11 @@ class Seats:
         return None
 
     def _waiting_line(self) -> list[tuple[str, Client]]:
-        """Returns the line for a seat, without those that have not left theirs."""
+        """Returns the queue for a seat, without tenants that still have one."""
         return [(name, client) for name, client in self._waiting.items() if name not in self._seats]
 
     def victim(self, quiet: Sequence[str]) -> str | None:
-        """Returns a tenant to park so that a waiting one gets its seat; None if nobody must leave.
+        """Returns a tenant to park for a queued one; None if no tenant must leave.
 
         If no tenant is quiet, it is the one that has had its seat longest, once its turn is over.
 
@@ -113,7 +113,7 @@ class Seats:
         return None
 
     def _long_seated(self) -> list[str]:
-        """Returns the tenants whose turn is over, those that have had their seat longest first."""
+        """Returns the tenants that have used up their minimum time, the longest-seated first."""
         latest_start = time.monotonic() - _TURN_SECONDS
         start_times = {
             name: seat.since for name, seat in self._seats.items() if seat.since < latest_start
@@ -121,7 +121,7 @@ class Seats:
         return sorted(start_times, key=start_times.__getitem__)
 
     def _clients_in_need(self) -> list[Client]:
-        """Returns the clients of tenants that wait and do not fit, those without own room first.
+        """Returns the clients of queued tenants without a seat, those at their own limit first.
 
         These choose first, since only the room of their owner helps them.
         """
@@ -129,21 +129,21 @@ class Seats:
         return sorted(clients, key=self._has_own_room)
 
     def _tenants_making_room(self, client: Client, names: Iterable[str]) -> list[str]:
-        """Returns the tenants whose leaving makes room for another one of a client."""
+        """Returns the tenants whose parking would free a seat for a client."""
         if self._has_own_room(client):
             return list(names)
         return [name for name in names if self._seats[name].client.owner == client.owner]
 
     def may_park(self, name: str) -> bool:
-        """Returns True if a tenant that has a seat may lose it."""
+        """Returns True if a tenant with a seat may be parked."""
         return self.holds(name) and not self._is_stuck(name)
 
     def _is_stuck(self, name: str) -> bool:
-        """Returns True if a tenant could not be parked a short while ago."""
+        """Returns True if parking a tenant failed recently."""
         return self._stuck.get(name, 0.0) > time.monotonic()
 
     def hopeless(self) -> dict[str, str]:
-        """Returns reasons by tenant, for tenants that wait for a seat that nobody can free."""
+        """Returns, by tenant, the reason why no seat can become free for it."""
         reasons: dict[str, str] = {}
         for name, client in self._waiting_line():
             rivals = self._tenants_making_room(client, self._seats)
@@ -156,26 +156,26 @@ class Seats:
         return reasons
 
     def enter(self, name: str, phase: Phase) -> None:
-        """Moves a tenant that has a seat into a phase."""
+        """Sets the phase of a tenant with a seat."""
         seat = self._seats[name]
         seat.phase = phase
         if phase is Phase.READY:
             seat.since = time.monotonic()
 
     def stay(self, name: str, error: Exception) -> None:
-        """Leaves a tenant its seat, since its state could not be saved."""
+        """Marks a tenant whose state could not be saved as ready again."""
         self.enter(name, Phase.READY)
         self.give_up(name)
         self._stuck[name] = time.monotonic() + _RETRY_SECONDS
         self._problem = str(error) or type(error).__name__
 
     def leave(self, name: str) -> None:
-        """Frees the seat of a tenant that has left the engine, or never came."""
+        """Frees the seat of a tenant that is not in the engine."""
         self._seats.pop(name, None)
         self._stuck.pop(name, None)
 
     def _has_own_room(self, client: Client) -> bool:
-        """Returns True if there is room for another tenant of a client's owner."""
+        """Returns True if a client's owner is below its limit of tenants."""
         if self._max_owner_tenants is None:
             return True
         owners = [seat.client.owner for seat in self._seats.values()]

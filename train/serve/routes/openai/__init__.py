@@ -1,1 +1,1 @@
-"""OpenAI's API, and vLLM's for adapters."""
+"""OpenAI's API, with vLLM's routes for adapters."""

@@ -1,4 +1,4 @@
-"""Answers of OpenAI's forms: choices that grow, and their JSON."""
+"""Builds the answers of OpenAI's API from tokens, whole or in parts."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ from train.serve.routes.openai.text import (
 
 @dataclasses.dataclass
 class AnswerPart:
-    """A part of an answer.
+    """A new part of an answer.
 
     Attributes:
       text: the text.
@@ -38,7 +38,7 @@ class AnswerPart:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerStyle:
-    """Settings by which completions are read.
+    """The settings for reading completions.
 
     Attributes:
       make_calls: begins what looks for calls of tools in an answer; None for none.
@@ -54,7 +54,7 @@ class AnswerStyle:
 
 
 class ChoiceBuilder:
-    """A completion of a request, while it grows."""
+    """Builds the choice of a completion while its tokens are drawn."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ChoiceBuilder:
         sample: SampleRequest,
         style: AnswerStyle,
     ) -> None:
-        """Begins a completion."""
+        """Creates a builder without tokens."""
         self._text = CompletionText(
             tokens,
             sample.stop,
@@ -76,7 +76,7 @@ class ChoiceBuilder:
         self._n_tokens = 0
 
     def add(self, token: DrawnToken) -> AnswerPart:
-        """Adds a token, and returns the part of the answer that is new."""
+        """Adds a token, and returns the new part of the answer."""
         self._n_tokens += 1
         is_hidden_stop = token.token in self._stop_ids and not self._style.keeps_stop
         if is_hidden_stop:
@@ -104,7 +104,7 @@ class ChoiceBuilder:
         return answer
 
     def _make_part(self, text: str, entries: list[TokenEntry], *, last: bool = False) -> AnswerPart:
-        """Returns the part of an answer that new text is, with the calls in it."""
+        """Returns the part of an answer for new text, with the calls in the text."""
         if self._calls is None:
             return AnswerPart(text=text, entries=entries)
         has_earlier_call = self._calls.n > 0
@@ -115,7 +115,7 @@ class ChoiceBuilder:
 
 
 def _drawn_tokens(completion: Completion, start: int) -> Iterable[DrawnToken]:
-    """Yields the tokens of a completion that begin at an index."""
+    """Yields the tokens of a completion from an index on."""
     top = completion.top
     for i in range(start, len(completion.tokens)):
         yield DrawnToken(
@@ -127,7 +127,7 @@ def _drawn_tokens(completion: Completion, start: int) -> Iterable[DrawnToken]:
 
 
 def with_all_entries(part: AnswerPart, completion: Completion) -> AnswerPart:
-    """Returns a whole answer with an entry for each token, also for those that ended it."""
+    """Returns a complete answer with an entry for each token, including the end tokens."""
     entries = [*part.entries]
     for token in _drawn_tokens(completion, len(part.entries)):
         entries.append(
@@ -144,7 +144,7 @@ def with_all_entries(part: AnswerPart, completion: Completion) -> AnswerPart:
 def echo_prompt(
     tokens: ServedTokenizer, sample: SampleRequest, result: SampleResult | None
 ) -> AnswerPart:
-    """Returns a prompt as the beginning of its completion, with entries if they were asked for."""
+    """Returns a prompt as the first part of its answer, with entries if they are requested."""
     prompt_text = CompletionText(tokens)
     prompt = AnswerPart()
     logprobs = None if result is None else result.prompt_logprobs
@@ -199,7 +199,7 @@ def prompt_entries(
 
 
 def join(prompt: AnswerPart, completion: AnswerPart) -> AnswerPart:
-    """Returns a completion with its prompt before it."""
+    """Returns a completion with its prompt in front."""
     shifted_entries = [
         dataclasses.replace(entry, start=entry.start + len(prompt.text))
         for entry in completion.entries
@@ -212,7 +212,7 @@ def join(prompt: AnswerPart, completion: AnswerPart) -> AnswerPart:
 
 
 def count_usage(samples: Sequence[SampleRequest], results: Sequence[SampleResult]) -> JsonObject:
-    """Returns the `usage` of a request: the numbers of tokens in prompts and completions."""
+    """Returns the `usage` of a request: the numbers of prompt tokens and completion tokens."""
     n_completion_tokens = 0
     n_cached_tokens = 0
     for result in results:
@@ -234,7 +234,7 @@ def make_token_counts(samples: Sequence[SampleRequest], n_completion_tokens: int
 
 @dataclasses.dataclass(frozen=True)
 class ChatForm:
-    """The JSON of chats.
+    """The JSON format of chats.
 
     Attributes:
       tokens: tokenizer of the model.
@@ -246,7 +246,7 @@ class ChatForm:
     prefix, whole_kind, part_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, index: int, part: AnswerPart) -> JsonObject:
-        """Returns a choice."""
+        """Returns the choice of a complete answer."""
         message: JsonObject = {"role": "assistant", "content": part.text, "refusal": None}
         if part.calls:
             message["content"] = part.text or None
@@ -256,13 +256,13 @@ class ChatForm:
         return self._make_choice(index, {"message": message}, part)
 
     def begin(self, index: int) -> JsonObject:
-        """Returns the choice of the first event."""
+        """Returns the choice of a stream's first event."""
         return self._make_choice(
             index, {"delta": {"role": "assistant", "content": ""}}, AnswerPart()
         )
 
     def part(self, index: int, part: AnswerPart) -> JsonObject:
-        """Returns the choice of an event."""
+        """Returns the choice of a later event of a stream."""
         delta: JsonObject = {"content": part.text} if part.text else {}
         if part.calls:
             delta["tool_calls"] = part.calls
@@ -271,7 +271,7 @@ class ChatForm:
         return self._make_choice(index, {"delta": delta}, part)
 
     def _make_choice(self, index: int, content: JsonObject, part: AnswerPart) -> JsonObject:
-        """Returns a choice with a message or a delta, `content`."""
+        """Returns a choice with `content`, which is a message or a delta."""
         logprobs = None
         if self.logprobs and (part.entries or part.finish):
             entries = [self._make_entry(entry) for entry in part.entries]
@@ -294,13 +294,13 @@ class ChatForm:
 
 
 def _without_index(call: JsonObject) -> JsonObject:
-    """Returns a call of a tool as whole answers have it: parts of a stream have its index."""
+    """Returns a tool call without its index, which only the parts of a stream contain."""
     return {name: value for name, value in call.items() if name != "index"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextForm:
-    """The JSON of plain completions.
+    """The JSON format of plain completions.
 
     Attributes:
       tokens: tokenizer of the model.
@@ -312,7 +312,7 @@ class TextForm:
     prefix, whole_kind, part_kind = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, index: int, part: AnswerPart) -> JsonObject:
-        """Returns a choice."""
+        """Returns the choice of a complete answer."""
         return {
             "index": index,
             "text": part.text,
@@ -326,7 +326,7 @@ class TextForm:
     part = whole
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> JsonObject:
-        """Returns lists of the tokens' texts, log-probabilities, alternatives and places."""
+        """Returns lists of the tokens' texts, log-probabilities, alternatives and offsets."""
         return {
             "tokens": [self._text(entry.token) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
@@ -335,7 +335,7 @@ class TextForm:
         }
 
     def _alternatives(self, entry: TokenEntry) -> dict[str, float] | None:
-        """Returns log-probabilities by the texts of tokens; of equal texts, the likeliest's."""
+        """Returns log-probabilities by the texts of tokens; the highest one for equal texts."""
         if entry.logprob is None:
             return None
         logprobs = {self._text(entry.token): entry.logprob}

@@ -1,4 +1,4 @@
-"""OpenAI's API: chats and completions, whole or as they are drawn."""
+"""The routes of OpenAI's API: chats and completions, complete or as streams."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ _DEFAULT_TOKENS = 16  # of a plain completion that asks for no number, as at Ope
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """A request that was read.
+    """A request for completions after parsing.
 
     Attributes:
       model: the client's name of it.
@@ -89,14 +89,14 @@ class CompletionRequest:
 
     @property
     def head(self) -> JsonObject:
-        """The fields that all parts of an answer begin with."""
+        """The fields at the beginning of each part of an answer."""
         kind = self.form.part_kind if self.stream else self.form.whole_kind
         name = f"{self.form.prefix}{uuid.uuid4().hex}"
         return {"id": name, "object": kind, "created": int(time.time()), "model": self.model}
 
 
 class OpenAI:
-    """The routes of OpenAI's API, over one engine."""
+    """The routes of OpenAI's API over one engine."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class OpenAI:
         *,
         trusts_templates: bool = False,
     ) -> None:
-        """Serves an engine.
+        """Creates the routes for an engine.
 
         Args:
           engine: the engine.
@@ -220,7 +220,7 @@ class OpenAI:
         return await self._draw_and_answer(request, completion_request)
 
     async def _read_fields(self, request: Request, path: str) -> JsonObject:
-        """Returns the fields of a body, and refuses fields that the path does not take."""
+        """Returns the fields of a body, and refuses fields that the path does not support."""
         body = await fields.read_body(request)
         fields.check_fields(body, FIELDS[path], path)
         return body
@@ -242,7 +242,7 @@ class OpenAI:
         return await run_in_threadpool(self._add_limits, sample, body)
 
     def _add_limits(self, sample: SampleRequest, body: JsonObject) -> SampleRequest:
-        """Returns a sample with all that limits its tokens, and whether its prompt is scored."""
+        """Returns a sample with the request's limits of tokens, and its wish for prompt scores."""
         sample = add_limits(sample, body, self._engine.facts, self._tokens)
         template = ""
         if is_forced(body):
@@ -255,7 +255,7 @@ class OpenAI:
         return dataclasses.replace(sample, prompt_logprobs=n_top is not None, top_prompt=n_top or 0)
 
     async def _tokenize(self, request: Request) -> Response:
-        """Answers with the tokens of a text or a chat."""
+        """Answers /tokenize with the tokens of a text or a chat."""
         body = await fields.read_body(request)
         fields.check_fields(body, TOKENIZE, "/tokenize")
         adapter = await self._models.find(fields.read_text(body, "model"), owner_of(request))
@@ -264,7 +264,7 @@ class OpenAI:
         return json_response(await run_in_threadpool(tokenize, body, tokens, max_length))
 
     async def _detokenize(self, request: Request) -> Response:
-        """Answers with the text of tokens."""
+        """Answers /detokenize with the text of tokens."""
         body = await fields.read_body(request)
         fields.check_fields(body, DETOKENIZE, "/detokenize")
         await self._models.find(fields.read_text(body, "model"), owner_of(request))
@@ -274,7 +274,7 @@ class OpenAI:
         return json_response({"prompt": await run_in_threadpool(self._tokens.text, ids)})
 
     def _tokenize_prompts(self, prompts: Sequence[str | list[int]], cuts: bool) -> list[list[int]]:
-        """Returns the tokens of prompts, which may be cut at their beginning."""
+        """Returns the tokens of prompts, which may lose tokens at their start (`cuts`)."""
         max_length = self._engine.facts.max_length
         prompt_ids: list[list[int]] = []
         for prompt in prompts:
@@ -288,7 +288,7 @@ class OpenAI:
         return prompt_ids
 
     async def _draw_and_answer(self, http: Request, request: CompletionRequest) -> Response:
-        """Draws the completions of a request, and answers it whole or as a stream."""
+        """Draws the completions of a request, and answers with JSON or a stream."""
         pending = PendingSamples(self._engine, request.samples, streams=request.stream)
         try:
             if not request.stream:
@@ -306,7 +306,7 @@ class OpenAI:
     def _make_whole_answer(
         self, request: CompletionRequest, results: Sequence[SampleResult]
     ) -> JsonObject:
-        """Returns the JSON of a whole answer."""
+        """Returns the JSON of a complete answer."""
         choices: list[JsonObject] = []
         prompt_fields: JsonObject = {}  # of the last one: a chat has no other
         is_chat = isinstance(request.form, ChatForm)
@@ -332,7 +332,7 @@ class OpenAI:
     def _prompt_fields(
         self, request: CompletionRequest, sample: SampleRequest, result: SampleResult
     ) -> JsonObject:
-        """Returns the fields about a prompt that a request asks for."""
+        """Returns the fields about a prompt that a request includes."""
         prompt_fields: JsonObject = {}
         if request.prompt_top is not None:
             prompt_fields["prompt_logprobs"] = prompt_entries(
@@ -343,7 +343,7 @@ class OpenAI:
         return prompt_fields
 
     def _opening_choices(self, request: CompletionRequest) -> Iterator[tuple[int, JsonObject]]:
-        """Yields indices and choices of a stream's first events, before any token is drawn."""
+        """Yields the indices and choices of a stream's first events, before any token."""
         for i, sample in enumerate(request.samples):
             prompt = AnswerPart()
             if request.echo:
@@ -361,7 +361,7 @@ class OpenAI:
         pending: PendingSamples,
         item: tuple[int, DrawnToken | SampleResult],
     ) -> AsyncIterator[str]:
-        """Yields the events of a stream; `item` is the first that came of its samples."""
+        """Yields the events of a stream. `item` is the first token or result of its samples."""
         head = request.head | ({"usage": None} if request.usage else {})
         n_completions = request.samples[0].n  # of each sample
         results: list[SampleResult] = []
@@ -414,12 +414,12 @@ class OpenAI:
 
 
 def _format_event(content: JsonObject) -> str:
-    """Returns a server-sent event with JSON."""
+    """Returns a server-sent event that contains JSON."""
     return f"data: {json.dumps(content)}\n\n"
 
 
 def _read_style(body: JsonObject, make_calls: Callable[[], ToolCalls] | None = None) -> AnswerStyle:
-    """Returns the settings by which answers are read, from the fields of a body."""
+    """Returns the settings for reading answers, from the fields of a body."""
     asks_for_special = body.get("skip_special_tokens") is not None
     asks_for_calls = body.get("parallel_tool_calls") is not None
     return AnswerStyle(

@@ -1,4 +1,4 @@
-"""Chats: from turns to the tokens of a prompt, and from an answer to its calls of tools."""
+"""Converts turns of a chat to prompt tokens, and the text of an answer to tool calls."""
 
 import json
 import uuid
@@ -23,7 +23,7 @@ _MAX_COUNTED_TOKENS = 1 << 20  # of a text that is not drawn from
 
 
 def read_tools(body: Mapping[str, object]) -> object:
-    """Returns the tools that a chat may call; None for none."""
+    """Returns the tools that a chat may call, or None."""
     return None if body.get("tool_choice") == "none" else body.get("tools") or None
 
 
@@ -72,7 +72,7 @@ def tokenize_chat(
 
 
 def _read_message(message: object, index: int) -> object:
-    """Returns a message as chat templates know it; refuses what is no text."""
+    """Returns a message for chat templates; raises HttpError if a part of it is not text."""
     if not isinstance(message, dict):
         return message
     content = message.get("content")
@@ -93,14 +93,14 @@ def _read_message(message: object, index: int) -> object:
 
 
 def choose_template(body: Mapping[str, object], tokens: ServedTokenizer) -> str:
-    """Returns the template that renders a chat, of those that a model may have; "" for none."""
+    """Returns the chat template that renders a chat with its tools; "" without a template."""
     if tokens.tokenizer.chat_template is None:
         return ""
     return str(tokens.tokenizer.get_chat_template(None, read_tools(body)))
 
 
 class ToolCalls:
-    """Finds the calls of tools in an answer, while it grows, as OpenAI's JSON.
+    """Finds the tool calls in a growing answer, as OpenAI's JSON.
 
     What can be read as no call stays in the text.
 
@@ -109,12 +109,12 @@ class ToolCalls:
     """
 
     def __init__(self, form: CallFormat = FORMATS["hermes"], tools: Tools = ()) -> None:
-        """Begins an answer in a format."""
+        """Creates a reader for an empty answer in a format."""
         self.n = 0
         self._reader = CallReader(form, tools, shows_malformed=True)
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[JsonObject], str]:
-        """Takes more of the text; returns text, whole calls and thoughts that are known now."""
+        """Adds text to the answer; returns new plain text, complete calls and thoughts."""
         answer = self._reader.add(text, last=last)
         calls: list[JsonObject] = []
         for written_call in answer.calls:
@@ -134,7 +134,7 @@ class ToolCalls:
 def make_calls(
     body: Mapping[str, object], tokens: ServedTokenizer
 ) -> Callable[[], ToolCalls] | None:
-    """Returns a maker of readers for the calls of an answer; None where a chat has no tools.
+    """Returns a function that makes readers of tool calls; None for a chat without tools.
 
     A template whose format is not known is read as Hermes'.
     """

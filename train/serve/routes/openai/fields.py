@@ -21,7 +21,7 @@ _MAX_SEED = 2**63
 
 
 async def read_body(request: Request) -> JsonObject:
-    """Returns the JSON object of a body; raises HttpError where there is none."""
+    """Returns the JSON object in a body; raises HttpError for any other body."""
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError):
@@ -32,12 +32,12 @@ async def read_body(request: Request) -> JsonObject:
 
 
 def field_error(name: str, value: object, instruction: str) -> HttpError:
-    """Returns the error for a field with a wrong value."""
+    """Returns the error for a field with an invalid value."""
     return HttpError(400, f"`{name}` is {shown(value)}. {instruction}", param=name)
 
 
 def read_text(body: Mapping[str, object], name: str) -> str:
-    """Returns the value of a field that must be a text."""
+    """Returns the value of a text field."""
     value = body.get(name)
     if not isinstance(value, str) or not value:
         raise field_error(name, value, "Pass a text.")
@@ -45,7 +45,7 @@ def read_text(body: Mapping[str, object], name: str) -> str:
 
 
 def read_flag(body: Mapping[str, object], name: str) -> bool:
-    """Returns a field that is true or false; false without it."""
+    """Returns a boolean field; False if the field is missing."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise field_error(name, value, "Pass true or false.")
@@ -59,7 +59,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 def read_integer(
     body: Mapping[str, object], name: str, min_value: int, max_value: int
 ) -> int | None:
-    """Returns a field that is a whole number of a range, or None."""
+    """Returns an integer field within a range, or None if the field is missing."""
     value = body.get(name)
     if value is None:
         return None
@@ -75,7 +75,7 @@ def read_number(
     max_value: float,
     min_value: float = 0.0,
 ) -> float:
-    """Returns a field that is a number of a range, by default from 0 on."""
+    """Returns a numeric field within a range, by default from 0."""
     value = body.get(name)
     if value is None:
         return default
@@ -85,7 +85,7 @@ def read_number(
 
 
 def check_fields(body: Mapping[str, object], fields: Mapping[str, Field], owner: str) -> None:
-    """Raises HttpError for a field that is unknown, or that would change the answer and cannot.
+    """Raises HttpError for a field that is unknown, or whose value is not supported.
 
     Args:
       body: the fields that were sent.
@@ -117,7 +117,7 @@ def _unknown_field_error(name: str, fields: Mapping[str, Field], owner: str) -> 
 def read_sample(
     body: Mapping[str, object], facts: EngineFacts, *, max_tokens: int | None, min_tokens: int
 ) -> SampleRequest:
-    """Returns the sample that a request asks for, of the base and with an empty prompt.
+    """Returns a request's sample for the base, with an empty prompt.
 
     Args:
       body: the fields that chats and plain completions share; see `check_fields`.
@@ -185,7 +185,7 @@ def read_max_prompt_tokens(
 def add_prompt(
     sample: SampleRequest, prompt: list[int], facts: EngineFacts, max_prompt_tokens: int | None
 ) -> SampleRequest:
-    """Returns a sample of a prompt; raises HttpError if the two are too long, or it is empty.
+    """Returns the sample with a prompt; raises HttpError if the prompt is empty or too long.
 
     Args:
       sample: the sample.
@@ -216,7 +216,7 @@ def add_prompt(
 
 
 def read_prompts(body: Mapping[str, object], facts: EngineFacts) -> list[str | list[int]]:
-    """Returns the prompts of `prompt`: a text or token ids, or a list of such."""
+    """Returns the prompts of the field `prompt`: texts or lists of token ids."""
     value = body.get("prompt")
     if isinstance(value, str):
         return [value]
@@ -236,7 +236,7 @@ def read_prompts(body: Mapping[str, object], facts: EngineFacts) -> list[str | l
 
 
 def read_top(body: Mapping[str, object]) -> int | None:
-    """Returns the alternatives that a chat wants for each token; None for no log-probabilities."""
+    """Returns the number of alternatives per token; None if log-probabilities are not requested."""
     n_top = read_integer(body, "top_logprobs", 0, TOP)
     if read_flag(body, "logprobs"):
         return n_top or 0
@@ -246,13 +246,13 @@ def read_top(body: Mapping[str, object]) -> int | None:
 
 
 def read_ids(body: Mapping[str, object], name: str, facts: EngineFacts) -> list[int] | None:
-    """Returns a field that is a list of tokens, or None."""
+    """Returns a field that is a list of token ids, or None."""
     value = body.get(name)
     return None if value is None else _check_ids(value, name, facts)
 
 
 def _check_ids(value: object, name: str, facts: EngineFacts) -> list[int]:
-    """Returns the value of a field if it is a list of tokens; raises HttpError for another."""
+    """Returns a field's value if it is a list of token ids; raises HttpError otherwise."""
     if not isinstance(value, list):
         raise field_error(name, value, "Pass a list of token ids.")
     for token in value:
@@ -262,7 +262,7 @@ def _check_ids(value: object, name: str, facts: EngineFacts) -> list[int]:
 
 
 def _read_stops(value: object) -> tuple[str, ...]:
-    """Returns the texts that end a completion: `stop` is one, or a list of them."""
+    """Returns the stop texts in the field `stop`, which is a text or a list of texts."""
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or len(stops) > _MAX_STOPS:
         raise field_error("stop", value, f"Pass a text, or a list of at most {_MAX_STOPS} texts.")

@@ -1,4 +1,4 @@
-"""Grammars of answers that have to call tools, in the form of the chat template."""
+"""Grammars for answers that must call tools, in the format of the chat template."""
 
 import json
 import re
@@ -24,7 +24,7 @@ _ANY_TEXT = "(?s:.*)"
 
 
 def has_form(form: CallForm, tools: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Returns False for tools whose calls a form has no texts for.
+    """Returns True if a call form can write all names and argument values of the tools.
 
     Args:
       form: the form.
@@ -44,12 +44,12 @@ def has_form(form: CallForm, tools: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _argument_schemas(schema: Mapping[str, Any]) -> Any:
-    """Returns the schemas of a tool's arguments, by their keys."""
+    """Returns the schemas of a tool's arguments by their names."""
     return schema.get("properties") or {}
 
 
 def _required_arguments(schema: Mapping[str, Any]) -> list[str]:
-    """Returns the keys of the arguments that a tool needs."""
+    """Returns the names of a tool's required arguments."""
     keys = schema.get("required")
     if not isinstance(keys, list):
         return []
@@ -57,10 +57,10 @@ def _required_arguments(schema: Mapping[str, Any]) -> list[str]:
 
 
 class CallGrammar:
-    """Writes a grammar in Lark's notation."""
+    """Writes a grammar of tool calls in Lark's notation."""
 
     def __init__(self, form: CallForm, compiler: GrammarCompiler) -> None:
-        """Begins a grammar of a form."""
+        """Creates a grammar without rules."""
         self._form = form
         self._compiler = compiler
         self._rules: list[str] = []
@@ -68,7 +68,7 @@ class CallGrammar:
     def compiled(
         self, tools: Mapping[str, Mapping[str, Any]], max_calls: int = _MAX_CALLS
     ) -> CompiledGrammar:
-        """Returns the grammar of an answer.
+        """Compiles the grammar of an answer that calls tools.
 
         Args:
           tools: the schemas of the tools' parameters, by name.
@@ -96,11 +96,11 @@ class CallGrammar:
         return self._compiler.lark("\n".join([start, call, *self._rules]))
 
     def _quote_text(self, text: str) -> str:
-        """Returns a text as a grammar writes it, special tokens among it."""
+        """Returns a text in the grammar's notation; it may contain special tokens."""
         return self._compiler.literal(text)
 
     def _call_beginning(self, name: str) -> str:
-        """Returns the text before a tool's arguments; a name in JSON has no special tokens."""
+        """Returns the grammar of a call up to the tool's arguments."""
         prefix, json_marker, suffix = self._form.head.partition("{json}")
         head = self._quote_text(prefix.format(name=name))
         if not json_marker:
@@ -108,7 +108,7 @@ class CallGrammar:
         return f"{head} {quote_for_lark(json.dumps(name))} {self._quote_text(suffix.format())}"
 
     def _add_argument_rules(self, call_name: str, schema: Mapping[str, Any]) -> str:
-        """Adds the rules of a call's arguments; returns the name of the rule, or a JSON schema."""
+        """Adds the rules of a call's arguments, and returns their rule name or a JSON schema."""
         form = self._form.arguments
         if form is None:
             return f"%json {self._compiler.json_text(schema)}"
@@ -131,7 +131,7 @@ class CallGrammar:
         return f"{call_name}_first_0"
 
     def _add_value(self, rule: str, key: str, schema: Any, root: Mapping[str, Any]) -> None:
-        """Adds the rule of an argument: a key and one of the kinds of its value."""
+        """Adds the rule of an argument: its name, and a value of one of the allowed kinds."""
         form = self._form.arguments
         assert form is not None
         kinds = [*_alternative_schemas(schema, root)] if form.is_raw else [schema]
@@ -145,7 +145,7 @@ class CallGrammar:
     def _value_rule_body(
         self, rule: str, schema: Any, root: Mapping[str, Any], form: ArgumentForm
     ) -> str:
-        """Returns the body of a rule for values of a schema; adds the rules that it needs."""
+        """Returns the body of a rule for a schema's values, and adds the rules that it uses."""
         texts = _allowed_texts(schema) if form.is_raw else None
         if texts is None:
             definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
@@ -159,14 +159,14 @@ class CallGrammar:
         return f"({constants}) {self._quote_text(form.after)}"
 
     def _write_constant(self, value: object, form: ArgumentForm) -> str:
-        """Returns a value as an argument writes it: a text in the form's quotes, other JSON."""
+        """Returns a constant in the grammar: a quoted text, or JSON for other values."""
         if not isinstance(value, str):
             return quote_for_lark(json.dumps(value, ensure_ascii=False))
         quote = self._quote_text(form.quote)
         return f"{quote} {quote_for_lark(value)} {quote}"
 
     def _add_raw_text(self, rule: str, pattern: str, end: str) -> None:
-        """Adds the rule of a text up to another one, which it does not hold."""
+        """Adds the rule of a text that ends at the end text and does not contain it."""
         end_text = self._quote_text(end)
         is_special_token = end_text.startswith("<[")  # which no text holds
         if is_special_token:
@@ -176,7 +176,7 @@ class CallGrammar:
 
 
 def _alternative_schemas(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields the schemas of which a value has one, without references at their top."""
+    """Yields the alternatives of a schema (anyOf, oneOf, several types) without references."""
     schema = resolve_reference(schema, root)
     if not isinstance(schema, Mapping):
         yield schema
@@ -197,7 +197,7 @@ def _alternative_schemas(schema: Any, root: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _allowed_texts(schema: Any) -> Sequence[object] | str | None:
-    """Returns the values that are allowed, or the expression of the texts; None for JSON."""
+    """Returns the allowed constants, or a regular expression of texts; None for other JSON."""
     if not isinstance(schema, Mapping):
         return None
     if "const" in schema:
@@ -218,7 +218,7 @@ def _allowed_texts(schema: Any) -> Sequence[object] | str | None:
 
 
 def _search_expression(pattern: str) -> str:
-    """Returns the expression, for Lark, of all texts in which a pattern is found."""
+    """Returns Lark's regular expression of all texts that contain a match of a pattern."""
     from llguidance import regex_to_lark
 
     is_anchored = pattern.startswith("^") or pattern.endswith("$")

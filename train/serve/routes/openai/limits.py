@@ -1,4 +1,4 @@
-"""The fields that limit what is drawn, with vLLM's meaning: penalties, biases, tokens and words."""
+"""Reads the fields that limit drawn tokens, with vLLM's meaning: penalties, biases, bad words."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _MAX_WORD_TOKENS = 1 << 20
 def add_limits(
     sample: SampleRequest, body: Mapping[str, object], facts: EngineFacts, tokens: ServedTokenizer
 ) -> SampleRequest:
-    """Returns a sample with the limits that a request asks for.
+    """Returns a sample with the limits of a request.
 
     Args:
       sample: the sample.
@@ -53,7 +53,7 @@ def add_limits(
 
 
 def _read_min_tokens(body: Mapping[str, object], max_tokens: int | None) -> int:
-    """Returns the number of tokens before which no completion ends."""
+    """Returns the minimum number of tokens of a completion."""
     min_tokens = read_integer(body, "min_tokens", 0, 1 << 30) or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise field_error(
@@ -63,7 +63,7 @@ def _read_min_tokens(body: Mapping[str, object], max_tokens: int | None) -> int:
 
 
 def _read_biases(value: object, facts: EngineFacts) -> dict[int, float]:
-    """Returns the biases of tokens, from -100 to 100."""
+    """Returns the biases by token id, clipped to the range from -100 to 100."""
     if not value:
         return {}
     requirement = f"Pass an object of at most {MOST_BIASES} numbers by token ids."
@@ -85,7 +85,7 @@ def _read_biases(value: object, facts: EngineFacts) -> dict[int, float]:
 def _read_bad_words(
     body: Mapping[str, object], tokens: ServedTokenizer
 ) -> tuple[tuple[int, ...], ...]:
-    """Returns the tokens of words that are not to come, as they begin a text and within one.
+    """Returns the token sequences of forbidden words, at the start of a text and within it.
 
     Within a text, a word may have another first token, and as many of them: vLLM's rule.
     """

@@ -1,4 +1,4 @@
-"""The names that `model` may have: the base, adapters by name or folder, and checkpoints."""
+"""Resolves the field `model`: the base, an adapter's name or folder, or a checkpoint."""
 
 import asyncio
 import dataclasses
@@ -26,7 +26,7 @@ _ADAPTER_FILES = ("adapter", "adapter_config.json", "lora", "best")  # an adapte
 
 @dataclasses.dataclass(frozen=True)
 class AdapterLookup:
-    """Finds adapters for owners. Its functions are called in threads.
+    """Functions that find the adapters of owners. They are called in threads.
 
     Attributes:
       folder: that of --adapters.
@@ -46,7 +46,7 @@ class Models:
     """Finds the adapters that an owner may use, and loads them."""
 
     def __init__(self, engine: EngineProtocol, access: Access, lookup: AdapterLookup) -> None:
-        """Keeps the engine, whether there are keys, and where adapters are found."""
+        """Stores the engine, whether there are keys, and the lookup of adapters."""
         self._engine = engine
         self._has_keys = access.keyed
         self._lookup = lookup
@@ -66,7 +66,7 @@ class Models:
         ]
 
     async def find(self, model: str, owner: str) -> str | None:
-        """Returns the engine's name of an adapter, which it reads if need be; None for the base.
+        """Returns the engine's name of an adapter, and loads it if necessary; None for the base.
 
         Args:
           model: the client's name: also `base;tinker://…`, as Tinker's own server takes it.
@@ -94,7 +94,7 @@ class Models:
         return name
 
     async def _find_adapter(self, model: str, owner: str) -> tuple[str, Path | None] | None:
-        """Returns the engine's name of an adapter, and its folder where that is known."""
+        """Returns the engine's name of an adapter, and its folder if that is known."""
         path = model.removeprefix(f"{self._engine.facts.model};")
         if path.startswith(_TINKER):
             return await run_in_threadpool(self._lookup.resolve, path, owner)
@@ -110,20 +110,20 @@ class Models:
         return None
 
     def template(self, name: str | None) -> str | None:
-        """Returns the chat template of an adapter, by the engine's name; None for the base's."""
+        """Returns the chat template of an adapter by the engine's name; None for the base's."""
         return None if name is None else self._templates.get(name)
 
     async def _adopt(self, name: str, folder: Path) -> None:
-        """Has the engine read an adapter, and keeps its chat template."""
+        """Loads an adapter into the engine, and stores its chat template."""
         self._templates[name] = await run_in_threadpool(self._lookup.template_of, folder)
         await wait_for_result(lambda done: self._engine.adopt(name, folder, done))
 
     def _engine_name(self, owner: str, name: str) -> str:
-        """Returns the engine's name of an adapter that an owner loaded: owners share no names."""
+        """Returns the engine's name of an adapter. With keys, it includes the owner's name."""
         return f"{owner}:{name}" if self._has_keys else name
 
     def _folders(self) -> dict[str, Path]:
-        """Returns the adapters' and runs' folders beneath --adapters, by name."""
+        """Returns the folders of adapters and runs in --adapters, by name."""
         if self._folder is None:
             return {}
         folders: dict[str, Path] = {}
@@ -134,7 +134,7 @@ class Models:
         return folders
 
     def _names(self, owner: str) -> list[str]:
-        """Returns the names that there are for an owner."""
+        """Returns the model names that an owner may use."""
         loaded_names: set[str] = set()  # as the engine has them, of all owners
         for loading_owner, folders in self._loaded.items():
             loaded_names |= {self._engine_name(loading_owner, name) for name in folders}
@@ -171,7 +171,7 @@ class Models:
         return json_response(self._description(name))
 
     async def _load(self, request: Request) -> Response:
-        """Loads the adapter in a folder under a name, as vLLM's route does."""
+        """Loads the adapter in a folder under a name, like vLLM's route."""
         body = await read_body(request)
         owner = owner_of(request)
         name = read_text(body, "lora_name")
@@ -194,7 +194,7 @@ class Models:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     def _adapter_folder(self, lora_path: str) -> Path:
-        """Returns the folder of an adapter; with keys, one beneath --adapters."""
+        """Returns the folder of an adapter, which must be in --adapters if there are keys."""
         problem = remote_problem(lora_path)
         if problem:
             raise field_error("lora_path", lora_path, f"this {problem}")
@@ -209,7 +209,7 @@ class Models:
         return folder
 
     async def _unload(self, request: Request) -> Response:
-        """Forgets an adapter, as vLLM's route does."""
+        """Removes an adapter, like vLLM's route."""
         body = await read_body(request)
         owner = owner_of(request)
         name = read_text(body, "lora_name")

@@ -1,4 +1,4 @@
-"""Samples under way: from the engine's thread to the loop that answers their client."""
+"""Passes the tokens and results of samples from the engine's thread to the event loop."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 def loop_callback(done: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns a function that any thread may call, and that calls another in the present loop."""
+    """Returns a thread-safe function that calls another function in the running event loop."""
     loop = asyncio.get_running_loop()
 
     def post(item: Any) -> None:
@@ -28,7 +28,7 @@ def loop_callback(done: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 async def wait_for_result(call: Callable[[Callable[[Any], None]], Any]) -> Any:
-    """Returns the result of a call of the engine that takes a `Done`; raises what went wrong."""
+    """Calls the engine, and waits for the result or raises the error that it reports."""
     future = asyncio.get_running_loop().create_future()
 
     def set_result(result: Any) -> None:
@@ -43,12 +43,12 @@ async def wait_for_result(call: Callable[[Callable[[Any], None]], Any]) -> Any:
 
 
 class PendingSamples:
-    """Samples of one request."""
+    """The samples of one request that have not ended."""
 
     def __init__(
         self, engine: EngineProtocol, samples: Sequence[SampleRequest], *, streams: bool
     ) -> None:
-        """Submits samples; `streams` has each token come as it is drawn."""
+        """Submits samples. With `streams`, each token is reported when it is drawn."""
         self._queue: asyncio.Queue[tuple[int, DrawnToken | SampleResult | BaseException]] = (
             asyncio.Queue()
         )
@@ -61,7 +61,7 @@ class PendingSamples:
             self._cancels.append(engine.sample(sample, post_item, on_token))
 
     async def next(self) -> tuple[int, DrawnToken | SampleResult]:
-        """Returns the index of a sample, and its next token, or at last what it drew.
+        """Returns the index of a sample, with its next token or its final result.
 
         Raises:
           Exception: what went wrong with one of them.
@@ -74,7 +74,7 @@ class PendingSamples:
         return index, item
 
     async def all(self) -> list[SampleResult]:
-        """Returns the results of all samples, once they are there."""
+        """Waits for all samples, and returns their results."""
         results: dict[int, SampleResult] = {}
         while self.n_left:
             index, item = await self.next()
@@ -83,7 +83,7 @@ class PendingSamples:
         return [results[index] for index in sorted(results)]
 
     def close(self) -> None:
-        """Ends the samples that still run."""
+        """Cancels the samples that are still running."""
         if self.n_left:
             for cancel in self._cancels:
                 cancel()
@@ -94,7 +94,7 @@ def _post_with_index(post: Callable[[Any], None], index: int, item: Any) -> None
 
 
 async def unless_gone(request: Request, result: Awaitable[Value]) -> Value:
-    """Returns a result, or raises HttpError as soon as the client has gone."""
+    """Awaits a result, or raises HttpError when the client disconnects first."""
     result_task = asyncio.ensure_future(result)
     disconnect_task = asyncio.create_task(wait_disconnect(request))
     tasks: list[asyncio.Future[Any]] = [result_task, disconnect_task]
@@ -109,16 +109,16 @@ async def unless_gone(request: Request, result: Awaitable[Value]) -> Value:
 
 
 class Events(StreamingResponse):
-    """Server-sent events, with what is to be done at their end, however they end."""
+    """A response of server-sent events that calls `close` when it ends for any reason."""
 
     def __init__(self, events: Any, close: Callable[[], None]) -> None:
-        """Takes the events, an asynchronous iterator of texts."""
+        """Creates a response from an asynchronous iterator of texts."""
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._close = close
 
     async def __call__(self, *args: Any) -> None:
-        """Sends them."""
+        """Sends the events."""
         try:
             await super().__call__(*args)
         finally:

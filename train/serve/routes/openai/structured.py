@@ -1,4 +1,4 @@
-"""The fields that say what form an answer has: JSON, a schema, a grammar, a call of a tool."""
+"""Reads the fields that require a format of the answer: a schema, a grammar, or a tool call."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _NO_PARAMETERS: Mapping[str, object] = {**_OBJECT, "additionalProperties": False
 def read_grammar(
     body: Mapping[str, object], compiler: GrammarCompiler, template: str
 ) -> CompiledGrammar | None:
-    """Returns the grammar of the answers that a request asks for; None for any answers.
+    """Returns the grammar that a request requires of its answers, or None.
 
     Args:
       body: the fields of the request.
@@ -66,13 +66,13 @@ def read_grammar(
 
 
 def is_forced(body: Mapping[str, object]) -> bool:
-    """Returns True if a chat has to call a tool."""
+    """Returns True if a chat must call a tool."""
     choice = body.get("tool_choice")
     return choice == "required" or isinstance(choice, dict)
 
 
 def forced_form(body: Mapping[str, object], template: str) -> tuple[CallFormat, CallForm]:
-    """Returns the format of calls that a chat has to make, and how they are written.
+    """Returns the format of the required tool calls, and the form in which they are written.
 
     It is the template's, or Hermes' where that is not known, or has no texts for the tools.
     """
@@ -87,7 +87,7 @@ def forced_form(body: Mapping[str, object], template: str) -> tuple[CallFormat, 
 
 @contextlib.contextmanager
 def _raise_as_http_error(path: str) -> Iterator[None]:
-    """Raises a GrammarError as HttpError, with the path of what is wrong."""
+    """Turns a GrammarError into an HttpError that names the path of the wrong value."""
     try:
         yield
     except GrammarError as error:
@@ -135,7 +135,7 @@ def _read_object(value: object, name: str, compiler: GrammarCompiler) -> Compile
 
 
 def _read_schema(value: object, name: str, compiler: GrammarCompiler) -> CompiledGrammar:
-    """Returns the grammar of a JSON schema, which may be a text."""
+    """Returns the grammar of a JSON schema, which may be given as text."""
     schema = value
     if isinstance(value, str):
         try:
@@ -172,7 +172,7 @@ def _require_text(value: object, name: str) -> str:
 def _read_calls(
     body: Mapping[str, object], compiler: GrammarCompiler, template: str
 ) -> CompiledGrammar | None:
-    """Returns the grammar of an answer that has to call tools; None for others."""
+    """Returns the grammar of an answer that must call tools; None for other answers."""
     choice = body.get("tool_choice")
     if not choice or choice in ("none", "auto"):
         return None
@@ -208,7 +208,7 @@ def _read_calls(
 
 
 def _schemas_of_functions(body: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
-    """Returns the schemas of functions' parameters, by the functions' names."""
+    """Returns the parameter schemas of functions by their names."""
     tools = body.get("tools") or []
     if not isinstance(tools, list):
         return {}

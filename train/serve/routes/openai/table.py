@@ -1,4 +1,4 @@
-"""The fields of chats and completions: those that work, are refused, or do not change the answer.
+"""The table of request fields: which ones work, are refused, or have no effect on the answer.
 
 A field stands here once, whoever knows it: OpenAI, vLLM, SGLang or llama.cpp. Any other is unknown.
 """
@@ -14,7 +14,7 @@ Kind = Literal["works", "refused", "no effect"]
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """The treatment of a field by a server.
+    """The way in which the server treats a field.
 
     Attributes:
       kind: "works"; "refused", as it would change the answer; or "no effect" on the answer.
@@ -28,12 +28,12 @@ class Field:
 
 
 def _refused(names: str, *neutral: object, instead: str = "Remove it") -> dict[str, Field]:
-    """Returns fields that are refused, but for values that change nothing."""
+    """Returns fields that are refused unless their value has no effect."""
     return dict.fromkeys(names.split(), Field("refused", neutral, instead))
 
 
 def _fields(kind: Kind, names: str) -> dict[str, Field]:
-    """Returns fields of one kind, of any value."""
+    """Returns fields of one kind that accept any value."""
     return dict.fromkeys(names.split(), Field(kind))
 
 
@@ -94,7 +94,7 @@ _COMPLETION_FIELDS = _fields("works", "prompt echo")
 
 
 def _elsewhere(fields: Mapping[str, Field], path: str, **instead: str) -> dict[str, Field]:
-    """Returns the fields of another path's requests, which are refused here."""
+    """Returns fields that belong to another path and are refused here."""
     default_remedy = f"Remove it, because it belongs to {path}"
     neutral_values: tuple[object, ...] = ([], {}, False, "none", "auto")
     return {
@@ -132,6 +132,6 @@ DETOKENIZE: Mapping[str, Field] = _fields("works", "model tokens")
 
 
 def nearest(name: str, fields: Mapping[str, Field]) -> str | None:
-    """Returns the field whose name is most like an unknown one; None if none is like it."""
+    """Returns the most similar known field name; None if no name is similar."""
     matches = difflib.get_close_matches(name[:64], fields, n=1, cutoff=0.7)
     return matches[0] if matches else None

@@ -1,4 +1,4 @@
-"""Tokens as text: of single ones, and of a completion while it grows."""
+"""Converts tokens to text: single tokens, and the tokens of a growing completion."""
 
 import copy
 import dataclasses
@@ -18,10 +18,10 @@ _REPLACEMENT = ord("?")  # of a character that stands for no byte
 
 
 class ServedTokenizer:
-    """A tokenizer, as the routes use it; by several threads at once."""
+    """A tokenizer for the routes, which several threads may use at once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Takes transformers' fast tokenizer."""
+        """Wraps a fast tokenizer of transformers."""
         self.tokenizer = tokenizer
         self._core = tokenizer.backend_tokenizer
         self._added_tokens = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
@@ -58,11 +58,11 @@ class ServedTokenizer:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Returns the text of tokens, special ones too."""
+        """Returns the text of tokens, including special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def templated(self, template: str | None) -> "ServedTokenizer":
-        """Returns the same tokenizer with another chat template, if there is one."""
+        """Returns the tokenizer with another chat template; unchanged for None."""
         if template is None:
             return self
         served_tokenizer = copy.copy(self)
@@ -71,7 +71,7 @@ class ServedTokenizer:
         return served_tokenizer
 
     def _spell(self, token: int) -> bytes:
-        """Returns the bytes that a token stands for."""
+        """Returns the bytes that a token represents."""
         if token in self._added_tokens:
             return self._added_tokens[token].encode()
         entry = self._core.id_to_token(token) or ""  # of the vocabulary
@@ -84,7 +84,7 @@ class ServedTokenizer:
 
 
 def _byte_level() -> dict[str, int]:
-    """Returns the bytes by the characters that stand for them in byte-level vocabularies.
+    """Returns the byte for each character of byte-level vocabularies.
 
     Printable characters stand for themselves; the other bytes, in their order, have those from 256.
     """
@@ -96,7 +96,7 @@ def _byte_level() -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenEntry:
-    """A token in a text.
+    """A token with its log-probability, alternatives and place in the text.
 
     Attributes:
       token: its id.
@@ -112,7 +112,7 @@ class TokenEntry:
 
 
 class CompletionText:
-    """The text of a completion with its tokens, as they come; see `TextStream`."""
+    """The text of a completion while its tokens arrive; see `TextStream`."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class CompletionText:
         keeps_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """Begins a text.
+        """Creates an empty text.
 
         Args:
           tokens: tokenizer of the model.
@@ -140,12 +140,12 @@ class CompletionText:
 
     @property
     def length(self) -> int:
-        """The number of characters that were given out."""
+        """The number of characters that were returned so far."""
         return self._stream.length
 
     @property
     def stopped(self) -> bool:
-        """True once a stop text was found."""
+        """True if a stop text was found."""
         return self._stream.stopped
 
     def add(
@@ -154,7 +154,7 @@ class CompletionText:
         logprob: float | None = None,
         top: list[tuple[int, float]] | None = None,
     ) -> tuple[str, list[TokenEntry]]:
-        """Takes a token; returns what can be given out now."""
+        """Adds a token; returns the text that is now final, and its tokens."""
         if self.stopped:
             return "", []
         self._held_entries.append(
@@ -167,14 +167,14 @@ class CompletionText:
         return text, entries
 
     def end(self) -> tuple[str, list[TokenEntry]]:
-        """Returns the text that was held back, once no more tokens come, and its tokens."""
+        """Returns the remaining text and its tokens after the last token."""
         if self.stopped:
             return "", []
         text = self._stream.end()
         return text, self._take_entries(last=True)
 
     def _take_entries(self, *, last: bool = False) -> list[TokenEntry]:
-        """Returns the tokens whose text was given out now; they are held no longer."""
+        """Removes and returns the tokens whose text was returned."""
         takes_all = last and not self.stopped
         entries = [entry for entry in self._held_entries if takes_all or entry.start < self.length]
         self._held_entries = self._held_entries[len(entries) :]
@@ -182,7 +182,7 @@ class CompletionText:
 
 
 def listed(top: tuple[Iterable[int], Iterable[float]] | None) -> list[tuple[int, float]] | None:
-    """Returns the most likely tokens at a place, ids and log-probabilities, as pairs."""
+    """Returns pairs of ids and log-probabilities of the most likely tokens at a place."""
     if top is None:
         return None
     ids, logprobs = top
@@ -190,5 +190,5 @@ def listed(top: tuple[Iterable[int], Iterable[float]] | None) -> list[tuple[int,
 
 
 def finite(logprob: float) -> float:
-    """Returns a log-probability that JSON can hold."""
+    """Returns a log-probability as a finite number, which JSON can represent."""
     return float(logprob) if math.isfinite(logprob) else _MIN_LOGPROB

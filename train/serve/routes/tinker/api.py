@@ -1,4 +1,4 @@
-"""Tinker's API: its sessions and its lifetime; training, samples and runs have their own routes."""
+"""Tinker's API: its sessions and its start and end. Other modules hold its other routes."""
 
 import dataclasses
 import logging
@@ -115,7 +115,7 @@ class Tinker:
         self._sampling = SamplingRoutes(parts)
 
     def start(self, silent: float = math.inf) -> None:
-        """Brings back the tenants that were there; call it before the first request.
+        """Loads the tenants of the ledger again. It must be called before the first request.
 
         Args:
           silent: seconds; those without a command for longer stay on disk.
@@ -128,12 +128,12 @@ class Tinker:
         self.ledger.close()
 
     def end_session(self, session: str) -> None:
-        """Ends a session: its models, snapshots and samples."""
+        """Ends a session with its models, snapshots and samples."""
         self.log.end_session(session)
         self.futures.end_session(session)
 
     def sweep(self, silent: float) -> None:
-        """Removes expired results, gives up missing commands, parks tenants; call it every minute.
+        """Removes expired data, closes gaps, and parks silent tenants. It is called every minute.
 
         Args:
           silent: seconds of silence of a session after which its tenants lie on disk.
@@ -148,7 +148,7 @@ class Tinker:
         _try("the removal of what is over", self.log.sweep)
 
     def sweep_samples(self) -> None:
-        """Ends the samples of clients that are gone; call it every few seconds."""
+        """Ends the samples of disconnected clients. It is called every few seconds."""
         self.futures.sweep(set(self.ledger.idle_sessions(_MAX_HEARTBEAT_GAP)))
 
     def routes(self) -> list[Route]:
@@ -189,7 +189,7 @@ class Tinker:
         return self.log.name(folder), folder
 
     def owns(self, owner: str, name: str) -> bool:
-        """Returns True if a tenant, or the adapter that it made, is an owner's."""
+        """Returns True if a tenant, or its adapter, belongs to an owner."""
         row = self.ledger.model(name)
         return row is not None and row["owner"] == owner
 
@@ -202,7 +202,7 @@ class Tinker:
         return answer
 
     def _capabilities(self, request: OwnerRequest) -> Response:
-        """Lists the names of the base, and what can be done with it."""
+        """Answers with the names of the base and their capabilities."""
         capabilities = {
             "max_context_length": self._engine.facts.max_length,
             "trainable": True,
@@ -212,7 +212,7 @@ class Tinker:
         return json_response({"supported_models": models})
 
     def _create_session(self, request: OwnerRequest) -> Response:
-        """Opens a session, with the name and the metadata that a client gives it."""
+        """Opens a session with the client's name and metadata."""
         session = str(uuid.uuid4())
         metadata = {**(request.fields.metadata() or {})}
         display_name = request.fields.get("display_name", str, None)
@@ -233,7 +233,7 @@ class Tinker:
 
 
 def _try(task: str, function: Callable[..., object], *arguments: object) -> None:
-    """Calls a function; an error is logged, such as of a full disk, and hinders nothing else."""
+    """Calls a function, and logs an error in it."""
     try:
         function(*arguments)
     except Exception:

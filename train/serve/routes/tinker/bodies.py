@@ -1,4 +1,4 @@
-"""Reads bodies of requests, and turns errors into answers in JSON."""
+"""Reads the bodies of requests, and turns errors into JSON answers."""
 
 import asyncio
 import dataclasses
@@ -47,7 +47,7 @@ class OwnerRequest:
 
     @property
     def path(self) -> dict[str, Any]:
-        """The values in the path, by their names in the route."""
+        """The values of the route's path parameters, by name."""
         return self.http.path_params
 
     @functools.cached_property
@@ -65,7 +65,7 @@ Endpoint = Callable[[OwnerRequest], Response | Awaitable[Response]]
 
 
 def guard(endpoint: Endpoint, find_owner: Owner) -> Callable[[Request], Awaitable[Response]]:
-    """Returns an endpoint for those with a key; what it raises becomes an answer.
+    """Returns an endpoint that requires a key, and that turns errors into answers.
 
     Args:
       endpoint: answers the request.
@@ -73,7 +73,7 @@ def guard(endpoint: Endpoint, find_owner: Owner) -> Callable[[Request], Awaitabl
     """
 
     async def answer(request: Request) -> Response:
-        """Answers a request, or says why it is refused."""
+        """Answers a request, or explains why it is refused."""
         try:
             owner = find_owner(request)
             if owner is None:
@@ -173,9 +173,9 @@ class JsonFields:
         return value
 
     def object(self, name: str, default: Any = _REQUIRED) -> "JsonFields":
-        """Returns the fields of an object within."""
+        """Returns the fields of a nested object."""
         return JsonFields(self.get(name, dict, default), name)
 
     def metadata(self) -> dict | None:
-        """Returns the metadata that the client attaches."""
+        """Returns the metadata of the client, or None."""
         return self.get("user_metadata", dict, None)

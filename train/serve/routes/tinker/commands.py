@@ -1,4 +1,4 @@
-"""Commands of Tinker's training API: read from requests and from the ledger, and answered."""
+"""Reads the commands of Tinker's training API, and writes the answers to them."""
 
 import json
 import re
@@ -29,15 +29,15 @@ _MAX_STOPS = 64
 
 
 class TinkerCodec:
-    """Reads commands from rows of the ledger, and writes the answers to them."""
+    """Reads commands from rows of the ledger, and encodes the answers to them."""
 
     def __init__(self, facts: EngineFacts, root: Path) -> None:
-        """Keeps the engine's limits, and the folder beneath which adapters are named."""
+        """Stores the engine's limits, and the root folder of adapter names."""
         self._facts = facts
         self._root = root
 
     def read(self, row: Row) -> requests.Command:
-        """Returns the command of a row, by its kind, payload, folder and target."""
+        """Returns the command of a row of the ledger."""
         kind = row["kind"]
         folder = Path(row["folder"] or "")
         if kind == "forward_backward":
@@ -62,7 +62,7 @@ class TinkerCodec:
         )
 
     def write(self, row: Row, result: requests.CommandResult) -> bytes:
-        """Returns the body that a client gets for a command's result."""
+        """Returns the body that answers a command with its result."""
         kind = row["kind"]
         target = row["target"]
         if isinstance(result, requests.GradientResult):
@@ -82,7 +82,7 @@ class TinkerCodec:
 
 
 def spec_of(fields: JsonFields, facts: EngineFacts) -> requests.AdapterSpec:
-    """Returns the adapter that a create_model asks for."""
+    """Returns the adapter that a create_model request describes."""
     _check_optimizer(fields, "optimizer_config")
     lora = fields.object("lora_config")
     spec = requests.AdapterSpec(
@@ -101,7 +101,7 @@ def spec_of(fields: JsonFields, facts: EngineFacts) -> requests.AdapterSpec:
 
 
 def update_of(fields: JsonFields) -> requests.Update:
-    """Returns the step that an optim_step asks for."""
+    """Returns the AdamW step that an optim_step request describes."""
     for name in ("optimizer_params", "optim_params"):
         _check_optimizer(fields, name)
     adam = fields.object("adam_params")
@@ -118,7 +118,7 @@ def update_of(fields: JsonFields) -> requests.Update:
 
 
 def check_numbers(fields: JsonFields, *names: str) -> None:
-    """Raises a RequestError for a number that is null, as JSON writes NaN and infinities.
+    """Raises a RequestError for a null number, which JSON clients send for NaN and infinities.
 
     Commands that were taken in before are executed again as they were then: so this is a check of
     what comes, and none of what the ledger has.
@@ -132,14 +132,14 @@ def check_numbers(fields: JsonFields, *names: str) -> None:
 
 
 def _check_optimizer(fields: JsonFields, name: str) -> None:
-    """Raises a RequestError if a field names another optimizer than AdamW."""
+    """Raises a RequestError if a field names an optimizer other than AdamW."""
     kind = fields.object(name, {}).get("type", str, "adamw")
     if kind != "adamw":
         raise requests.RequestError(f"the optimizer {kind[:40]!r} is not supported. Use adamw.")
 
 
 def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
-    """Returns the tinker:// path that a save makes; its name cannot leave its folder."""
+    """Returns the tinker:// path of a save, after checking its name."""
     name = fields.get("path", str, f"{seq:06d}")
     if not _NAME.fullmatch(name):
         raise requests.RequestError(
@@ -152,7 +152,7 @@ def path_of(fields: JsonFields, kind: str, model: str, seq: int) -> str:
 
 
 def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
-    """Returns the public keys for which an export is encrypted.
+    """Returns the public keys that may decrypt an export.
 
     Raises:
       RequestError: it is no export, or one is no key.
@@ -167,7 +167,7 @@ def recipients_of(fields: JsonFields, kind: str) -> tuple[str, ...]:
 
 
 def _read_targets(fields: JsonFields) -> Message | None:
-    """Returns the tensor of tokens to score at each place of a prompt, as a message, or None.
+    """Returns the message with the tokens to score at each place of a prompt, or None.
 
     Raises:
       RequestError: It is none of int64, -1 for none.
@@ -178,6 +178,7 @@ def _read_targets(fields: JsonFields) -> Message | None:
     tensor_fields = fields.object(name)
 
     def read_integers(key: str) -> np.ndarray:
+        """Returns a list field of integers as an array; raises a RequestError for other values."""
         values = tensor_fields.get(key, list)
         if not all(type(value) is int and -1 <= value < 2**31 for value in values):
             raise requests.RequestError(
@@ -202,7 +203,7 @@ def _read_targets(fields: JsonFields) -> Message | None:
 def sample_of(
     fields: JsonFields, facts: EngineFacts, adapter: str | None
 ) -> tuple[requests.SampleRequest, Callable[[requests.SampleResult], bytes]]:
-    """Returns the sample that an asample asks for, and a function that encodes its result.
+    """Returns the sample that an asample request describes, and an encoder of its result.
 
     Raises:
       RequestError: It has a chunk that is no text, or asks for what is not offered.
@@ -246,7 +247,7 @@ def sample_of(
 
 
 def _read_chunks(fields: JsonFields) -> list[list]:
-    """Returns the tokens of each chunk of a prompt; raises a RequestError for no text."""
+    """Returns the tokens of each chunk of a prompt; raises a RequestError if one is not text."""
     chunks: list[list] = []
     for chunk in fields.object("prompt").get("chunks", list):
         chunk_fields = JsonFields(chunk, "a chunk of the prompt")
@@ -261,7 +262,7 @@ def _read_chunks(fields: JsonFields) -> list[list]:
 
 
 def _read_stops(params: JsonFields, facts: EngineFacts) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Returns the tokens and the texts that end a completion.
+    """Returns the stop tokens and the stop texts of a completion.
 
     The end of a text is among them, unless the client gives an empty list.
     """

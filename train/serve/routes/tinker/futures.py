@@ -1,4 +1,4 @@
-"""Results that clients come back for: held open for a while, then asked for again."""
+"""Results that clients poll for. A poll waits for a while before it must be repeated."""
 
 import asyncio
 import dataclasses
@@ -25,7 +25,7 @@ _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 async def _is_closed_first(
     event: Awaitable[object], closed: Awaitable[object] | None, seconds: float
 ) -> bool:
-    """Waits for an event, or for the end of a connection; returns whether that came first."""
+    """Waits for an event or the end of a connection; returns True if the connection ended first."""
     event_task = asyncio.ensure_future(event)
     tasks = [event_task]
     if closed is not None:
@@ -42,7 +42,7 @@ async def _is_closed_first(
 
 @dataclasses.dataclass
 class _Promise:
-    """A result that is kept in memory alone.
+    """A promised result that is kept in memory only.
 
     Attributes:
       owner: who may fetch it.
@@ -66,7 +66,7 @@ class _Promise:
 
 
 class Futures:
-    """Finds results by the ids of requests: of commands in the ledger, of samples in memory."""
+    """Finds results by request ids: commands' results in the ledger, and samples' in memory."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Futures:
         self._lock = threading.Lock()
 
     def open(self, request_id: str, owner: str) -> bool:
-        """Promises a result in JSON; returns whether it is new, or was promised before."""
+        """Promises a result in JSON; returns False if this request already has a promise."""
         promise = _Promise(owner=owner, write=None, session=None, deadline=math.inf)
         return self._add_promise(request_id, promise)
 
@@ -116,7 +116,7 @@ class Futures:
         write: Callable[[SampleResult], bytes],
         session: str | None = None,
     ) -> None:
-        """Promises the result of a sample, and starts it, unless it was promised before.
+        """Promises the result of a sample and starts it, unless the request has a promise.
 
         Args:
           request_id: its id.
@@ -145,7 +145,7 @@ class Futures:
             end()
 
     def _add_promise(self, request_id: str, promise: _Promise) -> bool:
-        """Notes a promise, unless there is one for this request; returns whether it did."""
+        """Adds a promise; returns False if this request already has one."""
         with self._lock:
             self._forget_old_results()
             if request_id in self._promises:
@@ -160,7 +160,7 @@ class Futures:
             return True
 
     def _forget_old_results(self) -> None:
-        """Forgets the results that were kept for long enough; the lock is held."""
+        """Removes results that were kept for the full time. The caller holds the lock."""
         latest_time = time.monotonic() - self._keep_seconds
         while self._results:
             result_time, request_id = self._results[0]
@@ -170,20 +170,20 @@ class Futures:
             del self._promises[request_id]
 
     def end_session(self, session: str) -> None:
-        """Ends the samples of a session; requests for their results are told that there are none.
+        """Ends the samples of a session. Polls for their results then fail.
 
         A client that lives asks for such a sample anew.
         """
         self._drop_samples(lambda promise: promise.session == session)
 
     def busy_sessions(self) -> set[str]:
-        """Returns the sessions that wait for a sample."""
+        """Returns the sessions that have unfinished samples."""
         with self._lock:
             pending = [promise for promise in self._promises.values() if promise.result is None]
         return {promise.session for promise in pending if promise.session}
 
     def sweep(self, silent: Container[str] = ()) -> None:
-        """Ends the samples that nobody will fetch; call it every few seconds.
+        """Ends the samples that no client will fetch. It is called every few seconds.
 
         Args:
           silent: sessions whose heartbeats are missing.
@@ -198,7 +198,7 @@ class Futures:
         self._drop_samples(is_abandoned)
 
     def _drop_samples(self, should_drop: Callable[[_Promise], bool]) -> None:
-        """Ends and forgets the samples without a result for which a condition is true."""
+        """Ends and removes the unfinished samples that satisfy a condition."""
         with self._lock:
             dropped_promises = {
                 request_id: promise
@@ -214,13 +214,13 @@ class Futures:
             self.wake(request_id)
 
     def resolve(self, request_id: str, result: JsonObject) -> None:
-        """Keeps a result that was promised by `open`."""
+        """Stores a result that `open` promised."""
         self._resolve(request_id, self._promises[request_id], result)
 
     def _resolve(
         self, request_id: str, promise: _Promise, result: SampleResult | Exception | JsonObject
     ) -> None:
-        """Keeps the result of a sample, or what went wrong; may be called by any thread."""
+        """Stores the result or the error of a promise. Any thread may call it."""
         with self._lock:
             if self._promises.get(request_id) is not promise:
                 return  # it was given up
@@ -230,7 +230,7 @@ class Futures:
         self.wake(request_id)
 
     def wake(self, request_id: str, reason: str | None = None) -> None:
-        """Wakes the requests that wait for an answer; may be called by any thread.
+        """Wakes the polls that wait for an answer. Any thread may call it.
 
         Args:
           request_id: the id.
@@ -250,7 +250,7 @@ class Futures:
     async def poll(
         self, request_id: str, owner: str, closed: Callable[[], Awaitable[object]] | None = None
     ) -> Response:
-        """Returns the answer to a request, or, after `hold` seconds, that there is none yet.
+        """Returns the answer to a request, or a try_again answer after `hold` seconds.
 
         Args:
           request_id: its id.
@@ -278,7 +278,7 @@ class Futures:
         return Response(body, media_type=_PROTOBUF if is_protobuf else _JSON)
 
     def _try_again(self, request_id: str) -> JsonObject:
-        """Returns the answer to a request whose result is not there yet."""
+        """Returns the answer to a poll whose result is not known yet."""
         answer: JsonObject = {
             "type": "try_again",
             "request_id": request_id,
@@ -292,7 +292,7 @@ class Futures:
 
     @contextmanager
     def _waiting_event(self, request_id: str) -> Iterator[asyncio.Event]:
-        """Gives an event that `wake` sets while a request is waited for."""
+        """Yields an event that `wake` sets when the request may have an answer."""
         event = asyncio.Event()
         waiter = (asyncio.get_running_loop(), event)
         with self._lock:
@@ -307,7 +307,7 @@ class Futures:
 
     @contextmanager
     def _count_poll(self, request_id: str, owner: str) -> Iterator[_Promise | None]:
-        """Counts a poll while it is held open: the sample is not given up meanwhile."""
+        """Counts a poll while it is open, so that the sample is not ended meanwhile."""
         with self._lock:
             promise = self._promises.get(request_id)
             if promise is not None and promise.owner != owner:
@@ -326,7 +326,7 @@ class Futures:
                     promise.deadline = min(promise.deadline, patience_end)
 
     def _find_body(self, request_id: str, owner: str) -> tuple[bytes, bool] | None:
-        """Returns a body, and whether it is protobuf; None if it is not there yet."""
+        """Returns the body of a result and whether it is protobuf; None before the result."""
         not_found = HttpError(
             410,
             f"there is no request {request_id[:200]}, or its result was dropped. Send the request "
@@ -354,7 +354,7 @@ class Futures:
 
 
 def _promise_body(promise: _Promise) -> tuple[bytes, bool] | None:
-    """Returns the body of a promise's result, and whether it is protobuf; None before that."""
+    """Returns the body of a promise's result and whether it is protobuf; None before it."""
     if promise.result is None:
         return None
     if isinstance(promise.result, Exception):

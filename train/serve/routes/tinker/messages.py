@@ -1,4 +1,4 @@
-"""Messages of Tinker's protocol, from a table of their fields."""
+"""The protobuf messages of Tinker's protocol, built from a table of their fields."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ _Field = descriptor_pb2.FieldDescriptorProto
 
 
 def _set_type(field: descriptor_pb2.FieldDescriptorProto, kind: str) -> None:
-    """Declares the type of a field: one of the messages, or a type of protobuf's own."""
+    """Sets the type of a field: one of the messages, or a type of protobuf."""
     if kind in _FIELDS:
         field.type = _Field.TYPE_MESSAGE
         field.type_name = f".{_PACKAGE}.{kind}"
@@ -45,7 +45,7 @@ def _set_type(field: descriptor_pb2.FieldDescriptorProto, kind: str) -> None:
 def _add_map(
     message: descriptor_pb2.DescriptorProto, field: descriptor_pb2.FieldDescriptorProto, kind: str
 ) -> None:
-    """Declares a field as a map: repeated entries of a nested message, as protoc writes it."""
+    """Declares a field as a map, with the nested message for entries that protoc generates."""
     entry = message.nested_type.add(name=f"{field.name.title().replace('_', '')}Entry")
     entry.options.map_entry = True
     key = entry.field.add(name="key", number=1, label=_Field.LABEL_OPTIONAL)

@@ -1,4 +1,4 @@
-"""Sessions, models, samplers and checkpoints of an owner, and the parts that routes share."""
+"""Finds an owner's sessions, models, samplers and checkpoints for Tinker's routes."""
 
 import dataclasses
 import json
@@ -16,19 +16,19 @@ _NAME_FIELDS = ("display_name", "name", "run_name", "recipe_name")
 
 
 class OwnerRows:
-    """Finds rows of the ledger; those of others are not there.
+    """Finds rows of the ledger that belong to an owner.
 
     Attributes:
       names: names of the base.
     """
 
     def __init__(self, ledger: Ledger, names: Sequence[str]):
-        """Keeps the ledger, and the names by which clients may ask for the base."""
+        """Stores the ledger, and the base names that clients may use."""
         self._ledger = ledger
         self.names = tuple(dict.fromkeys(names))
 
     def base_name(self, name: str) -> str:
-        """Returns a name of the base; raises a RequestError if it is another's."""
+        """Returns a name of the base; raises a RequestError for any other name."""
         if name not in self.names:
             raise RequestError(
                 f"the base model {name[:200]!r} is not served here. Use {', '.join(self.names)}."
@@ -36,7 +36,7 @@ class OwnerRows:
         return name
 
     def base_of(self, checkpoint: Row, name: str | None) -> str:
-        """Returns the base that a client names, or the one of the model that was saved."""
+        """Returns the base that a client names, or else the base of a checkpoint's model."""
         if name is not None:
             return self.base_name(name)
         model = self._ledger.model(checkpoint["model"])
@@ -47,7 +47,7 @@ class OwnerRows:
         return _check_owner(owner, self._ledger.session(session), f"session {session[:200]}")
 
     def open_session(self, session: str, owner: str) -> str:
-        """Returns the id of a session that has not ended; raises HttpError if there is none."""
+        """Returns the id of an open session; raises HttpError if there is none."""
         row = self.session(session, owner)
         if row["ended"]:
             raise HttpError(410, f"the session {row['id']} has ended. Create a new session.")
@@ -63,7 +63,7 @@ class OwnerRows:
         return _check_owner(owner, self._ledger.sampler(sampler), label)
 
     def weights(self, path: str, owner: str) -> Row:
-        """Returns the checkpoint at a tinker:// path, of the owner or public.
+        """Returns the checkpoint at a tinker:// path that is public or belongs to the owner.
 
         Raises:
           RequestError: There is none.
@@ -77,7 +77,7 @@ class OwnerRows:
         return row
 
     def display_name(self, model: str) -> str | None:
-        """Returns the name that its client gave to a model, or to its session; None for none."""
+        """Returns the name that the client gave to a model or to its session, or None."""
         model_row = self._ledger.model(model)
         if model_row is None:
             return None
@@ -107,7 +107,7 @@ class TinkerParts:
 
 
 def spec_of(model: Row | None) -> JsonObject:
-    """Returns the fields of a model's `AdapterSpec`; none before it is made."""
+    """Returns the fields of a model's `AdapterSpec`; {} before the model is created."""
     return json.loads(model["spec"]) if model is not None and model["spec"] else {}
 
 
@@ -122,7 +122,7 @@ def _client_given_name(row: Row) -> str | None:
 
 
 def _check_owner(owner: str, row: Row | None, label: str) -> Row:
-    """Returns a row that is an owner's; raises HttpError for another's, or none."""
+    """Returns a row if it belongs to an owner; raises HttpError (404) otherwise."""
     if row is None or row["owner"] != owner:
         raise HttpError(404, f"there is no {label}")
     return row

@@ -1,4 +1,4 @@
-"""Lists of runs, checkpoints and sessions, as Tinker's RestClient asks for them; downloads."""
+"""The routes that list runs, checkpoints and sessions for Tinker's RestClient; downloads."""
 
 import datetime
 import hashlib
@@ -25,7 +25,7 @@ class RunRoutes:
     """Lists an owner's runs, checkpoints and sessions, and changes checkpoints."""
 
     def __init__(self, parts: TinkerParts, api: str) -> None:
-        """Takes a new secret for the links to files.
+        """Stores the server's parts, and draws a secret for signed links.
 
         Args:
           parts: the parts of the server.
@@ -38,7 +38,7 @@ class RunRoutes:
         self._secret = secrets.token_bytes(32)
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
-        """Returns the path, the method and the endpoint of each route."""
+        """Returns the path, the method and the handler of each route."""
         checkpoint = "training_runs/{model}/checkpoints/{checkpoint:path}"
         return [
             ("training_runs", "GET", self._list_runs),
@@ -68,7 +68,7 @@ class RunRoutes:
         )
 
     def _describe_run(self, model: Row) -> JsonObject:
-        """Returns a model as Tinker describes a run."""
+        """Returns the description of a model in Tinker's format of a run."""
         checkpoints, _ = self._ledger.checkpoints(model["owner"], model["id"])  # newest first
         newest_of_kind = {row["kind"]: _describe_checkpoint(row) for row in reversed(checkpoints)}
         return {
@@ -90,6 +90,7 @@ class RunRoutes:
         return json_response({"checkpoints": [_describe_checkpoint(row) for row in rows]})
 
     def _list_checkpoints(self, request: OwnerRequest) -> Response:
+        """Answers with a page of the owner's checkpoints."""
         limit, offset = _read_page(request)
         rows, count = self._ledger.checkpoints(request.owner, None, limit, offset)
         checkpoints = [_describe_checkpoint(row) for row in rows]
@@ -98,7 +99,7 @@ class RunRoutes:
         )
 
     def _own_checkpoint(self, request: OwnerRequest) -> Row:
-        """Returns the owner's checkpoint that a path names; raises HttpError for none."""
+        """Returns the owner's checkpoint in the path; raises HttpError if there is none."""
         path = f"tinker://{request.path['model']}/{request.path['checkpoint']}"
         checkpoint = self._ledger.checkpoint(path)
         if checkpoint is None or checkpoint["owner"] != request.owner:
@@ -160,7 +161,7 @@ class RunRoutes:
     # Downloads
 
     def _urls(self, request: OwnerRequest) -> Response:
-        """Returns links to the files of an export, which need no key and expire."""
+        """Answers with signed links to an export's files, which need no key and expire."""
         checkpoint = self._own_checkpoint(request)
         path = checkpoint["path"]
         if checkpoint["kind"] != "external_weights":
@@ -177,7 +178,7 @@ class RunRoutes:
         return json_response({"urls": urls, "expires": _format_time(expires)})
 
     def download(self, request: OwnerRequest) -> Response:
-        """Sends a file to whom has its link: the endpoint of files/{expires}/{signature}."""
+        """Sends the file of a signed link: the endpoint of files/{expires}/{signature}."""
         query = request.http.query_params
         path = query.get("checkpoint", "")
         name = query.get("file", "")
@@ -199,7 +200,7 @@ class RunRoutes:
 
 
 def _describe_checkpoint(row: Row) -> JsonObject:
-    """Returns a checkpoint as Tinker describes it."""
+    """Returns the description of a checkpoint in Tinker's format."""
     return {
         "checkpoint_id": f"{row['kind']}/{row['name']}",
         "checkpoint_type": _TYPES[row["kind"]],
@@ -213,7 +214,7 @@ def _describe_checkpoint(row: Row) -> JsonObject:
 
 
 def _text_metadata(row: Row) -> dict[str, str] | None:
-    """Returns the metadata that a client attached; the SDK reads texts alone."""
+    """Returns a client's metadata with all values as texts, as the SDK requires."""
     metadata = json.loads(row["metadata"] or "null")
     if not metadata:
         return None
@@ -228,14 +229,14 @@ def _format_time(seconds: float) -> str:
 
 
 def _read_page(request: OwnerRequest) -> tuple[int, int]:
-    """Returns limit and offset of a request for a list."""
+    """Returns the limit and the offset in a request for a list."""
     limit = _read_query_integer(request, "limit", default=20, max_value=1000)
     offset = _read_query_integer(request, "offset", default=0, max_value=10**9)
     return limit, offset
 
 
 def _read_query_integer(request: OwnerRequest, name: str, default: int, max_value: int) -> int:
-    """Returns an integer of a request's query; raises a RequestError for anything else."""
+    """Returns an integer in a request's query; raises a RequestError for other values."""
     text = request.http.query_params.get(name, str(default))
     is_number = text.isascii() and text.isdigit()
     if not is_number or int(text[:12]) > max_value:

@@ -1,4 +1,4 @@
-"""The sampling routes of Tinker's API: samples of the base, of snapshots and of checkpoints."""
+"""The sampling routes of Tinker's API, for the base, snapshots and checkpoints."""
 
 import dataclasses
 import threading
@@ -26,7 +26,7 @@ from train.serve.routes.tinker.owner_rows import TinkerParts
 
 
 class Adoption:
-    """Lets the engine adopt each adapter once, however many samples ask for it together."""
+    """Has the engine load each adapter once, even if several samples request it together."""
 
     def __init__(self, engine: EngineProtocol):
         self._engine = engine
@@ -39,7 +39,7 @@ class Adoption:
         folder: Path | str | None,
         callback: Callable[[Exception | None], None],
     ) -> None:
-        """Calls a function once an adapter may be chosen: with None, or with what went wrong.
+        """Calls a function with None when an adapter is loaded, or with an error.
 
         Args:
           name: the adapter; None for the base.
@@ -64,7 +64,7 @@ class Adoption:
         done: SampleDone,
         on_token: Callable[[DrawnToken], None] | None = None,
     ) -> Callable[[], None]:
-        """Queues a sample as soon as its adapter is ready.
+        """Queues a sample when its adapter is loaded.
 
         Args:
           request: what to draw.
@@ -80,7 +80,7 @@ class Adoption:
         end_functions: list[Callable[[], None]] = []  # of the engine's sample, once it is queued
 
         def draw(error: Exception | None) -> None:
-            """Queues the sample, unless its adapter cannot be read or it was ended."""
+            """Queues the sample unless loading its adapter failed or the sample was cancelled."""
             if error is not None:
                 done(error)
                 return
@@ -100,7 +100,7 @@ class Adoption:
         return end
 
     def _finish(self, name: str, result: CommandResult) -> None:
-        """Calls the functions that waited for an adapter: it is read, or could not be."""
+        """Calls the functions that wait for an adapter, with None or an error."""
         with self._lock:
             callbacks = self._waiting.pop(name)
         error = result if isinstance(result, Exception) else None
@@ -109,10 +109,10 @@ class Adoption:
 
 
 class SamplingRoutes:
-    """Starts samples, and answers those who come back for results."""
+    """The routes that start samples and return their results."""
 
     def __init__(self, parts: TinkerParts) -> None:
-        """Keeps the parts of the server."""
+        """Stores the server's parts."""
         self._engine = parts.engine
         self._ledger = parts.ledger
         self._rows = parts.rows
@@ -121,7 +121,7 @@ class SamplingRoutes:
         self._adoption = Adoption(parts.engine)
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
-        """Returns the path, the method and the endpoint of each route."""
+        """Returns the path, the method and the handler of each route."""
         return [
             ("create_sampling_session", "POST", self._create_sampling_session),
             ("asample", "POST", self._sample),
@@ -129,7 +129,7 @@ class SamplingRoutes:
         ]
 
     def _create_sampling_session(self, request: OwnerRequest) -> Response:
-        """Notes a sampler of the base or of a checkpoint, and names it."""
+        """Records a sampler of the base or of a checkpoint, and answers with its id."""
         fields = request.fields
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
         seq = fields.get("sampling_session_seq_id", int, least=0)
@@ -141,7 +141,7 @@ class SamplingRoutes:
         return json_response({"type": "create_sampling_session", "sampling_session_id": sampler})
 
     def _read_source(self, request: OwnerRequest) -> tuple[str, str | None, str | None]:
-        """Returns the base, the path and the folder that a client wants to sample from."""
+        """Returns the base, the path and the folder of the model to sample from."""
         fields = request.fields
         path = fields.get("model_path", str, None)
         if path is None:
@@ -152,7 +152,7 @@ class SamplingRoutes:
         return base, path, checkpoint["folder"]
 
     def _sample(self, request: OwnerRequest) -> Response:
-        """Starts a sample, of a sampling session or of weights that the request names."""
+        """Starts a sample with a sampling session, or with the weights that the request names."""
         fields = request.fields
         sampler_id = fields.get("sampling_session_id", str, None)
         if sampler_id is not None:

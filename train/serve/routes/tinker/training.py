@@ -1,4 +1,4 @@
-"""The training routes of Tinker's API: each takes a command into the log."""
+"""The training routes of Tinker's API, each of which adds a command to the log."""
 
 import dataclasses
 import os
@@ -19,10 +19,10 @@ from train.serve.storage.ledger import Row
 
 
 class TrainingRoutes:
-    """Takes in commands that make, train, save and load models."""
+    """The routes that create, train, save and load models."""
 
     def __init__(self, parts: TinkerParts) -> None:
-        """Keeps the parts of the server."""
+        """Stores the server's parts."""
         self._engine = parts.engine
         self._ledger = parts.ledger
         self._rows = parts.rows
@@ -30,7 +30,7 @@ class TrainingRoutes:
         self._futures = parts.futures
 
     def endpoints(self) -> list[tuple[str, str, Endpoint]]:
-        """Returns the path, the method and the endpoint of each route."""
+        """Returns the path, the method and the handler of each route."""
         posts: dict[str, Endpoint] = {
             "create_model": self._create_model,
             "get_info": self._get_info,
@@ -47,17 +47,17 @@ class TrainingRoutes:
     def _submit(
         self, model: str, seq: int, kind: str, payload: bytes, *rest: Any, **options: Any
     ) -> Response:
-        """Takes a command in: see `CommandLog.accept`."""
+        """Adds a command to the log; see `CommandLog.accept`."""
         request_id = self._log.accept(model, seq, kind, payload, *rest, **options)
         return json_response({"request_id": request_id, "model_id": model})
 
     def _model_and_seq(self, request: OwnerRequest) -> tuple[str, int]:
-        """Returns the model and the number of a command."""
+        """Returns a request's model and the command's sequence number."""
         model = self._rows.model(request.fields.get("model_id", str), request.owner)
         return model["id"], request.fields.get("seq_id", int, least=1)
 
     def _create_model(self, request: OwnerRequest) -> Response:
-        """Makes a model of a session."""
+        """Creates a model in a session."""
         fields = request.fields
         session = self._rows.open_session(fields.get("session_id", str), request.owner)
         model = f"{session}:train:{fields.get('model_seq_id', int, least=0)}"
@@ -71,7 +71,7 @@ class TrainingRoutes:
         return self._submit(model, 0, "create_model", request.body, prepare)
 
     def _get_info(self, request: OwnerRequest) -> Response:
-        """Describes a model."""
+        """Answers with a description of a model."""
         model = self._rows.model(request.fields.get("model_id", str), request.owner)
         info = {
             "type": "get_info",
@@ -84,7 +84,7 @@ class TrainingRoutes:
         return json_response(info)
 
     def _forward_backward(self, request: OwnerRequest) -> Response:
-        """Adds the gradient of some data to that of a model."""
+        """Adds the gradient of some data to a model's gradient."""
         encoding = request.http.headers.get("content-encoding", "")
         body, message = wire.parse(request.body, encoding)
         model = self._rows.model(message.model_id, request.owner)["id"]
@@ -126,6 +126,7 @@ class TrainingRoutes:
         folder = self._log.states.tenant_folder(model) / f"load-{seq}"
 
         def find_checkpoint() -> Row:
+            """Returns the checkpoint to load, with an optimizer state if that is requested."""
             checkpoint = self._rows.weights(path, request.owner)
             if fields.get("optimizer", bool, False) and checkpoint["kind"] != "weights":
                 raise RequestError(
@@ -135,7 +136,7 @@ class TrainingRoutes:
             return checkpoint
 
         def prepare(linked_folder: Path) -> tuple[Path, None]:
-            """Notes a new model, and gives the linked files their place."""
+            """Records a new model, and renames the linked files to the checkpoint's folder."""
             if session is not None:
                 base = self._rows.base_of(find_checkpoint(), fields.get("base_model", str, None))
                 self._ledger.add_model(model, session, request.owner, base, fields.metadata())
@@ -165,7 +166,7 @@ class TrainingRoutes:
         is_for_sampler = kind == "save_weights_for_sampler" and sampler_seq is not None
 
         def prepare() -> tuple[Path, str]:
-            """Returns the folder and the name of what is saved, which must be new."""
+            """Returns the folder and the name of a save; raises an error if the name exists."""
             commands.recipients_of(fields, kind)
             is_snapshot = is_for_sampler and fields.get("path", str, None) is None
             if is_snapshot:
@@ -185,7 +186,7 @@ class TrainingRoutes:
         return self._submit(model, seq, kind, request.body, prepare)
 
     def _unload_model(self, request: OwnerRequest) -> Response:
-        """Unloads a model, whose result is there at once."""
+        """Unloads a model, and answers with a request id whose result is ready."""
         row = self._rows.model(request.fields.get("model_id", str), request.owner)
         request_id = f"{row['id']}:unload"
         self._log.leave(row["id"])
@@ -195,7 +196,7 @@ class TrainingRoutes:
 
 
 def _make_raiser(error: RequestError) -> Callable[[], NoReturn]:
-    """Returns a function that raises an error: the command is refused once it is in the log."""
+    """Returns a function that raises an error, for a command that the log records as refused."""
 
     def refuse() -> NoReturn:
         raise error

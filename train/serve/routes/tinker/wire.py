@@ -1,4 +1,4 @@
-"""Tinker's protobuf bodies, to and from the engine's requests and results."""
+"""Converts Tinker's protobuf bodies to the engine's requests, and results to bodies."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ def parse(body: bytes, encoding: str = "") -> tuple[bytes, Message]:
 
 
 def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
-    """Returns the engine's command.
+    """Returns the engine's command for a forward_backward message.
 
     Raises:
       RequestError: A loss, an input, a shape or a token that there is not.
@@ -110,7 +110,7 @@ def gradient_of(message: Message, facts: EngineFacts) -> Gradient:
 def tokens_of(
     chunks: Sequence[bytes | Sequence[int]], facts: EngineFacts, label: str
 ) -> np.ndarray:
-    """Returns the tokens in chunks of a text, [n] int32.
+    """Returns the tokens of all chunks of a text, [n] int32.
 
     Raises:
       RequestError: None, too many, or ids that the vocabulary has not.
@@ -125,7 +125,7 @@ def tokens_of(
 
 
 def encode_gradient(result: GradientResult) -> bytes:
-    """Returns the body that holds what a `Gradient` found."""
+    """Returns the body for the result of a `Gradient`."""
     message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     # Consecutive data with as many targets a token are one record.
     for trailing_shape, group in groupby(result.logprobs, key=lambda logps: logps.shape[1:]):
@@ -143,7 +143,7 @@ def encode_gradient(result: GradientResult) -> bytes:
 
 
 def target_ids(message: Message) -> np.ndarray:
-    """Returns the tokens of a tensor, int32 [prompt - 1, k], -1 where it lists none.
+    """Returns the token ids in a tensor, int32 [prompt - 1, k], with -1 for missing ones.
 
     Raises:
       RequestError: It is no tensor.
@@ -155,7 +155,7 @@ def target_ids(message: Message) -> np.ndarray:
 def encode_samples(
     result: SampleResult, n_scored: int | None = None, targets: Message = None
 ) -> bytes:
-    """Returns the body that holds completions.
+    """Returns the body for the completions of a sample.
 
     Args:
       result: the completions.
@@ -188,7 +188,7 @@ def encode_samples(
 
 
 def _write_scores(tensor: Message, scores: np.ndarray) -> None:
-    """Replaces the tokens of a tensor by their scores, in the same layout."""
+    """Replaces the token ids in a tensor by their scores, in the same layout."""
     tensor.dtype = _F32
     if tensor.HasField("sparse_csr"):
         row_offsets = np.frombuffer(tensor.sparse_csr.crow_indices, "<i8")
@@ -199,7 +199,7 @@ def _write_scores(tensor: Message, scores: np.ndarray) -> None:
 
 
 def _write_top(message: Message, top: Top) -> None:
-    """Writes the likeliest tokens at each place into a message."""
+    """Writes the most likely tokens at each place into a message."""
     message.length, message.k = top.ids.shape
     message.token_ids = top.ids.astype("<i4").tobytes()
     message.logprobs = top.logprobs.astype("<f4").tobytes()
@@ -225,13 +225,13 @@ def _read_config(message: Message, loss: str) -> Mapping[str, float]:
 
 
 class _ByteBudget:
-    """Counts the bytes of the arrays of a request, which a few sparse ones could make many."""
+    """Limits the total bytes of a request's arrays, because sparse ones may expand a lot."""
 
     def __init__(self) -> None:
         self._bytes_left = MOST_BYTES
 
     def take(self, n_elements: int, label: str) -> None:
-        """Raises a RequestError if there is no room for so many elements more."""
+        """Counts the bytes of an array; raises a RequestError if the limit is exceeded."""
         self._bytes_left -= 8 * n_elements
         if self._bytes_left < 0:
             raise RequestError(
@@ -243,7 +243,7 @@ class _ByteBudget:
 def _read_datum(
     message: Message, label: str, loss: str, facts: EngineFacts, budget: _ByteBudget
 ) -> Datum:
-    """Returns a datum with the inputs that its loss needs."""
+    """Returns a datum with the inputs of its loss."""
     if not all(chunk.HasField("encoded_text") for chunk in message.model_input):
         raise RequestError(
             f"{label} has a chunk that is not text. Pass only chunks of encoded_text."
@@ -275,7 +275,7 @@ def _read_datum(
 def _check_targets(
     targets: np.ndarray, n_tokens: int, facts: EngineFacts, label: str
 ) -> np.ndarray:
-    """Returns the targets of a datum as int32; raises a RequestError if they do not fit it."""
+    """Returns the targets of a datum as int32; raises a RequestError for a wrong shape or type."""
     if targets.ndim not in (1, 2) or len(targets) != n_tokens or targets.size == 0:
         raise RequestError(
             f"target_tokens of {label} have the shape {targets.shape}, but it has {n_tokens} "
@@ -287,7 +287,7 @@ def _check_targets(
 
 
 def _check_input(array: np.ndarray, targets: np.ndarray, name: str, label: str) -> np.ndarray:
-    """Returns another input of a loss as fp32; raises a RequestError if it does not fit."""
+    """Returns an input of a loss as fp32; raises a RequestError for a wrong shape or value."""
     if array.shape != targets.shape:
         raise RequestError(
             f"{name} of {label} have the shape {array.shape}, but its target_tokens have "
@@ -300,7 +300,7 @@ def _check_input(array: np.ndarray, targets: np.ndarray, name: str, label: str) 
 
 
 def _read_ids(chunk: bytes | Sequence[int], label: str) -> np.ndarray:
-    """Returns the tokens of a chunk, int64: of a message's bytes, or of JSON."""
+    """Returns the tokens of a chunk as int64, from a message's bytes or from a JSON list."""
     if isinstance(chunk, bytes):
         return _read_array(chunk, _TYPES[_I32], label).astype(np.int64)
     if not all(type(token) is int and 0 <= token < 2**31 for token in chunk):
@@ -309,7 +309,7 @@ def _read_ids(chunk: bytes | Sequence[int], label: str) -> np.ndarray:
 
 
 def _check_ids(ids: np.ndarray, facts: EngineFacts, label: str) -> np.ndarray:
-    """Returns tokens as int32; raises a RequestError for one that the vocabulary has not."""
+    """Returns token ids as int32; raises a RequestError for an id outside the vocabulary."""
     if ids.min() < 0 or ids.max() >= facts.vocab_size:
         wrong_id = int(ids.min() if ids.min() < 0 else ids.max())
         raise RequestError(
@@ -330,7 +330,7 @@ def _read_array(data: bytes, dtype: np.dtype, label: str) -> np.ndarray:
 
 
 def _read_tensor(message: Message, label: str, budget: _ByteBudget, fill: int = 0) -> np.ndarray:
-    """Returns a tensor as an array, with `fill` where a sparse one has nothing."""
+    """Returns a tensor as a dense array, with `fill` for the missing elements of a sparse one."""
     if message.dtype not in _TYPES:
         raise RequestError(f"{label} has the unknown type {message.dtype}. Use the types 1 to 4.")
     dtype = _TYPES[message.dtype]
@@ -355,7 +355,7 @@ def _read_tensor(message: Message, label: str, budget: _ByteBudget, fill: int = 
 def _densify(
     csr: Message, dtype: np.dtype, shape: list[int], label: str, budget: _ByteBudget, fill: int
 ) -> np.ndarray:
-    """Returns a CSR tensor as an array, with `fill` where it lists nothing."""
+    """Returns a CSR tensor as a dense array, with `fill` for missing elements."""
     values = _read_array(csr.values, dtype, label)
     row_offsets = _read_array(csr.crow_indices, _TYPES[I64], label)
     columns = _read_array(csr.col_indices, _TYPES[I64], label)
@@ -381,6 +381,6 @@ def _densify(
 
 
 def _csr_indices(row_offsets: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows and columns of what a CSR tensor lists."""
+    """Returns the row and column indices of a CSR tensor's elements."""
     rows = np.repeat(np.arange(len(row_offsets) - 1), np.diff(row_offsets))
     return rows, columns
