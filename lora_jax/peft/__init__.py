@@ -1,4 +1,4 @@
-"""Reads PEFT's adapters as adapted trees, and writes adapted trees as PEFT's adapters.
+"""Reads PEFT's adapters as adapted trees, and writes adapted trees as PEFT adapters.
 
 params = lora_jax.peft.load("path/or/hub-name", model, params)   # PEFT's logits
 lora_jax.peft.save("folder", model, params)                      # for PEFT, or a serving engine

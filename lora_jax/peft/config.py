@@ -1,4 +1,4 @@
-"""Reads PEFT's adapter_config.json, and refuses fields that are not supported."""
+"""Reads PEFT's adapter_config.json, and rejects fields that are not supported."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -116,7 +116,7 @@ def read_fields(source: Any) -> tuple[JsonObject, str]:
 
 
 def _check_fields_supported(fields: Fields, where: str) -> None:
-    """Raises a PeftError that lists the fields in use which are not supported or not known."""
+    """Raises a PeftError that lists fields in use that are unsupported or unknown."""
     problems = []
     for name, value in fields.items():
         if name in REFUSED_FIELDS:
@@ -180,14 +180,14 @@ def _check_field_values(config: Fields, where: str) -> None:
 
 
 def _is_number_from(value: object, *, minimum: float) -> bool:
-    """Returns True for a number of at least `minimum` and less than a million."""
+    """Returns True for a number of at least `minimum` and below a million."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return minimum <= value < 1e6
 
 
 def _is_list_of_names(value: object) -> bool:
-    """Returns True for a list of texts without an empty one."""
+    """Returns True for a list of non-empty strings."""
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
@@ -200,5 +200,5 @@ def _is_pattern_field(value: object, *, minimum: float) -> bool:
 
 
 def _is_list_of_indices(value: object) -> bool:
-    """Returns True for a list of integers of at least 0."""
+    """Returns True for a list of non-negative integers."""
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)

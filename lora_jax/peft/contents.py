@@ -1,4 +1,4 @@
-"""Writes an adapted tree as a PEFT adapter: the fields of its configuration, and its tensors."""
+"""Converts an adapted tree to the configuration fields and tensors of a PEFT adapter."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def save(
 
 
 def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
-    """Raises a PeftError for adapted MLPs that PEFT would take for the experts of a model."""
+    """Raises a PeftError if PEFT would mistake adapted MLPs for experts."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in MODEL_TYPES_TAKEN_FOR_EXPERTS:
         return
@@ -149,7 +149,7 @@ def _check_not_taken_for_experts(keys: Iterable[str], model: Model) -> None:
 def adapter_contents(
     model: Model, params: Tree, embedding_layers: bool = True
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:
-    """Returns the fields of adapter_config.json and the tensors of an adapted tree.
+    """Returns the adapter_config.json fields and the tensors of an adapted tree.
 
     Args:
       model: the model, or a key table; see `lora_jax.peft.save`.
@@ -279,7 +279,7 @@ class _ContentsWriter:
         return config, add_head_copies(self._tensors, self._heads_of_table)
 
     def _common_fields(self) -> JsonObject:
-        """Returns the fields that apply to all adapted modules alike."""
+        """Returns the fields that are equal for all adapted modules."""
         nodes = list(self._lora_nodes.values())
         settings: dict[str, set[bool | float]] = {}
         for name, form in VECTOR_PARTS.items():
@@ -467,7 +467,7 @@ class _ContentsWriter:
         }
 
     def _shorten_targets(self, names: list[str]) -> list[str]:
-        """Returns the last parts of names, or the names if the parts select other modules, too."""
+        """Returns the last parts of names if these select no other modules."""
         ends = sorted({name.rsplit(".", 1)[-1] for name in names})
         # Modules that hold others, too: "0" names a layer of a list as well as a kernel of a block.
         module_names = {module.name for module in self._modules}
@@ -553,7 +553,7 @@ class _ContentsWriter:
         return "all" if set(names) == biases else None
 
     def _name_whole_head(self, saved: set[str]) -> list[str]:
-        """Returns the names of saved modules, with one name for all layers of a classifier.
+        """Returns saved modules' names, with one for a classifier's layers.
 
         PEFT trains a classifier as one module, and engines accept it under this name only.
         """
@@ -569,7 +569,7 @@ class _ContentsWriter:
         return sorted(saved)
 
     def _trained_tensor(self, name: str) -> np.ndarray:
-        """Returns the trained value of one of PyTorch's tensors."""
+        """Returns the trained value of one PyTorch tensor."""
         row, index = self._location_of_tensor[name]
         leaf = self._leaves[row.path]
         if isinstance(leaf, Trained | TrainedRows):

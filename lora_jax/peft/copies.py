@@ -1,4 +1,4 @@
-"""Adds and removes tensors that PEFT writes twice: of tied heads and of saved modules' biases."""
+"""Adds and removes tensors that PEFT stores twice: for tied heads, and biases of saved modules."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from lora_jax.variants import variants_of
 
 
 class _KeyPair(NamedTuple):
-    """The key ends of a head's tensor and of the table's tensor that the head's tensor repeats."""
+    """The key endings of a head's tensor and of the table's tensor that it duplicates."""
 
     head: str
     table: str
@@ -31,7 +31,7 @@ _KEY_PAIRS = (
 
 
 def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str, list[str]]:
-    """Finds the heads that share the adapter or the trained value of a table, by the table's name.
+    """Finds heads that share a table's adapter or trained value, by the table's name.
 
     Args:
       nodes: nodes of an adapted tree, by path.
@@ -67,7 +67,7 @@ def find_tied_heads(nodes: Mapping[str, Leaf], tied: Sequence[Row]) -> dict[str,
 
 
 def add_head_names(names: list[str] | None, heads: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """Adds heads to target_modules or modules_to_save where PEFT needs their names to tie a table.
+    """Adds heads to target_modules or modules_to_save if PEFT needs them to tie a table.
 
     Args:
       names: the field.
@@ -106,7 +106,7 @@ def add_head_copies(
 def drop_repeated_tensors(
     tensors: Mapping[str, np.ndarray], tied: Sequence[Row], where: str
 ) -> dict[str, np.ndarray]:
-    """Removes the tensors that only repeat another tensor.
+    """Removes tensors that duplicate another tensor.
 
     A head that shares its table's adapter repeats the table's tensors. Under bias="all" the biases
     of a saved module are also written by their names inside PEFT's wrapper.
@@ -145,7 +145,7 @@ def _key_stem(hf_name: str) -> str:
 
 
 def _is_wrapped_copy(key: str, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Returns True for a key inside PEFT's wrapper of a saved module that is repeated outside."""
+    """Returns True for a key inside PEFT's wrapper that duplicates one outside it."""
     outside_tensor = tensors.get(key.replace(".modules_to_save.", "."))
     if ".modules_to_save." in key and outside_tensor is not None:
         return np.array_equal(tensors[key], outside_tensor)

@@ -1,5 +1,5 @@
-"""The one error of this package."""
+"""The error class of this package."""
 
 
 class PeftError(ValueError):
-    """A PEFT adapter that cannot be read, written or represented; names the file and the key."""
+    """A PEFT adapter cannot be read, written or represented; names the file and the key."""

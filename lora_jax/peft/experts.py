@@ -1,4 +1,4 @@
-"""Maps the adapters of experts, which are two parameters of one module in transformers.
+"""Maps adapters of experts, which transformers stores as two parameters of one module.
 
 `experts.gate_up_proj` is [experts, 2·inner, d_model] and `experts.down_proj` [experts, d_model,
 inner]; here gate, up and down are separate kernels. (gpt-oss's are [experts, in, out], there as
@@ -32,7 +32,7 @@ MLP_PROJECTION = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expert(Module):
-    """A kernel of one layer's experts or router, and the parameter that holds it in PEFT.
+    """A kernel of one layer's experts or router, with the parameter that holds it in PEFT.
 
     Attributes:
       parameter: "gate_up_proj", "down_proj", or a router's "weight".
@@ -115,7 +115,7 @@ def can_hold(model: Model, path: str) -> bool:
 
 
 def common_end_of_name(name: str) -> str:
-    """Returns the last two parts of a parameter's name, which are the same in all layers."""
+    """Returns the last two parts of a parameter's name, which all layers share."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -154,7 +154,7 @@ def select_experts(config: Fields, model: Model) -> list[Expert]:
 
 
 def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
-    """Returns the keys of A and B of a parameter of experts.
+    """Returns the keys of A and B of an expert parameter.
 
     If both parameters of a layer are adapted, the keys of gate_up_proj lie inside those of
     down_proj.
@@ -178,7 +178,7 @@ def unpack_expert_a(a: np.ndarray, n_experts: int) -> np.ndarray:
 
 
 def unpack_expert_b(b: np.ndarray, n_experts: int, half: int | None) -> np.ndarray:
-    """Reshapes PEFT's B, [out, r·experts], to [experts, r, out], or takes half of its outputs."""
+    """Reshapes PEFT's B, [out, r·experts], to [experts, r, out], or half of its outputs."""
     unpacked = b.reshape(b.shape[0], -1, n_experts).transpose(2, 1, 0)
     if half is None:
         return unpacked

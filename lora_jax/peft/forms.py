@@ -1,4 +1,4 @@
-"""Registers PEFT's kinds of adapters beside LoRA by ``peft_type``; each has a file."""
+"""The registry of PEFT's adapter types other than LoRA, by ``peft_type``; each has its own file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -16,10 +16,10 @@ from lora_jax.variants.variant import Variant
 
 
 class FileAdapter(Protocol):
-    """The content of an adapter's file, with the arrays that its modules share."""
+    """The content of an adapter file, with the arrays that its modules share."""
 
     def arrays(self, node: LoraWeight, members: Sequence[Module]) -> JsonObject:
-        """Returns the arrays of a weight beside its scale; None removes an array.
+        """Returns a weight's arrays without its scale; None removes an array.
 
         Args:
           node: the weight.
@@ -28,11 +28,11 @@ class FileAdapter(Protocol):
 
 
 class PeftForm(Protocol):
-    """A kind of adapter in PEFT: a Python module with these functions."""
+    """An adapter type of PEFT, as a Python module with these functions."""
 
     @property
     def VARIANT(self) -> Variant:  # noqa: N802
-        """The variant of LoRA that the kind corresponds to."""
+        """The variant of LoRA that corresponds to the type."""
 
     def read_file(
         self,
@@ -41,7 +41,7 @@ class PeftForm(Protocol):
         nodes: Sequence[LoraWeight],
         modules: Sequence[Module],
     ) -> FileAdapter:
-        """Returns the adapter of a file.
+        """Returns the adapter in a file.
 
         Args:
           reader: takes the file's tensors by key.
@@ -51,25 +51,25 @@ class PeftForm(Protocol):
         """
 
     def as_lora_fields(self, fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
-        """Splits fields into those of a LoraConfig for the same modules and those of the kind."""
+        """Splits fields into those of a LoraConfig and those of the adapter type."""
 
     def rule_settings(self, kind_fields: Fields) -> JsonObject:
-        """Returns the further fields of a LoraRule that the kind's fields set."""
+        """Returns the extra LoraRule fields that the type's fields set."""
 
     def module_tensors(self, module: Module, node: LoraWeight) -> dict[str, np.ndarray]:
-        """Returns the tensors of one adapted module by key; they contain s."""
+        """Returns one adapted module's tensors by key, with s multiplied in."""
 
     def adapter_contents(
         self, config: Fields, nodes: Mapping[str, LoraWeight], modules: Sequence[Module]
     ) -> tuple[JsonObject, dict[str, np.ndarray]]:
-        """Returns the kind's configuration and the tensors that all modules share."""
+        """Returns the type's configuration and the tensors that all modules share."""
 
 
 FORMS: dict[str, PeftForm] = {"VERA": vera, "TINYLORA": tinylora}
 
 
 def form_of_node(node: Leaf) -> PeftForm | None:
-    """Returns the kind of adapter of a node; None for LoRA and for leaves that train in full."""
+    """Returns the adapter type of a node; None for LoRA and for leaves that train in full."""
     if not isinstance(node, LoraWeight):
         return None
     variants = variants_of(node)
@@ -80,7 +80,7 @@ def form_of_node(node: Leaf) -> PeftForm | None:
 
 
 def find_common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
-    """Returns the kind of adapter that all weights of a tree have; None for LoRA.
+    """Returns the adapter type of all weights of a tree; None for LoRA.
 
     Args:
       nodes: the adapted weights, by path.
@@ -103,7 +103,7 @@ def find_common_form(nodes: Mapping[str, LoraWeight]) -> PeftForm | None:
 
 
 def as_peft_node(path: str, node: Leaf) -> Leaf:
-    """Returns a node in a form that PEFT has. A compact node without one becomes plain LoRA.
+    """Returns a node in a form that PEFT has; other compact nodes become plain LoRA.
 
     Args:
       path: the node's path, for messages.

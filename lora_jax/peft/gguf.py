@@ -38,7 +38,7 @@ _FEATURE_OF_UNSUPPORTED_FIELD = {
 
 
 class AdaptedTensor(NamedTuple):
-    """An adapted tensor: Hugging Face's name, A [..., r, in], B [..., out, r] and s."""
+    """An adapted tensor: its Hugging Face name, A [..., r, in], B [..., out, r] and s."""
 
     name: str
     a: np.ndarray
@@ -119,12 +119,12 @@ def save_gguf(
 
 
 def _alpha_gives_scale(alpha: float, factors: AdaptedTensor) -> bool:
-    """Returns True if the file's alpha gives the scale of a tensor, to the precision of fp32."""
+    """Returns True if the file's alpha determines a tensor's scale, to fp32 precision."""
     return bool(np.float32(alpha / factors.rank) == np.float32(factors.scale))
 
 
 def _gguf_tensors(factors: AdaptedTensor, name: str, alpha: float, kind: str) -> list[GGUFTensor]:
-    """Returns A and B of an adapted tensor as tensors of the file, of the GGUF type `kind`."""
+    """Returns A and B of an adapted tensor as GGUF tensors of the type `kind`."""
     a = factors.a
     b = factors.b
     if not _alpha_gives_scale(alpha, factors):
@@ -143,7 +143,7 @@ def _make_fp32_reader(array: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def _adapted_tensors(model: Model, params: Tree) -> Iterator[AdaptedTensor]:
-    """Yields the adapted tensors of a tree, under Hugging Face's names and in GGUF's order."""
+    """Yields the adapted tensors of a tree, by Hugging Face's names, in GGUF's order."""
     config = model.config
     fields, tensors = adapter_contents(
         model, map_leaves(_as_plain_lora, params), embedding_layers=False
@@ -165,7 +165,7 @@ def _adapted_tensors(model: Model, params: Tree) -> Iterator[AdaptedTensor]:
 
 
 def _as_plain_lora(path: str, leaf: Any) -> Any:
-    """Returns a weight as plain LoRA if its factors follow from a seed or from W."""
+    """Returns a weight as plain LoRA if its factors derive from a seed or from W."""
     is_compact = isinstance(leaf, LoraWeight) and leaf.is_compact
     return leaf.as_lora() if is_compact else leaf
 
@@ -203,7 +203,7 @@ def _adapted_expert_tensors(
     fields: Fields,
     config: Any,
 ) -> Iterator[AdaptedTensor]:
-    """Yields the adapted tensors of a kernel of a layer's experts, or of its router."""
+    """Yields the adapted tensors of one kernel of a layer's experts or router."""
     # a is [experts, r, in], and b is [experts, out, r].
     a, b_by_rank = expert_factors(expert, experts, tensors)
     b = b_by_rank.swapaxes(-1, -2)

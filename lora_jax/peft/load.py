@@ -57,7 +57,7 @@ _ADAPTER_FILES = ["*adapter_config.json", "*adapter_model.safetensors", "*chat_t
 def load(
     folder: str | os.PathLike[str], model: Model, params: Tree, *, adapter: str | None = None
 ) -> Tree:
-    """Loads an adapter that PEFT wrote: the adapted tree gives PEFT's logits.
+    """Loads an adapter that PEFT wrote, as an adapted tree with the same logits.
 
     PEFT also saves the base of an adapted table. If the saved base differs from `params`, the tree
     gets the saved base, as in PEFT.
@@ -123,7 +123,7 @@ def load(
 
 
 def _table_for_keys(keys: Iterable[str], model: Model) -> Sequence[Row]:
-    """Returns the key table with the names of a file's keys; see `tables_by_names`."""
+    """Returns the key table whose names match a file's keys; see `tables_by_names`."""
     newest, *older = tables_by_names(model)
     file_modules = {
         re.split(r"\.(?:lora_|base_layer)", key.removeprefix(KEY_PREFIX))[0] for key in keys
@@ -136,12 +136,12 @@ def _table_for_keys(keys: Iterable[str], model: Model) -> Sequence[Row]:
 
 
 def _shapes_of_tree(params: Tree) -> Tree:
-    """Returns a tree's shapes and dtypes without its arrays."""
+    """Returns the shapes and dtypes of a tree."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
 
 
 def _check_plain_tree(params: Tree, table: Sequence[Row]) -> None:
-    """Raises a PeftError if a tree is adapted, or its shapes are not those of the table."""
+    """Raises a PeftError if a tree is adapted, or its shapes differ from the table."""
     if nodes_of(params):
         raise PeftError("The tree is already adapted. Pass the plain tree, lora_jax.strip(params).")
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves_of(params)[0]}
@@ -179,7 +179,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_tensor_names(path: Path) -> list[str]:
-    """Reads the names of the tensors in an adapter_model.safetensors, without the tensors.
+    """Reads the tensor names of an adapter_model.safetensors.
 
     Args:
       path: the file.
@@ -193,7 +193,7 @@ def read_tensor_names(path: Path) -> list[str]:
 
 @contextmanager
 def _open_weights(path: Path) -> Iterator[Any]:
-    """Opens an adapter_model.safetensors; turns errors of reading into PeftErrors."""
+    """Opens an adapter_model.safetensors; converts read errors to PeftErrors."""
     if not path.is_file():
         similar_files = sorted(file.name for file in path.parent.glob("adapter_model*"))
         hint = " Copy it into the folder."
@@ -210,7 +210,7 @@ def _open_weights(path: Path) -> Iterator[Any]:
 
 
 class _TensorReader:
-    """Hands out the tensors of a file, and collects the problems with them.
+    """Returns the tensors of a file, and collects problems with them.
 
     Args:
       path: the file, for messages.
@@ -228,7 +228,7 @@ class _TensorReader:
         return key in self._tensors
 
     def take(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a tensor; zeros for one that is missing or misshaped (see `raise_problems`)."""
+        """Returns a tensor; zeros if it is missing or has a wrong shape (see `raise_problems`)."""
         self._taken.add(key)
         tensor = self._tensors.get(key)
         if tensor is not None and tensor.shape == shape:
@@ -241,11 +241,11 @@ class _TensorReader:
 
     @property
     def is_complete(self) -> bool:
-        """True if every tensor that was taken was there."""
+        """True if no requested tensor was missing."""
         return not self._problems
 
     def raise_problems(self) -> None:
-        """Raises one PeftError on all tensors that are missing, misshaped or left over."""
+        """Raises one PeftError for all missing, misshaped or unused tensors."""
         problems = [
             *self._problems,
             *(f"unexpected {key}" for key in self._tensors if key not in self._taken),
@@ -264,7 +264,7 @@ def _replace_bases(
     config: Fields,
     reader: _TensorReader,
 ) -> Tree:
-    """Returns the tree with the base weights that the file holds.
+    """Returns the tree with the base weights that the file contains.
 
     PEFT writes the base of adapted tables. It also writes embeddings and heads on request, or if
     the vocabulary was resized.
@@ -308,7 +308,7 @@ def _replace_bases(
 
 
 class _BaseSource(NamedTuple):
-    """A key under which a file may hold a weight of the base, and the leaf of that weight.
+    """A key under which a file may store a base weight, and the path of its leaf.
 
     Attributes:
       key: the key of the tensor.
@@ -434,7 +434,7 @@ class _NodeReader:
         return placed
 
     def _read_rows(self, path: str, node: TrainedRows) -> TrainedRows:
-        """Returns a node with its trained rows: tokens of a table, or layers of a stack."""
+        """Returns a node with trained rows: tokens of a table, or layers of a stack."""
         if node.is_table:
             shape = (len(node.rows), *node.shape[1:])
             modules = [module for module in self.all_modules if module.path == path]
@@ -448,7 +448,7 @@ class _NodeReader:
         return node.replace(value=jax.device_put(value.astype(accumulation_dtype(node.dtype))))
 
     def _read_trained_leaf(self, path: str, base: BaseLike) -> Trained:
-        """Returns a leaf that trained in full, with the file's value."""
+        """Returns a fully trained leaf with the file's value."""
         row = self._row_of_path(path)
         arrays = [self._read_tensor(name) for name in row.hf_names]
         value = np.stack(arrays).reshape(row.stacked_shape) if row.stack else arrays[0]
@@ -468,7 +468,7 @@ class _NodeReader:
 
 
 def find_adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:
-    """Finds the folder that holds adapter_config.json.
+    """Finds the folder that contains adapter_config.json.
 
     PEFT writes an adapter with another name than "default" into a subfolder of that name.
 

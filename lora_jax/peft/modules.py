@@ -26,7 +26,7 @@ _Value = TypeVar("_Value")
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer or an embedding by PyTorch's name, and where its weight is in our tree.
+    """A linear layer or an embedding: its PyTorch name, and the place of its weight in our tree.
 
     Attributes:
       name: the dotted name, with the layer's number.
@@ -49,12 +49,12 @@ class Module:
 
     @property
     def is_table(self) -> bool:
-        """True for an embedding table, and for the head that is tied to one."""
+        """True for an embedding table, and for a head that is tied to one."""
         return self.is_embedding or self.uses == "product"
 
 
 def tables_by_names(model: Model) -> list[Sequence[Row]]:
-    """Returns a model's key table under each set of names that PEFT's files may have.
+    """Returns a model's key table for each naming scheme that PEFT's files may use.
 
     The first tables have the names of transformers 5 and 4. The text of a model with images has two
     more tables: with the names in that model, of today and of transformers before 4.52. The whole
@@ -85,12 +85,12 @@ def tables_by_names(model: Model) -> list[Sequence[Row]]:
 
 
 def _rename_rows(table: Sequence[Row], pattern: str, replacement: str) -> list[Row]:
-    """Returns a table whose Hugging Face names have another beginning."""
+    """Returns a table whose Hugging Face names start with another prefix."""
     return [dataclasses.replace(row, hf=re.sub(pattern, replacement, row.hf)) for row in table]
 
 
 def check_key_table(model: Model) -> Sequence[Row]:
-    """Returns the key table of one of our models, or a table given in its place.
+    """Returns the key table of one of our models, or the given table.
 
     Raises:
       PeftError: for anything else.
@@ -107,7 +107,7 @@ def check_key_table(model: Model) -> Sequence[Row]:
 
 
 def locate_tensors(table: Iterable[Row]) -> dict[str, tuple[Row, tuple[int, ...]]]:
-    """Returns the row of each of PyTorch's tensors, and its index in the row's stack."""
+    """Returns the row of each PyTorch tensor, and its index in the row's stack."""
     return {
         name: (row, index)
         for row in table
@@ -151,12 +151,12 @@ def list_modules(
 
 
 def sort_modules(modules: Iterable[Module]) -> list[Module]:
-    """Sorts modules in the order in which torch lists them: a block's layers together."""
+    """Sorts modules as torch lists them: all modules of a block together."""
     # The rank of each child of a parent, in the order of their first use.
     ranks_by_parent: dict[str, dict[str, int]] = {}
 
     def sort_key(module: Module) -> list[int]:
-        """Returns the rank of each part of a name among its siblings; a number is its rank."""
+        """Returns the position of each segment of a name among its siblings."""
         names = module.name.split(".")
         key = []
         for depth, name in enumerate(names):
@@ -171,7 +171,7 @@ def sort_modules(modules: Iterable[Module]) -> list[Module]:
 
 
 def ties_tables(config: Fields) -> bool:
-    """Returns True if PEFT gives both uses of a tied table one adapter, or one saved copy.
+    """Returns True if PEFT ties the adapter, or the saved copy, of a tied table's two uses.
 
     Source: PEFT's ``_check_tied_modules``, which goes by names.
     """
@@ -184,7 +184,7 @@ def ties_tables(config: Fields) -> bool:
 
 
 def kind_of(row: Row) -> Kind | None:
-    """Returns the kind of a row, or the kind that the row's names suggest if it has none."""
+    """Returns the kind of a row, or the kind that its names suggest."""
     if row.kind is not None:
         return row.kind
     if row.path.rsplit("/", 1)[-1] == "embedding":
@@ -208,7 +208,7 @@ def _is_module_weight(row: Row) -> bool:
 def select_modules(
     config: Fields, available: Sequence[Module], model_type: str | None
 ) -> list[Module]:
-    """Lists the modules that PEFT would adapt, in their order.
+    """Lists the modules that PEFT would adapt, in order.
 
     Args:
       config: the fields of a PEFT configuration.
@@ -268,7 +268,7 @@ def _is_excluded(name: str, config: Fields) -> bool:
 
 
 def _is_chosen_layer(name: str, config: Fields) -> bool:
-    """Returns True if a module's layer is one of layers_to_transform, or all layers are."""
+    """Returns True if layers_to_transform contains a module's layer or is not set."""
     layers = config["layers_to_transform"]
     if layers is None or layers == []:
         return True
@@ -306,5 +306,5 @@ def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Va
 
 
 def module_name(name: str) -> str:
-    """Returns the name of the module that a tensor belongs to."""
+    """Returns the name of a tensor's module."""
     return name.rpartition(".")[0]

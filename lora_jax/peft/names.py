@@ -1,4 +1,4 @@
-"""Names the tensors of adapter_model.safetensors: a key for each array of each module."""
+"""The keys of the tensors in adapter_model.safetensors, for each array of each module."""
 
 import dataclasses
 from collections.abc import Collection
@@ -39,7 +39,7 @@ def keys_of(module: Module) -> TensorKeys:
 
 
 def token_key(name: str) -> str:
-    """Returns the key of an embedding's trained rows: the rows, not their change."""
+    """Returns the key of an embedding's trained rows, stored as values rather than changes."""
     return f"{KEY_PREFIX}{name}.token_adapter.trainable_tokens_delta"
 
 
@@ -50,12 +50,12 @@ def bias_key(name: str, adapted: Collection[str]) -> str:
 
 
 def exact_name_pattern(name: str) -> str:
-    """Returns a key of rank_pattern that matches only this module."""
+    """Returns a rank_pattern key that matches only this module."""
     return "^" + name.replace(".", r"\.")
 
 
 def as_peft_number(value: float) -> float | int:
-    """Returns an alpha as PEFT writes it: an integer if it is one up to the rounding of fp32."""
+    """Returns an alpha as PEFT writes it: as an integer if it equals one in fp32."""
     integer = round(value)
     is_integer = abs(value - integer) <= 1e-5 * max(1.0, abs(value))
     return integer if is_integer else value

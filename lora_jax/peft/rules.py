@@ -110,7 +110,7 @@ def rules(config: Tree, model: Any = None) -> list[Rule]:
 
 
 def _check_initialiser(config: Fields) -> None:
-    """Raises a PeftError for an initialiser of PEFT that rules do not have."""
+    """Raises a PeftError for an initialiser of PEFT that rules do not support."""
     name = config["init_lora_weights"]
     reason = _INITIALISERS_WITHOUT_RULE.get(name)
     if reason is not None:
@@ -123,7 +123,7 @@ def _check_initialiser(config: Fields) -> None:
 
 
 def _make_rules_by_names(config: Fields) -> list[Rule]:
-    """Makes rules without a model, by the names in a configuration."""
+    """Makes rules from a configuration's names alone, without a model."""
     targets = config["target_modules"]
     is_pattern = isinstance(targets, str) and targets != "all-linear"
     # These fields can only be translated with the names of the model's modules.
@@ -185,7 +185,7 @@ def select_modules_of_model(
 
 
 class _LoraSettings(NamedTuple):
-    """The settings of a LoraRule that all of its paths have in common."""
+    """The settings of a LoraRule that all of its paths share."""
 
     rank: int
     alpha: float
@@ -239,7 +239,7 @@ def make_rules(
 
 
 def _settings_of_layers(config: Fields, row: Row, members: Sequence[Module]) -> list[_LoraSettings]:
-    """Returns the settings of a leaf's modules, one for each pair of rank and alpha."""
+    """Returns the settings of a leaf's modules, one for each (rank, alpha) pair."""
     layers_of_rank: dict[tuple[int, float], list[int]] = {}  # by rank and alpha
     for module in members:
         layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name), [])
@@ -266,7 +266,7 @@ def _make_lora_rule(
     uses: str = "all",
     exclude: tuple[str, ...] = (),
 ) -> LoraRule:
-    """Makes a LoraRule with the given settings and those that apply to all modules alike."""
+    """Makes a LoraRule from these settings and those that all modules share."""
     variant_settings = {option: config[field] for field, option in OPTION_OF_FIELD.items()}
     form = FORMS.get(config[KIND_KEY])
     if form is not None:
@@ -289,12 +289,12 @@ def _make_lora_rule(
 
 
 def _may_share_a(rule: LoraRule) -> bool:
-    """Returns True unless the initialiser takes A from each kernel, which PEFT does for both."""
+    """Returns False if the initialiser computes A from each kernel, so that none can be shared."""
     return not init.takes_from_base(rule.init)
 
 
 def _layers_for_rule(layers: Sequence[int], row: Row) -> tuple[int, ...] | None:
-    """Returns a rule's `layers` for layers of a row: None for all layers, or without a stack."""
+    """Returns a rule's `layers` for some layers of a row; None for all, or without a stack."""
     sorted_layers = tuple(sorted(set(layers)))
     is_part_of_stack = len(sorted_layers) > 0 and len(sorted_layers) < row.stack[0]
     return sorted_layers if is_part_of_stack else None
@@ -306,7 +306,7 @@ def _pattern_for_paths(paths: Sequence[str]) -> str:
 
 
 def _group_by_path(adapted_modules: Sequence[Module]) -> dict[str, list[Module]]:
-    """Returns the modules that lie in each leaf of the tree, by its path."""
+    """Returns the modules stored in each leaf of the tree, by its path."""
     modules_of_path: dict[str, list[Module]] = {}
     for module in adapted_modules:
         modules_of_path.setdefault(module.path, []).append(module)
@@ -364,7 +364,7 @@ def tensors_of_saved_modules(config: Fields, names: Sequence[str]) -> list[str]:
 
 
 def _make_saved_module_rules(config: Fields, table: Sequence[Row]) -> list[TrainRule]:
-    """Makes rules for the modules in modules_to_save, which train in full."""
+    """Makes rules that train modules_to_save in full."""
     if not config["modules_to_save"]:
         return []
     row_and_index = locate_tensors(table)
@@ -454,7 +454,7 @@ def _repeats_table(
 
 
 def _make_token_rules(config: Fields, all_modules: Sequence[Module]) -> list[TrainRule]:
-    """Makes rules for rows of embeddings that train in full."""
+    """Makes rules that train rows of embeddings in full."""
     paths = {module.name: module.path for module in all_modules if module.is_embedding}
     rows_of_embedding = token_rows(config, all_modules)
     return [
@@ -464,5 +464,5 @@ def _make_token_rules(config: Fields, all_modules: Sequence[Module]) -> list[Tra
 
 
 def takes_from_base(config: Fields) -> bool:
-    """Returns True if PEFT subtracts the initial factors from the base, again at each load."""
+    """Returns True if PEFT subtracts the initial factors from the base at each load."""
     return config["init_lora_weights"] in DECOMPOSING_INITS

@@ -1,4 +1,4 @@
-"""Rewrites an adapter in the layout that serving engines read.
+"""Converts an adapter to the layout that serving engines read.
 
 The engine is vLLM. It scales every update by lora_alpha / r, and ignores rank_pattern and
 alpha_pattern. So all modules get one rank, filled up with zeros, and B contains the scale. vLLM
@@ -48,7 +48,7 @@ class _Factors(NamedTuple):
         return int(self.a.shape[1])
 
     def pad_to_rank(self, rank: int) -> "_Factors":
-        """Returns the factors filled up with zeros to a higher rank."""
+        """Returns the factors padded with zeros to a higher rank."""
         padding = ((0, 0), (0, rank - self.rank), (0, 0))
         return _Factors(np.pad(self.a, padding), np.pad(self.b, padding))
 
@@ -205,7 +205,7 @@ def expert_factors(
 
 
 def _shorten_names(names: Sequence[str], n_per_end: int, end: Callable[[str], str]) -> list[str]:
-    """Returns the ends of names if each end stands for `n_per_end` modules; else the names."""
+    """Returns the ends of names if each end matches `n_per_end` modules; else the names."""
     ends = list(dict.fromkeys(map(end, names)))
     return ends if len(names) == n_per_end * len(ends) else list(names)
 

@@ -1,4 +1,4 @@
-"""Lists the features of an adapter that a serving engine refuses or misreads.
+"""Lists the features of an adapter that a serving engine rejects or misreads.
 
 The engine is vLLM. Its loader reads adapter_config.json (``PEFTHelper``) and the names of the
 tensors. It reads few of PEFT's fields and ignores the others, so both refused and unknown fields
@@ -48,7 +48,7 @@ def serving_problems(
     max_rank: int = MAX_RANK,
     model_type: str | None = None,
 ) -> list[str]:
-    """Lists the problems of a serving engine with a PEFT adapter, with a remedy for each.
+    """Lists the problems that a serving engine has with a PEFT adapter, with remedies.
 
     Args:
       folder: a local folder, or a hub name; see `load`.
@@ -154,7 +154,7 @@ def _expert_problems(tensors: Mapping[str, Shaped], model_type: str | None) -> l
 
 
 def _kind_problems(fields: Fields) -> list[str]:
-    """Lists fields with which the adapter is something other than W + s·BA."""
+    """Lists fields that make the adapter something other than W + s·BA."""
     problems = []
     for variant in VARIANTS:
         field = variant.in_peft.field if variant.in_peft else None
@@ -175,7 +175,7 @@ def _kind_problems(fields: Fields) -> list[str]:
 
 
 def _initialiser_problems(fields: Fields) -> list[str]:
-    """Lists initialisers for which PEFT changes the base at each load."""
+    """Lists initialisers with which PEFT changes the base at each load."""
     init = str(fields.get("init_lora_weights")).lower()
     if init.startswith(("pissa", "olora")):
         remedy = "Convert it to plain LoRA (--adapter this folder --output another)."
@@ -209,7 +209,7 @@ def _trained_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str
 
 
 def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
-    """Lists adapted embeddings other than embed_tokens, and tied ones.
+    """Lists adapted embeddings other than embed_tokens, and tied embeddings.
 
     PEFT also saves the weights of adapted tables. Older versions of vLLM refuse such a file.
     """
@@ -229,7 +229,7 @@ def _table_problems(fields: Fields, tensors: Mapping[str, Shaped]) -> list[str]:
 
 
 def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> list[str]:
-    """Lists ranks above the engine's limit, and modules with a scale of their own."""
+    """Lists ranks above the engine's limit, and modules whose scale differs."""
     problems = []
     common_rank = fields.get("r", 8)
     common_alpha = fields.get("lora_alpha", 8)

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits: codes with scales, in the place of kernels.
+"""Quantizes a base to 8 or 4 bits: codes and scales replace its kernels.
 
     base = lora_jax.quantized.quantize(params, "nf4")
     params = lora_jax.lorafy(base, rules)

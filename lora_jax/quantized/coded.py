@@ -1,4 +1,4 @@
-"""A weight as codes and scales: a `lora_jax.core.base.Base`.
+"""A quantized weight, as codes and scales: a `lora_jax.core.base.Base`.
 
     W = s·v(c)              c the codes, v their values (`lora_jax.quantized.formats`)
     W = s·v(c) + m          of formats with a minimum for each block
@@ -39,7 +39,7 @@ _TILE = 8  # rows of a TPU's register
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coded:
-    """A weight in codes.
+    """A quantized weight: codes, scales and their format.
 
     Nothing is checked on construction: None, masks, shardings and tracers pass through.
 
@@ -78,7 +78,7 @@ class Coded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, two codes of 4 bits in one, as accelerators hold them."""
+        """The bytes of all arrays; two 4-bit codes take one byte, as on accelerators."""
         return sum(bytes_of(array) for array in jax.tree.leaves(self))
 
     def as_array(self) -> jax.Array:
@@ -87,7 +87,7 @@ class Coded:
         return weight
 
     def map(self, fn: Forward, *others: "Coded") -> "Coded":
-        """Returns a `Coded` with ``fn(array, …)`` in the place of each array."""
+        """Returns a `Coded` with ``fn(array, …)`` in place of each array."""
         mapped: Coded = jax.tree.map(fn, self, *others)
         return mapped
 
@@ -98,6 +98,7 @@ class Coded:
                 return None  # an element stands for a block along a touched axis
 
         def move_array(array: Leaf) -> Leaf:
+            """Moves one array, after broadcasting it along touched axes."""
             # Along a touched axis, an array of single elements is written out.
             if any(array.shape[axis] != self.shape[axis] for axis in touched):
                 sizes = list(array.shape)
@@ -122,7 +123,7 @@ class Coded:
     def rows_kernel(
         self, rows: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
     ) -> RowsKernel | None:
-        """Returns the TPU's kernel for rows and a layer of this stack; see `find_kernel`."""
+        """Returns the TPU kernel for few rows and a layer of this stack; see `find_kernel`."""
         return find_kernel(self, rows, casts, params)
 
     def __repr__(self) -> str:
@@ -131,7 +132,7 @@ class Coded:
 
 
 def bytes_of(array: Shaped) -> int:
-    """Returns the bytes of an array, two numbers of 4 bits in one."""
+    """Returns the bytes of an array; two 4-bit numbers take one byte."""
     bits: int = 4 if is_of_4_bits(array) else 8 * array.dtype.itemsize
     size: int = array.size
     return -(-size * bits // 8)
@@ -149,7 +150,7 @@ def _decode(arrays: Mapping[str, jax.Array], format: Format, dtype: DTypeLike) -
 
 
 def host_array(coded: Coded) -> np.ndarray:
-    """Returns W of a `Coded` of NumPy arrays, in fp32: the exact product, rounded once.
+    """Returns W of a `Coded` of NumPy arrays, in fp32, rounded once.
 
     XLA returns zero for magnitudes below 2⁻¹²⁶, and NumPy does not.
 
@@ -170,7 +171,7 @@ def host_array(coded: Coded) -> np.ndarray:
 def _scale_values(
     values: Leaf, arrays: Mapping[str, Leaf], format: Format, expand_fn: Forward
 ) -> Leaf:
-    """Returns W in fp32 from the values of its codes.
+    """Returns W in fp32, from the values of its codes and their scales.
 
     Args:
       values: fp32, of W's shape.
@@ -217,7 +218,7 @@ def scales_of(arrays: Mapping[str, Leaf], format: Format, expand_fn: Forward | N
 def _expand_in_numpy(
     array: np.ndarray, shape: Sequence[int], block: int | None = None
 ) -> np.ndarray:
-    """Repeats each element over its block, as `expand` does, by NumPy."""
+    """Repeats each element over its block, as `expand` does, with NumPy."""
     for axis, size in enumerate(shape):
         n_blocks = array.shape[axis]
         if 1 < n_blocks < size:
@@ -265,7 +266,7 @@ def expand(array: jax.Array, shape: Sequence[int], block: int | None = None) -> 
 
 
 def _repeat_by_tiles(array: jax.Array, axis: int, times: int) -> jax.Array:
-    """Repeats as `_repeat` does, for TPUs: in memory up to whole tiles, then in the product.
+    """Repeats like `_repeat`, for TPUs: to whole tiles in memory, then within the product.
 
     The TPU's compiler decodes W within a product if the part of the scales that it takes at a time
     has whole tiles. Otherwise it writes arrays of W's size: W, its scales, or codes laid out anew.
@@ -275,7 +276,7 @@ def _repeat_by_tiles(array: jax.Array, axis: int, times: int) -> jax.Array:
 
 
 def _repeat(array: jax.Array, axis: int, times: int) -> jax.Array:
-    """Repeats each element along an axis, as `jnp.repeat` does."""
+    """Repeats each element along an axis, like `jnp.repeat`."""
     shape = (*array.shape[: axis + 1], times, *array.shape[axis + 1 :])
     array_axes = [i for i in range(len(shape)) if i != axis + 1]
     repeated_shape = (*array.shape[:axis], array.shape[axis] * times, *array.shape[axis + 1 :])

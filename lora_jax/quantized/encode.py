@@ -1,4 +1,4 @@
-"""Encodes one array: chooses the blocks of W, and computes their scales and the codes.
+"""Quantizes one array: chooses its blocks, and computes their scales and the codes.
 
 A block is lost if the format cannot hold its scale, so that its weights are lost.
 """
@@ -29,12 +29,12 @@ _LOST_ERROR = 0.25  # a block is lost if the relative error of its scale is larg
 
 
 class QuantizeWarning(UserWarning):
-    """Leaves that rules select stay as they are, or lose some of their weights."""
+    """Warns of selected leaves that stay unquantized, or that lose some weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
-    """The choice of a format and of blocks for one array.
+    """A format, and the blocks of one array.
 
     Attributes:
       format: format of the codes.
@@ -50,7 +50,7 @@ class Coding:
 def coding_of(
     shape: Sequence[int], format: str | Format = "nf4", roles: AxisRoles | None = None
 ) -> Coding | None:
-    """Returns the coding of an array of this shape; None where no blocks fit, so it stays float.
+    """Returns the coding of an array of this shape; None if no blocks fit, so that it stays float.
 
     Blocks lie along the last in axis that they fit. They are as long as the format says where that
     divides the axis, or else as long as the divisor of its size that comes closest: from a quarter
@@ -76,7 +76,7 @@ def coding_of(
 
 
 def _closest_divisor(size: int, block: int) -> int | None:
-    """Returns the divisor of an axis' size that is closest to a block's size, or None."""
+    """Returns the divisor of an axis' size that is closest to a block size, or None."""
     if 1 < size <= block:
         return size
     divisors = [n for n in range(max(2, block // 4), 2 * block + 1) if size % n == 0]
@@ -91,7 +91,7 @@ def encode(
     dtype: DTypeLike | None = None,
     name: str = "the array",
 ) -> Coded:
-    """Encodes one array, for readers of files, tensor by tensor; see also `quantize`.
+    """Quantizes one array, such as a tensor of a file; see also `quantize`.
 
     Args:
       array: a NumPy or JAX array, or a tracer; a `jax.ShapeDtypeStruct` gives a `Coded` of those.
@@ -132,7 +132,7 @@ def encode(
 
 
 def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Coded, int]:
-    """Encodes an array, perhaps some layers of a stack; see `encode`.
+    """Quantizes an array, or some layers of a stack; see `encode`.
 
     Returns:
       The codes, and the number of blocks that are lost.
@@ -166,7 +166,7 @@ def encode_part(array: Leaf, coding: Coding, dtype: Any, name: str) -> tuple[Cod
 
 
 def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
-    """Warns of blocks whose scales the format cannot hold; see `encode`."""
+    """Warns of blocks whose scales the format cannot represent; see `encode`."""
     if n_lost:
         warnings.warn(
             f"{name}: {n_lost} of its {coded.arrays['scales'].size} blocks would lose their "
@@ -179,7 +179,7 @@ def warn_of_lost(n_lost: int, coded: Coded, name: str) -> None:
 
 
 def _coded_shapes(array: Shaped, coding: Coding, dtype: DTypeLike) -> Coded:
-    """Returns the shapes of an array's codes, with shardings if the array lies on a mesh."""
+    """Returns the shapes of an array's codes, with shardings if the array is on a mesh."""
     struct = jax.ShapeDtypeStruct(array.shape, array.dtype)
     coded: Coded = jax.eval_shape(lambda array: _encode(array, coding, dtype)[0], struct)
     weight_sharding = getattr(array, "sharding", None)
@@ -214,13 +214,13 @@ def shardings_of(coded: Coded, weight_sharding: NamedSharding) -> Coded:
 def _compiled_encoder(
     coding: Coding, dtype: DTypeLike, treedef: jax.tree_util.PyTreeDef, shardings: Tree
 ) -> Forward:
-    """Returns the compiled `_encode`, whose codes and scales get these shardings."""
+    """Returns `_encode`, compiled for codes and scales with these shardings."""
     out_shardings = None if shardings is None else (treedef.unflatten(shardings), None)
     return jax.jit(lambda array: _encode(array, coding, dtype), out_shardings=out_shardings)
 
 
 def _encode(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, jax.Array]:
-    """Encodes an array.
+    """Quantizes an array.
 
     Returns:
       The codes; and int32 [2], the numbers of blocks that are not finite and that are lost.
@@ -249,7 +249,7 @@ def _encode(array: jax.Array, coding: Coding, dtype: DTypeLike) -> tuple[Coded, 
 
 
 def _encode_scales(scales: jax.Array, coding: Coding) -> dict[str, jax.Array]:
-    """Encodes scales as int8 steps from their mean along the axis of the blocks."""
+    """Quantizes scales as int8 steps from their mean along the block axis."""
     axis = coding.axis % scales.ndim
     n_scales = scales.shape[axis]
     mean = jnp.mean(scales, axis=axis, keepdims=True)
@@ -263,6 +263,6 @@ def _encode_scales(scales: jax.Array, coding: Coding) -> dict[str, jax.Array]:
 
 
 def _split_axis(array: jax.Array, axis: int, block: int) -> jax.Array:
-    """Returns an array with one of its axes as two: the blocks, and the elements of a block."""
+    """Returns an array with one axis split in two: blocks, and elements of a block."""
     shape = (*array.shape[:axis], array.shape[axis] // block, block, *array.shape[axis + 1 :])
     return array.reshape(shape)

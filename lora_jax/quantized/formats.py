@@ -1,4 +1,4 @@
-"""Formats: how the weights of a block become codes, and how codes become weights.
+"""Formats: the conversion of scaled weights to codes, and of codes to values.
 
 A block of weights w shares a scale s. Its codes c stand for the values v(c), and W = s·v(c) (+ m,
 where a format has a minimum for each block). A format is an entry of the table below: to add one,
@@ -34,7 +34,7 @@ _BOUNDS = [  # halfway between neighbours, in fp32
 
 
 def to_nf4(scaled: jax.Array) -> jax.Array:
-    """Returns the index of the nearest of the 16 values, less 8; halfway, of the lower one."""
+    """Returns the index of the nearest of the 16 values, minus 8; ties take the lower value."""
     code = jnp.full(scaled.shape, -8, jnp.int8)
     for bound in _BOUNDS:
         code += (scaled > bound).astype(jnp.int8)
@@ -42,7 +42,7 @@ def to_nf4(scaled: jax.Array) -> jax.Array:
 
 
 def from_nf4(codes: jax.Array) -> jax.Array:
-    """Returns the values of codes, by a tree of selects: it fuses, where a look-up may not."""
+    """Returns the values of codes by a tree of selects, which XLA fuses."""
     codes = codes.astype(jnp.int8)
     values_by_bits = NF4_VALUES[8:] + NF4_VALUES[:8]  # 0…7, -8…-1
     candidates: list[jax.Array] = [jnp.float32(value) for value in values_by_bits]
@@ -56,7 +56,7 @@ def from_nf4(codes: jax.Array) -> jax.Array:
 
 
 def from_unsigned(codes: jax.Array) -> jax.Array:
-    """Returns the values 0 to 15 of codes that are less by 8."""
+    """Returns the values 0 to 15 of codes that are stored minus 8."""
     return codes.astype(jnp.float32) + 8
 
 
@@ -78,7 +78,7 @@ def from_e2m1(codes: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Format:
-    """A format of codes.
+    """The definition of a quantized format.
 
     Attributes:
       name: its name.
@@ -110,7 +110,7 @@ class Format:
     scale_table: tuple[float, ...] | None = None
 
     def span(self, size: int, n_blocks: int) -> int:
-        """Returns the size of a block along an axis of W, given the sizes of W and of its scales.
+        """Returns the block size along an axis, given the sizes of W and of its scales.
 
         >>> lj.quantized.FORMATS["fp8"].span(576, 5)
         128
@@ -120,7 +120,7 @@ class Format:
         return size // n_blocks if n_blocks else 1
 
     def codes(self, scaled: jax.Array) -> jax.Array:
-        """Returns the codes of scaled weights, fp32."""
+        """Returns the codes of scaled fp32 weights."""
         if self.to_codes is not None:
             return self.to_codes(scaled)
         if jnp.issubdtype(self.code_dtype, jnp.integer):
@@ -128,11 +128,11 @@ class Format:
         return scaled.astype(self.code_dtype)
 
     def values(self, codes: jax.Array) -> jax.Array:
-        """Returns the values that codes stand for, fp32."""
+        """Returns the fp32 values that codes stand for."""
         return codes.astype(jnp.float32) if self.to_values is None else self.to_values(codes)
 
     def scales(self, absmax: jax.Array) -> jax.Array:
-        """Returns the scales of blocks with these largest magnitudes, both fp32."""
+        """Returns the fp32 scales of blocks from their largest magnitudes."""
         if self.scale_of is None:
             scales = absmax / jnp.float32(self.top)
         else:
@@ -171,7 +171,7 @@ FORMATS = {f.name: f for f in (*_ENCODED, *_READ)}
 
 
 def format_of(format: "str | Format") -> Format:
-    """Returns a format that weights can be encoded in, by its name.
+    """Returns the format of this name, after a check that weights can be encoded in it.
 
     Raises:
       ValueError: there is none of that name, or it is only read from files.

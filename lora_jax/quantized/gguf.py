@@ -1,4 +1,4 @@
-"""Reads the blocks of GGUF files as codes, scales and minima, whose W is bitwise what gguf gives.
+"""Reads the blocks of GGUF files as codes, scales and minima; W is bitwise equal to gguf's.
 
 A tensor of a file is [out, in] (rows first, or of more axes), with blocks along its last axis.
 Each reader below takes the bytes of blocks, uint8 [n_blocks, bytes], and returns the arrays of a
@@ -29,7 +29,7 @@ def _unpack_nibbles(raw: np.ndarray) -> np.ndarray:
 
 
 def _as_int4_codes(codes: np.ndarray) -> np.ndarray:
-    """Returns codes of 0 to 15 less 8, as this package keeps them."""
+    """Returns codes of 0 to 15 minus 8, as this package stores them."""
     return (codes.astype(np.int8) - np.int8(8)).astype(ml_dtypes.int4)
 
 
@@ -67,7 +67,7 @@ def _read_q4_k(blocks: np.ndarray) -> Arrays:
 
 
 def _read_q6_k(blocks: np.ndarray) -> Arrays:
-    """Reads sixteen blocks of 16; the low four and the high two bits of a code stand apart."""
+    """Reads sixteen blocks of 16, whose codes are split into four low and two high bits."""
     n_blocks = len(blocks)
     low_bits = _unpack_nibbles(blocks[:, :128].reshape(n_blocks, 2, 64))  # [n_blocks, 2, 128]
     packed_bits = blocks[:, 128:192].reshape(n_blocks, 2, 1, 32)
@@ -79,7 +79,7 @@ def _read_q6_k(blocks: np.ndarray) -> Arrays:
 
 
 class _BlockType(NamedTuple):
-    """A type of GGUF files: its format, the size of a block, and the reader of its bytes."""
+    """A GGUF tensor type: its format, its block size, and the function that reads its bytes."""
 
     format: Format
     block_weights: int
@@ -100,7 +100,7 @@ TYPES = tuple(_TYPES)
 def from_gguf(
     data: np.ndarray, kind: str, shape: Sequence[int], dtype: DTypeLike = jnp.float32
 ) -> Coded:
-    """Returns a tensor of a GGUF file as codes, of NumPy arrays, in the file's order of axes.
+    """Returns a GGUF tensor as NumPy codes, in the file's order of axes.
 
     A loader may move the axes of all these arrays alike: ``jax.tree.map(lambda array: array.T,
     coded)``. It must not cut the last axis.

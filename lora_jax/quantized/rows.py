@@ -1,4 +1,4 @@
-"""A TPU's kernel for products of few rows with codes, as decoding has them: xW.
+"""A TPU kernel for products of few rows of x, as in decoding, with a quantized W.
 
 It is given the whole stack of layers and the index of one. Of that layer it reads the codes tile by
 tile, decodes a tile of W in the chip's own memory, and multiplies: codes are read once, and no
@@ -41,7 +41,7 @@ _PRECISIONS["bfloat16"] = {None, Precision.DEFAULT}
 
 
 class Tile(NamedTuple):
-    """The part of W that a step of the grid multiplies."""
+    """The part of W that one step of the kernel's grid multiplies."""
 
     n_in: int
     n_out: int
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsKernel:
-    """The kernel of a stack of codes.
+    """The kernel of a quantized stack.
 
     Attributes:
       format: the format of the codes.
@@ -66,7 +66,7 @@ class RowsKernel:
     interpret: bool = False
 
     def __call__(self, stack: "Coded", index: jax.Array, x: jax.Array) -> jax.Array:
-        """Returns x times a layer of the stack.
+        """Returns x times one layer of the stack.
 
         Args:
           stack: codes of [layers, in, out].
@@ -83,7 +83,7 @@ class RowsKernel:
 def find_kernel(
     stack: "Coded", x: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
 ) -> RowsKernel | None:
-    """Returns the kernel that multiplies rows by a layer of a stack; None where there is none.
+    """Returns the kernel that multiplies few rows by a layer of a stack, or None.
 
     Args:
       stack: codes of [layers, in, out].
@@ -112,7 +112,7 @@ def find_kernel(
 
 
 def _supports_product(dtype: str, params: EqnParams) -> bool:
-    """Returns True if a kernel can multiply this dtype with such parameters of a product."""
+    """Returns True if a kernel supports this dtype and these parameters of a product."""
     precision = params.get("precision")
     precisions = set(precision) if isinstance(precision, tuple) else {precision}
     out_dtype = params.get("preferred_element_type")
@@ -121,7 +121,7 @@ def _supports_product(dtype: str, params: EqnParams) -> bool:
 
 
 def _supports_blocks(stack: "Coded") -> bool:
-    """Returns True if scales are numbers, and each block fills whole registers along the in axis.
+    """Returns True if scales are numbers, and blocks fill whole registers along the in axis.
 
     Formats that a kernel cannot decode, and layers that are a single block, get False.
     """
@@ -141,7 +141,7 @@ def _supports_blocks(stack: "Coded") -> bool:
 
 
 def _find_tile(n_in: int, n_out: int, block: int) -> Tile | None:
-    """Returns the size of a tile of W: whole registers of codes and of scales along each axis.
+    """Returns the tile size of W: whole registers of codes and scales along each axis.
 
     None if the in axis has no such divisor and is too long for one tile.
     """
@@ -158,14 +158,14 @@ def _find_tile(n_in: int, n_out: int, block: int) -> Tile | None:
 
 
 def _code_offset(format: Format) -> float | None:
-    """Returns the number to add to a code for its value; None if the value stands in a table."""
+    """Returns the number that is added to a code for its value; None if a table has the values."""
     if format.to_values is None:
         return 0.0
     return 8.0 if format.to_values is from_unsigned else None
 
 
 def _value_table(format: Format) -> jax.Array:
-    """Returns the 16 values of codes of 4 bits, repeated along a register's lanes, [1, lanes]."""
+    """Returns the 16 values of 4-bit codes, repeated along a register's lanes, [1, lanes]."""
     codes = jnp.asarray(np.arange(-8, 8, dtype=np.int8)).astype(format.code_dtype)
     return jnp.tile(format.values(codes), _LANES // 16)[None]
 
@@ -173,7 +173,7 @@ def _value_table(format: Format) -> jax.Array:
 def _run_over_tiles(
     kernel: RowsKernel, stack: "Coded", index: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """Runs the kernel over the tiles of a layer; along the in axis, sums stay on the chip."""
+    """Runs the kernel over a layer's tiles; sums along the in axis stay on the chip."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
@@ -218,7 +218,7 @@ def _run_over_tiles(
 def _multiply_tile(
     kernel: RowsKernel, offset: float | None, block: int, n_steps: int, _: Any, *refs: Any
 ) -> None:
-    """Multiplies x by a tile of W, and adds the product to the sum.
+    """Multiplies x by a tile of W, and adds the product to the running sum.
 
     Args:
       kernel: the static facts.
@@ -242,7 +242,7 @@ def _multiply_tile(
         total[...] = jnp.zeros_like(total)
 
     def add_rows(start: int, n_rows: int) -> None:
-        """Decodes some rows of the tile, multiplies by them, and adds the product to the sum."""
+        """Decodes some rows of the tile, and adds x times these rows to the sum."""
         stop = start + n_rows
         piece = codes[start:stop, :]
         values = _add_offset(piece, offset) if table is None else _look_up(piece, table)
@@ -277,7 +277,7 @@ def _add_offset(codes: jax.Array, offset: float | None) -> jax.Array:
 
 
 def _look_up(codes: jax.Array, table: jax.Array) -> jax.Array:
-    """Returns the values of codes of 4 bits, register by register along the out axis."""
+    """Returns the values of 4-bit codes, one register at a time along the out axis."""
     indices = codes.astype(jnp.int32) + 8
     lanes = jnp.broadcast_to(table, (codes.shape[0], _LANES))
     registers = [

@@ -1,4 +1,4 @@
-"""Quantizes a parameter tree: codes take the place of kernels (`quantize`); and the inverses.
+"""Quantizes the kernels of a parameter tree (`quantize`), and dequantizes them again.
 
 A leaf is coded if it is a `Coded` rather than an array. `report` is a table of the bytes that
 `quantize` saves and the error that it costs, leaf by leaf.
@@ -35,7 +35,7 @@ ROUTERS = ("router", "gate")  # modules that choose experts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantRule:
-    """Stores each kernel that `targets` selects in codes; fields are those of a `LoraRule`.
+    """Quantizes each kernel that `targets` selects; the fields are those of a `LoraRule`.
 
     Args:
       targets: a list of names, each a run of whole path segments, a regular expression for the
@@ -75,7 +75,7 @@ def plan(
     trace: Sequence[object] | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Coding | None]:
-    """Returns the coding of each leaf that `quantize` selects, by path; None where no blocks fit.
+    """Returns the coding of each leaf that `quantize` selects, by path; None if no blocks fit.
 
     Use it to encode tensor by tensor: ``encode(array, plan[path])``. Arguments and errors are those
     of `quantize`.
@@ -132,7 +132,7 @@ def plan(
 
 
 def _check_keep(keep: Targets, paths: Sequence[str]) -> None:
-    """Raises a ValueError for a pattern that matches no path, or a name that stands in none."""
+    """Raises a ValueError for a pattern or a name that matches no path."""
     if isinstance(keep, AnyOf):
         return
     names = (keep,) if isinstance(keep, str) else keep
@@ -154,7 +154,7 @@ def quantize(
     dtype: DTypeLike | None = None,
     donate: bool = False,
 ) -> Tree:
-    """Returns `params` with codes in the place of kernels: a frozen base in 8 or 4 bits.
+    """Returns `params` with quantized kernels: a frozen base in 8 or 4 bits.
 
     Give the result to `lorafy`; `lora_jax.adapt` runs functions on it, adapted or not, and decodes
     the kernel of one product at a time. Embeddings, the output head, norms, biases and routers stay
@@ -201,6 +201,7 @@ def quantize(
         )
 
     def encode_leaf(path: str, leaf: Leaf) -> Leaf:
+        """Quantizes one leaf, and deletes the original if it was donated."""
         coding = codings.get(path)
         if coding is None:
             return leaf
@@ -214,7 +215,7 @@ def quantize(
 
 
 def is_coded(value: Leaf) -> bool:
-    """Returns True if a leaf is in codes.
+    """Returns True if a leaf is quantized.
 
     >>> lj.quantized.is_coded(lj.quantized.encode(jnp.ones((64, 3))))
     True
@@ -223,7 +224,7 @@ def is_coded(value: Leaf) -> bool:
 
 
 def dequantize(params: Tree) -> Tree:
-    """Returns the tree with arrays in the place of codes, those of adapted weights included.
+    """Returns the tree with arrays in place of codes, also in adapted weights.
 
     >>> base = lj.quantized.quantize({"dense": {"kernel": jnp.ones((128, 96))}})
     >>> lj.quantized.dequantize(base)["dense"]["kernel"].dtype
@@ -235,7 +236,7 @@ def dequantize(params: Tree) -> Tree:
 
 
 def _decode(base: BaseLike) -> Leaf:
-    """Returns W, by one compiled function, with the sharding of the codes on a mesh."""
+    """Returns W, decoded by one compiled function, with the sharding of the codes."""
     if is_abstract(base):
         return jax.eval_shape(as_array, base)
     codes = jax.tree.leaves(base)[0]
@@ -252,7 +253,7 @@ def _decoder(sharding: Sharding | None) -> Forward:
 
 
 def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
-    """Encodes a merged tree as another tree is encoded, and returns the error of each weight.
+    """Quantizes a merged tree like another tree, and returns the error of each weight.
 
     `lora_jax.merge` gives arrays in the place of adapted codes, since rounding W + s·AB to codes
     again loses much of an update that is smaller than a step of the codes. Use this function where
@@ -287,6 +288,7 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
     errors: dict[str, float] = {}
 
     def encode_leaf(path: str, leaf: Leaf) -> Leaf:
+        """Quantizes one leaf like the other tree's base."""
         base = base_by_path[path]
         if not is_coded(base) or is_base(leaf):
             return leaf
@@ -302,12 +304,12 @@ def requantize(params: Tree, like: Tree) -> tuple[Tree, dict[str, float]]:
 
 
 def _base_leaves(params: Tree) -> list[tuple[str, BaseLike]]:
-    """Returns the leaves by path, with the base in the place of an adapted weight."""
+    """Returns the leaves by path, with bases in place of adapted weights."""
     return [(path, leaf.base if is_node(leaf) else leaf) for path, leaf in leaves_of(params)[0]]
 
 
 def error_of(coded: BaseLike, array: jax.Array) -> float:
-    """Returns ‖Ŵ − W‖/‖W‖ of an array W and the array Ŵ that its codes stand for.
+    """Returns ‖Ŵ − W‖/‖W‖ of an array W and its dequantized array Ŵ.
 
     >>> kernel = jax.random.normal(jax.random.key(1), (4096, 16))
     >>> round(lj.quantized.error_of(lj.quantized.encode(kernel, "nf4"), kernel), 3)
@@ -349,18 +351,18 @@ class LeafReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuantReport:
-    """A row for each leaf; printed, a table."""
+    """A report with a row for each leaf, which prints as a table."""
 
     rows: Sequence[LeafReport]
 
     @property
     def before(self) -> int:
-        """Bytes of all leaves as arrays."""
+        """The bytes of all leaves as arrays."""
         return sum(row.before for row in self.rows)
 
     @property
     def after(self) -> int:
-        """Bytes of all leaves as they are."""
+        """The bytes of all leaves as stored."""
         return sum(row.after for row in self.rows)
 
     def __str__(self) -> str:
@@ -386,6 +388,7 @@ def report(params: Tree, of: Tree = None) -> QuantReport:
     exact_leaves = {} if of is None else dict(leaves_of(of)[0])
 
     def row(path: str, leaf: Leaf) -> LeafReport:
+        """Returns the report of one leaf."""
         if not is_coded(leaf):
             size = bytes_of(leaf)
             return LeafReport(path=path, format="", before=size, after=size)

@@ -1,4 +1,4 @@
-"""Adapters in files, and functions of adapted trees written by `jax.export`.
+"""Adapters in files, and functions of adapted trees exported by `jax.export`.
 
 Orbax writes the files, below 1.0: there, what is `orbax.checkpoint.v1` in 0.12.8 takes the name of
 `orbax.checkpoint`. As tried with 0.12.8, v1 reads what is written here whole, adapters and

@@ -1,4 +1,4 @@
-"""Saves and loads adapters: the adapter's arrays, and the settings to put it on its base again.
+"""Saves and loads adapters: the trained arrays, and the settings that restore the adapted tree.
 
 Orbax writes a folder with two items. ``adapter`` holds the arrays in the order of the algebra
 (A [batch…, in…, r], B [batch…, r, out…], without padding). ``lora`` is JSON: the format's version,
@@ -58,7 +58,7 @@ def save_adapter(
     overwrite: bool = False,
     base: Tree = None,
 ) -> None:
-    """Writes the adapter of an adapted tree to `folder`, which appears whole or not at all.
+    """Writes the adapter of an adapted tree to `folder`, completely or not at all.
 
     With several processes, all of them have to call it.
 
@@ -130,7 +130,7 @@ def save_adapter(
 def _node_settings(
     nodes: Mapping[str, Node], recipes: Mapping[str, JsonObject]
 ) -> dict[str, object]:
-    """Returns the metadata of all nodes: the settings of weights, full leaves and trained rows."""
+    """Returns the metadata of all nodes: weights, fully trained leaves and trained rows."""
     weights: dict[str, JsonObject] = {}
     rows: dict[str, JsonObject] = {}
     for path, node in nodes.items():
@@ -143,7 +143,7 @@ def _node_settings(
 
 
 def adapter_info(folder: str | os.PathLike[str]) -> JsonObject:
-    """Returns the facts that `save_adapter` was told `about` the adapter in a folder.
+    """Returns the `about` facts that `save_adapter` stored with an adapter.
 
     Args:
       folder: an adapter folder, which may lie in a bucket (gs://).
@@ -207,6 +207,7 @@ def load_adapter(
     complete = Remaker(folder=folder, settings=weights, arrays=arrays, nodes=nodes_of(params))
 
     def adapt_leaf(path: str, base: BaseLike) -> Leaf:
+        """Returns the restored node of a leaf, or the leaf."""
         if path in weights:
             weight = _restore_weight(base, arrays[path], weights[path], known_parts)
             return complete(path, weight)
@@ -227,14 +228,14 @@ def load_adapter(
 
 
 def _import_orbax() -> Any:
-    """Imports Orbax only when it is needed: its import takes half as long as JAX's."""
+    """Imports Orbax lazily, since its import takes half as long as JAX's."""
     import orbax.checkpoint
 
     return orbax.checkpoint
 
 
 def _make_checkpointer(ocp: Any, has_own_folder: bool) -> Any:
-    """Returns Orbax's writer for all processes together, or for this process alone."""
+    """Returns an Orbax writer for all processes together, or for this process."""
     # Orbax announces folders that a thread makes by a signal, which it names after the process's
     # newest save. If another thread starts a save meanwhile, this one would wait forever.
     async_options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
@@ -258,7 +259,7 @@ def _make_checkpointer(ocp: Any, has_own_folder: bool) -> Any:
 
 
 def _gather_array(array: Leaf) -> np.ndarray:
-    """Returns the whole array in the memory of each process."""
+    """Returns the full array in the memory of each process."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
     is_split_over_processes = not array.is_fully_addressable and not array.is_fully_replicated
@@ -272,7 +273,7 @@ def _gather_array(array: Leaf) -> np.ndarray:
 def _check_intended_base(
     nodes: Mapping[str, Node], fingerprint: Mapping[str, str], intended_base: Tree
 ) -> None:
-    """Raises an AdapterError if the base of an adapter is not the base that it is meant for."""
+    """Raises an AdapterError if the base is not the one that was requested."""
     intended_fingerprint = base_fingerprint(intended_base)
     changed_paths = [
         path
@@ -291,7 +292,7 @@ def _check_intended_base(
 
 
 def _settings_of_weight(weight: LoraWeight) -> JsonObject:
-    """Returns the settings of a weight in the form of the file."""
+    """Returns the settings of a weight as stored in the file."""
     names = ("shape", "ranks", "dropout", "frozen", "uses")
     settings = {name: getattr(weight, name) for name in names}
     for name in ("a_of", "invocation"):
@@ -306,7 +307,7 @@ def _settings_of_weight(weight: LoraWeight) -> JsonObject:
 
 
 def _arrays_for_file(path: str, node: Node) -> Parts:
-    """Returns the arrays of a node in the form of the file: without padding, A [in…, r]."""
+    """Returns a node's arrays as stored in the file: without padding, A as [in…, r]."""
     if not node.is_on:
         raise AdapterError(
             f"{path!r} has no adapter, because this tree is only one half of an adapted tree. Join "
@@ -336,7 +337,7 @@ def _restore_weight(
     settings: Fields,
     known_parts: Mapping[str, Part],
 ) -> LoraWeight:
-    """Restores a weight from its filed arrays.
+    """Restores a weight from its stored arrays.
 
     Inverts `_settings_of_weight` and `_arrays_for_file`.
     """
@@ -368,7 +369,7 @@ def _restore_weight(
 
 
 def _read_metadata(folder: Path) -> JsonObject:
-    """Reads the metadata of an adapter's folder; raises an AdapterError if the file is damaged."""
+    """Reads an adapter's metadata; raises an AdapterError if the file is damaged."""
     file = folder / "lora" / "metadata"
     if not folder.is_dir():
         raise AdapterError(f"there is no adapter folder {folder}. Check the path.")
@@ -412,7 +413,7 @@ def _check_parts(folder: Path, metadata: Fields, known_parts: Mapping[str, Part]
 
 
 def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]) -> None:
-    """Raises an AdapterError if the tree lacks an adapted leaf or has it in another shape."""
+    """Raises an AdapterError if an adapted leaf is missing or has another shape."""
     tree_shapes = {path: tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
     adapter_shapes: dict[str, tuple[int, ...]] = {}
     for path, settings in {**metadata["weights"], **metadata["rows"]}.items():
@@ -437,14 +438,14 @@ def _check_shapes(folder: Path, metadata: Fields, leaves: list[tuple[str, Leaf]]
 
 
 def _shape_and_dtype(checksum_text: str) -> tuple[tuple[int, ...], str]:
-    """Parses the shape and the dtype at the beginning of a checksum ("float32[3x5]:…")."""
+    """Parses the shape and dtype at the start of a checksum ("float32[3x5]:…")."""
     array_type, _, _ = checksum_text.partition("]")
     dtype, _, sizes = array_type.partition("[")
     return tuple(int(size) for size in sizes.split("x") if size), dtype
 
 
 def _check_base(folder: Path, metadata: Fields, params: Tree) -> None:
-    """Raises an AdapterError if a tree's base is not the base that the adapter was trained on."""
+    """Raises an AdapterError if a tree's base is not the one that the adapter was trained on."""
     fingerprint = metadata["base"]
     trained = set(metadata["trained"])
     changed_paths = [
@@ -462,7 +463,7 @@ def _check_base(folder: Path, metadata: Fields, params: Tree) -> None:
 
 
 def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarray]]:
-    """Reads the filed arrays by path and name, and checks their checksums."""
+    """Reads the stored arrays by path and name, and verifies their checksums."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract_array(checksum_text: str) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""Removes factors from an adapter's file that follow from the base or a seed, and restores them.
+"""Omits factors that derive from the base or a seed from an adapter's file, and recomputes them.
 
 Loading computes them again, as the variant declares (`lora_jax.variants.variant.Derived`). In
 their place the file's settings of a weight have one of
@@ -36,7 +36,7 @@ ArraysByPath = dict[str, dict[str, Leaf]]  # and by name
 
 
 def remove_derived_arrays(nodes: Mapping[str, Node], arrays: ArraysByPath) -> dict[str, JsonObject]:
-    """Removes from `arrays` the arrays that loading computes again; returns their settings.
+    """Removes arrays that loading can recompute from `arrays`; returns their settings.
 
     Args:
       nodes: the nodes of an adapted tree, by path.
@@ -80,7 +80,7 @@ def remove_derived_arrays(nodes: Mapping[str, Node], arrays: ArraysByPath) -> di
 def _paths_of_equal_arrays(
     path: str, weight: LoraWeight, derived: Derived, path_of_checksum: dict[str, str]
 ) -> dict[str, str]:
-    """Returns, for each array that an earlier weight has as well, the path of that weight.
+    """Returns the path of the earlier weight with the same array, for each array.
 
     Args:
       path: the weight's path.
@@ -100,7 +100,7 @@ def _paths_of_equal_arrays(
 
 
 class Remaker:
-    """Computes the arrays that an adapter's file does not hold, and checks them by its probes."""
+    """Recomputes the arrays that an adapter's file omits, and checks them by stored probes."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Remaker:
         return weight
 
     def _device_array(self, path: str, name: str, weight: LoraWeight) -> jax.Array:
-        """Returns an array of the file on the device, one for all weights that share it."""
+        """Returns a stored array on the device, shared by all weights that use it."""
         if (path, name) not in self._device_arrays:
             array: Leaf = weight.arrays.get(name)
             if array is None:
@@ -161,14 +161,14 @@ class Remaker:
 
 
 def _probe_sums_and_norms(node: LoraWeight, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the probe sums and the norms of an array of a weight; see `_sums_and_norms`."""
+    """Returns the probe sums and norms of a weight's array; see `_sums_and_norms`."""
     n_batch = node.n_batch if "batch" in node.axes_of(name) else 0
     sums, norms = jax.device_get(_sums_and_norms(node.arrays[name], n_batch))
     return sums, norms
 
 
 def _make_probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
-    """Returns the sums of each factor's elements times fixed random numbers, as nested lists."""
+    """Returns random weighted sums of each factor's elements, as nested lists."""
     round_sums = np.vectorize(lambda value: float(f"{value:.7g}"), otypes=[float])
     probes = {}
     for name in names:
@@ -178,7 +178,7 @@ def _make_probes(node: LoraWeight, names: Sequence[str]) -> JsonObject:
 
 
 def _names_of_changed_factors(node: LoraWeight, probes: Fields) -> list[str]:
-    """Returns the names of the factors whose probes differ by more than rounding."""
+    """Returns the factors whose probes differ by more than rounding errors."""
 
     def differs(name: str) -> bool:
         sums, norms = _probe_sums_and_norms(node, name)
@@ -190,7 +190,7 @@ def _names_of_changed_factors(node: LoraWeight, probes: Fields) -> list[str]:
 
 @functools.partial(jax.jit, static_argnames="n_batch")
 def _sums_and_norms(array: jax.Array, n_batch: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of each matrix's elements times fixed numbers, and its norm: [batch…] fp32.
+    """Returns a fixed weighted sum of each matrix's elements, and its norm: [batch…] fp32.
 
     Args:
       array: [batch…, r, features…].

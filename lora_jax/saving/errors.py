@@ -1,5 +1,5 @@
-"""The error that reading and writing adapters raise."""
+"""The error class for reading and writing adapters."""
 
 
 class AdapterError(ValueError):
-    """An adapter folder cannot be written or read, or does not belong to the tree."""
+    """An adapter folder cannot be written or read, or does not match the tree."""

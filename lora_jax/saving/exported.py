@@ -1,4 +1,4 @@
-"""Lets `jax.export` write and read functions of adapted trees, by writing the nodes' static data.
+"""Makes `jax.export` support functions of adapted trees, by serializing the nodes' static data.
 
     exported = jax.export.export(jax.jit(lora_jax.adapt(fn)))(params, x)
     file.write_bytes(exported.serialize())         # needs the package flatbuffers, as in JAX

@@ -1,4 +1,4 @@
-"""Computes fingerprints of arrays and trees: an adapter stores the fingerprint of its base.
+"""Computes checksums of arrays and trees; an adapter stores the checksums of its base.
 
 They are computed on the arrays' devices, in integers modulo 2³² only. So the result is exact and
 does not depend on the mesh.
@@ -21,7 +21,7 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3
 
 
 def mix_bits(x: jax.Array) -> jax.Array:
-    """Applies a bijection of uint32 to each element, by which each bit changes all bits."""
+    """Applies a bijection of uint32 in which each input bit affects all output bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -29,7 +29,7 @@ def mix_bits(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _hash_sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    """Returns two sums over all elements, each mixed with its position: uint32 [2].
+    """Returns two sums over all elements, each hashed with its position: uint32 [2].
 
     Args:
       x: the array. One of NumPy is passed as it is: `jnp.asarray` would compile one more program.
@@ -53,7 +53,7 @@ def _hash_sums(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
 
 
 def checksum(array: jax.Array, dtype: DTypeLike | None = None) -> str:
-    """Returns an array's dtype and shape, and 16 hexadecimal digits that change with any bit of it.
+    """Returns an array's dtype and shape with 16 hex digits that change with any bit of it.
 
     For example ``float32[3x5]:0123456789abcdef``. Where `dtype` is given, the checksum is that of
     the array in this dtype.
@@ -85,6 +85,6 @@ def base_fingerprint(params: Tree) -> dict[str, str]:
 
 
 def keys_that_differ(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """Returns the sorted keys whose checksums differ, or that only one of the mappings has."""
+    """Returns the sorted keys whose checksums differ, or that one mapping lacks."""
     paths = {*saved, *current}
     return sorted(path for path in paths if saved.get(path) != current.get(path))

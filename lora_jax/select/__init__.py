@@ -1,1 +1,1 @@
-"""From rules to weights: which leaves they choose, with which roles, and their first factors."""
+"""Applies rules: the leaves that they select, the axis roles, and the initial factors."""

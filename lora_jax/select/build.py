@@ -1,4 +1,4 @@
-"""Makes the node of a leaf by its rule: draws its factors, and adds the arrays of its variants.
+"""Makes the node of a selected leaf: draws its factors, and adds the arrays of its variants.
 
 The `start` of a variant makes A and B of its weights, in place of an initialiser that draws them.
 """
@@ -28,7 +28,7 @@ FactorMakers = Mapping[Variant, MakeFactors]
 def factor_makers_by_variant(
     leaves: Mapping[str, Leaf], decisions: Mapping[str, Decision], key: jax.Array
 ) -> FactorMakers:
-    """Returns the function that makes A and B, for each variant that does not draw them.
+    """Returns the function that makes A and B for each variant that computes them.
 
     Args:
       leaves: the arrays of the tree, by path.
@@ -52,13 +52,14 @@ def factor_makers_by_variant(
 
 
 def _starting_variant(decision: Decision) -> Variant | None:
-    """Returns the variant that gives a weight its A and B; None if they are drawn."""
+    """Returns the variant that computes A and B; None if they are drawn."""
     if isinstance(decision, FullTraining):
         return None
     return next((variant for variant in decision.rule.variants if variant.start), None)
 
 
 def _kernel_facts(leaf: Leaf, path: str, adaptation: Adaptation) -> KernelFacts:
+    """Returns the facts about a kernel that a variant needs."""
     variant = _starting_variant(adaptation)
     return KernelFacts(
         path=path,
@@ -73,7 +74,7 @@ def _kernel_facts(leaf: Leaf, path: str, adaptation: Adaptation) -> KernelFacts:
 def make_node(
     leaf: Leaf, path: str, decision: Decision, key: jax.Array, factor_makers: FactorMakers
 ) -> Node:
-    """Returns the node for a leaf; an abstract leaf gets a node of abstract arrays.
+    """Returns the node for a leaf; an abstract leaf gets abstract arrays.
 
     Args:
       leaf: an array, or a `lora_jax.core.base.Base`.
@@ -96,7 +97,7 @@ def make_node(
 
 
 def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
-    """Returns the node with a copy of what trains, so that donating the copy spares the leaf."""
+    """Returns the node with a copy of the trained value, so that it can be donated."""
     array = as_array(leaf)
     if training.rows is None:
         return Trained(jnp.array(array, copy=True))
@@ -109,7 +110,7 @@ def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
 def _adapted_node(
     leaf: Leaf, path: str, adaptation: Adaptation, key: jax.Array, factor_makers: FactorMakers
 ) -> Node:
-    """Returns the node with its factors and the parts of its rule; see `make_node`."""
+    """Returns the node with its factors and the parts of its variants; see `make_node`."""
     rule = adaptation.rule
     if rule.invocation is not None and leaf_name(path) in EMBEDDING_NAMES:
         raise ValueError(
@@ -151,7 +152,7 @@ def _adapted_node(
 
 
 def _scales_of_layers(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
-    """Returns s of each member of a weight, [batch…] fp32."""
+    """Returns s of each member of a stack, [batch…] fp32."""
     shape = adaptation.roles.sizes(leaf.shape, "batch")
     scales = np.asarray(adaptation.scales, np.float32)  # one for each layer, or one for all
     scales = scales.reshape(-1, *[1] * (len(shape) - 1)) if shape else scales[0]
@@ -162,7 +163,7 @@ def _scales_of_layers(leaf: Leaf, adaptation: Adaptation) -> jax.Array:
 def _draw_stored_factors(
     leaf: Leaf, path: str, adaptation: Adaptation, scale: jax.Array, key: jax.Array
 ) -> Factors:
-    """Draws A and B, and lays them out as they are stored; see `lora_jax.core.parts.AXES`."""
+    """Draws A and B, in the stored layout; see `lora_jax.core.parts.AXES`."""
     a, b = _draw_factors(leaf, path, adaptation, scale, key)
     a_shape, b_shape, _ = factor_shapes(leaf.shape, adaptation.roles, max(adaptation.ranks))
     a = jnp.moveaxis(a, -1, scale.ndim)  # [batch…, r, in]
@@ -204,7 +205,7 @@ def _draw_factors(
         return a.astype(dtype), b.astype(dtype)
 
     def draw_for_all_uses(rank: int, *layer: int) -> Factors:
-        """Returns the factors of all uses, joined along the rank, for a stack or for one layer."""
+        """Returns the factors of all uses, concatenated along the rank."""
         layer_key = jax.random.fold_in(weight_key, *layer) if layer else weight_key
         if rule.uses != "each":
             return initialise(layer_key, rank, *layer)

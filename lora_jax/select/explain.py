@@ -1,4 +1,4 @@
-"""`explain`: where a function uses each adapted weight, and why it leaves out other kernels."""
+"""`explain`: lists where a function uses each adapted weight, and why others are excluded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -41,7 +41,7 @@ def explain(fn: Forward, *args: Tree, **kwargs: Tree) -> None:
 def _left_out_rows(
     fn: Forward, args: Sequence[Tree], kwargs: Mapping[str, Tree]
 ) -> list[WeightUse]:
-    """Returns a row for each kernel of an adapted argument that "all-linear" leaves out."""
+    """Returns a table row for each kernel that "all-linear" excludes."""
     plain_args = [_stripped(arg) for arg in args]
     plain_kwargs = {name: _stripped(arg) for name, arg in kwargs.items()}
     # The leaves of adapted arguments, without nodes, which the plain arguments share.
@@ -67,5 +67,5 @@ def _left_out_rows(
 
 
 def _stripped(tree: Tree) -> Tree:
-    """Returns a tree with the base of each node in its place."""
+    """Returns a tree with bases in place of nodes."""
     return resolve_aliases(map_leaves(lambda _, leaf: leaf.base if is_node(leaf) else leaf, tree))

@@ -1,4 +1,4 @@
-"""Finds the kernels that rules for "all-linear" leave out, says why, and warns of them."""
+"""Finds the kernels that "all-linear" excludes, with the reasons, and warns of them."""
 
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -18,7 +18,7 @@ _LM_HEAD = re.compile(r"(.*/)?\w*lm_head(/.*)?")
 
 
 class LeftOutWarning(UserWarning):
-    """`lorafy` leaves out a kernel that "all-linear" could mean."""
+    """Warns of a kernel that "all-linear" excludes although the user may expect it."""
 
 
 def left_out_reasons(
@@ -27,7 +27,7 @@ def left_out_reasons(
     facts: LeafFacts,
     selected_paths: Container[str],
 ) -> dict[str, str]:
-    """Returns the reason for each leaf that "all-linear" leaves out, by path.
+    """Returns the reason for each leaf that "all-linear" excludes, by path.
 
     A reason begins with its kind: "looked up", "added", "head", "embedding", "one-hot", "every use
     would merge" or "unnamed". Biases and norms, and leaves that a rule excludes, have none.
@@ -53,7 +53,7 @@ def left_out_reasons(
 
 
 def _is_all_linear(rule: Rule) -> bool:
-    """Returns True if a rule's targets are "all-linear", or contain it."""
+    """Returns True if a rule's targets are "all-linear" or contain it."""
     if not isinstance(rule, LoraRule):
         return False
     if isinstance(rule.targets, str):
@@ -62,7 +62,7 @@ def _is_all_linear(rule: Rule) -> bool:
 
 
 def _reason(path: str, leaf: Leaf, facts: LeafFacts) -> str:
-    """Returns the reason why "all-linear" leaves out a leaf; "" for a part of a norm."""
+    """Returns the reason why "all-linear" excludes a leaf; "" for a part of a norm."""
     if facts.kinds is not None:
         return f"{facts.kinds.get(path, UNNAMED)}: this kind of leaf is no target"
     if facts.roles is None:
@@ -80,7 +80,7 @@ def _reason(path: str, leaf: Leaf, facts: LeafFacts) -> str:
 
 
 def warn_of_left_out(reasons: Mapping[str, str], facts: LeafFacts) -> None:
-    """Warns once of kernels that "all-linear" leaves out and that the user may have meant.
+    """Warns once of kernels that "all-linear" excludes although the user may expect them.
 
     Args:
       reasons: see `left_out_reasons`.
@@ -117,13 +117,13 @@ def warn_of_left_out(reasons: Mapping[str, str], facts: LeafFacts) -> None:
 
 
 def _is_named_kernel(path: str, reason: str, kind: str) -> bool:
-    """Returns True if a kernel is left out as one kind by its name, other than an LM's head."""
+    """Returns True if a kernel is excluded as this kind by its name, unless it is an LM head."""
     is_kernel = leaf_name(path) in KERNEL_NAMES
     return is_kernel and reason.startswith(f"{kind}:") and not _LM_HEAD.fullmatch(path)
 
 
 def _patterns(paths: Sequence[str]) -> list[str]:
-    """Returns paths with ``*`` for numbers, each once, with the number of arrays if not one."""
+    """Returns distinct paths with ``*`` for numbers, and the number of arrays of each."""
     counts: dict[str, int] = {}
     for path in paths:
         pattern = _NUMBER.sub("*", path)

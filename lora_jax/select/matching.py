@@ -44,7 +44,7 @@ class LeafFacts:
 
 
 def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -> bool:
-    """Returns True if a rule selects a leaf: it names a leaf that it can adapt or train."""
+    """Returns True if a rule names a leaf, and can adapt or train it."""
     leaf = tree[path]
     if matches(rule.exclude, path) or not _is_named(rule, path, leaf, facts):
         return False
@@ -54,7 +54,7 @@ def selects(rule: Rule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -
 
 
 def _is_named(rule: Rule, path: str, leaf: Leaf, facts: LeafFacts) -> bool:
-    """Returns True if the targets of a rule match a leaf: a pattern, a preset or a name."""
+    """Returns True if a rule's targets match a leaf: by a pattern, a preset or a name."""
     targets = rule.targets
     if isinstance(targets, str):
         if targets in PRESETS:
@@ -67,7 +67,7 @@ def _is_named(rule: Rule, path: str, leaf: Leaf, facts: LeafFacts) -> bool:
 def _is_in_presets(
     names: Sequence[str], rule: Rule, path: str, leaf: Leaf, facts: LeafFacts
 ) -> bool:
-    """Returns True if one of the names is a preset that a leaf belongs to."""
+    """Returns True if a leaf belongs to one of the presets among these names."""
     presets = [name for name in names if name in PRESETS]
     if facts.kinds is not None:
         return any(facts.kinds.get(path) in PRESETS[preset] for preset in presets)
@@ -78,7 +78,7 @@ def _is_in_presets(
 
 
 def is_linear(path: str, leaf: Leaf, facts: LeafFacts) -> bool:
-    """Returns True if a leaf is known as a kernel: by a traced function, or else by its name."""
+    """Returns True if a leaf is a kernel, by a traced function or else by its name."""
     if facts.roles is None:
         return default_roles(leaf_name(path), len(leaf.shape)) is not None
     observed = facts.roles.get(path)
@@ -86,7 +86,7 @@ def is_linear(path: str, leaf: Leaf, facts: LeafFacts) -> bool:
 
 
 def matches(targets: Targets, path: str) -> bool:
-    """Returns True if targets that are no preset select a path."""
+    """Returns True if a pattern or a list of names matches a path."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return any(has_segments(path, name) for name in targets)
@@ -97,7 +97,7 @@ def is_matrix(leaf: Leaf) -> bool:
 
 
 def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], facts: LeafFacts) -> bool:
-    """Returns True if the name of a leaf says that it is a bias or a part of a norm.
+    """Returns True if a leaf's name marks it as a bias or a part of a norm.
 
     The name does not count if a traced function shows that the leaf is a kernel. It does not count
     either if the rule gives axis roles, and names the leaf, or the leaf does not look like a bias:
@@ -129,7 +129,7 @@ def _is_side_leaf(rule: LoraRule, path: str, tree: Mapping[str, Leaf], facts: Le
 
 
 def _module_prefix(path: str) -> str:
-    """Returns the path of the module that a leaf stands in, with a slash at its end."""
+    """Returns the path of a leaf's module, with a trailing slash."""
     return path.removesuffix(leaf_name(path))
 
 
@@ -233,14 +233,14 @@ def _no_selection_reason(
 
 
 def _module_names_in_pattern(pattern: str, tree: Mapping[str, Leaf]) -> list[str]:
-    """Returns the names in a string, if it contains nothing but names of modules."""
+    """Returns the module names in a string that contains nothing else."""
     names = [name for name in re.split(r"[\s,|()]+", pattern) if name]
     are_modules = all(any(has_segments(path, name) for path in tree) for name in names)
     return names if are_modules else []
 
 
 def _alias_reason(rule: Rule, tree: Mapping[str, Leaf], facts: LeafFacts) -> str:
-    """Returns the reason why a rule that names an alias of an object selects nothing, or ""."""
+    """Returns the reason why a rule for an alias selects nothing, or ""."""
     for alias_path, object_path in facts.object_of_alias.items():
         for path in tree:
             is_in_object = path == object_path or path.startswith(f"{object_path}/")
@@ -254,7 +254,7 @@ def _alias_reason(rule: Rule, tree: Mapping[str, Leaf], facts: LeafFacts) -> str
 
 
 def _side_leaf_reason(path: str, facts: LeafFacts) -> str:
-    """Returns the reason why a rule does not select a leaf named as a bias, and a remedy."""
+    """Returns the reason why a rule selects no leaf named as a bias, and a remedy."""
     advice = " Or let lorafy trace your function with lorafy(params, rules, trace=(fn, …))."
     if facts.roles is not None:
         reason = _not_kernel_reason(path, facts.roles)
@@ -267,13 +267,13 @@ def _side_leaf_reason(path: str, facts: LeafFacts) -> str:
 
 
 def _not_kernel_reason(path: str, roles: Mapping[str, ObservedRoles | str]) -> str:
-    """Returns the reason why a traced function does not show a leaf as a kernel, or ""."""
+    """Returns the reason why a traced function shows that a leaf is no kernel, or ""."""
     observed = roles.get(path, NOT_AN_ARGUMENT)
     return observed if isinstance(observed, str) else observed.not_kernel_reason
 
 
 def _not_linear_reason(matrices: Mapping[str, Leaf], facts: LeafFacts) -> str:
-    """Returns the reason why "all-linear" selects no leaf of two axes or more, and a remedy."""
+    """Returns the reason why "all-linear" selects no leaf with two or more axes."""
     if not matrices:
         return (
             "No leaf is a floating-point array with two axes or more. Pass the parameters of your "

@@ -1,4 +1,4 @@
-"""Tells heads and embeddings, which "all-linear" leaves out, by names and by a trace.
+"""Recognizes heads and embeddings, which "all-linear" excludes, by names and by a trace.
 
 Names alone mislead: SigLIP's ``img/head`` is a projector between two models. Where a function was
 traced, a leaf with such a name stays out only if the function shows that it is a head or a table.
@@ -26,7 +26,7 @@ def is_table_or_head(path: str) -> bool:
 
 
 def named_module(path: str) -> str | None:
-    """Returns the outermost module of a leaf whose name is that of a head or an embedding.
+    """Returns the outermost module of a leaf that has the name of a head or an embedding.
 
     A head's own layers may be called ``embed``, so the outermost module counts.
 
@@ -47,7 +47,7 @@ def named_module(path: str) -> str | None:
 
 
 def head_reason(path: str, roles: Mapping[str, ObservedRoles | str] | None) -> str:
-    """Returns the reason why "all-linear" leaves out a kernel as a head or a table, or "".
+    """Returns the reason why "all-linear" excludes a kernel as a head or a table, or "".
 
     Args:
       path: path of the kernel.

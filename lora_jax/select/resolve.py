@@ -1,4 +1,4 @@
-"""Resolves rules: finds the leaves of a tree that they select, and makes a decision for each.
+"""Resolves rules: finds the leaves that they select, and makes a decision for each leaf.
 
 A **decision** is an `Adaptation` of a kernel, or the `FullTraining` of a leaf.
 """
@@ -31,7 +31,7 @@ Leaves = Sequence[tuple[str, Leaf]]  # path and array, or anything with a shape 
 
 @dataclasses.dataclass(frozen=True)
 class FullTraining:
-    """The rules' decision for a leaf that trains: all of it, or some rows of its first axis.
+    """The decision for a leaf that trains in full, or in some rows of its first axis.
 
     Attributes:
       rows: indices of the rows; None: all.
@@ -44,7 +44,7 @@ class FullTraining:
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """The rules' decision for one kernel.
+    """The decision for one kernel.
 
     Attributes:
       roles: axis roles of the weight.
@@ -57,17 +57,17 @@ class Adaptation:
 
     @property
     def rule(self) -> LoraRule:
-        """The first of `rules`, for the settings that all layers share."""
+        """The first of `rules`, which has the settings that all layers share."""
         return next(rule for rule in self.rules if rule is not None)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """r of each layer: 0 where the layer isn't adapted."""
+        """r of each layer; 0 if the layer is not adapted."""
         return tuple(rule.stored_rank if rule else 0 for rule in self.rules)
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """s of each layer: 0 where the layer isn't adapted."""
+        """s of each layer; 0 if the layer is not adapted."""
         return tuple(rule.scale if rule else 0.0 for rule in self.rules)
 
 
@@ -75,7 +75,7 @@ Decision = Adaptation | FullTraining
 
 
 def check_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Returns the rules of an iterable as a tuple, after a check of their types.
+    """Returns an iterable of rules as a tuple, after a check of their types.
 
     Raises:
       TypeError: `rules` is no iterable of rules; the message says what to write.
@@ -155,14 +155,14 @@ def resolve(
 
 
 def _peft_hint(rules: object) -> str:
-    """Returns the remedy for a configuration of PEFT in place of a rule; "" for other values."""
+    """Returns a remedy if the value is a PEFT configuration instead of a rule; "" otherwise."""
     if not hasattr(rules, "peft_type"):
         return ""
     return " Convert a configuration of PEFT to rules with lora_jax.peft.rules(config)."
 
 
 def _decide_training(rule: TrainRule, path: str, leaf: Leaf) -> FullTraining | None:
-    """Returns the decision for a leaf that a rule selects; None if its layers exclude the leaf."""
+    """Returns the decision for a leaf that trains; None if its layers are not selected."""
     is_table = rule.rows is not None
     indices = rule.rows if is_table else rule.layers
     if indices is None:
@@ -203,7 +203,7 @@ def _check_indices(
 
 
 def _decide_biases(paths: Container[str], decisions: Mapping[str, Decision]) -> dict[str, Decision]:
-    """Returns the decision for each bias that stands beside a kernel whose rule trains it."""
+    """Returns the decision for each bias whose kernel's rule trains it."""
     bias_decisions: dict[str, Decision] = {}
     for path, decision in decisions.items():
         if not isinstance(decision, Adaptation) or not decision.rule.train_bias:
@@ -218,7 +218,7 @@ def _decide_biases(paths: Container[str], decisions: Mapping[str, Decision]) -> 
 
 
 def bias_path(path: str, paths: Container[str]) -> str | None:
-    """Returns the path of the bias that stands beside a kernel; None if there is no bias."""
+    """Returns the path of the bias beside a kernel; None if there is no bias."""
     module = path.removesuffix(leaf_name(path))
     return next((module + name for name in BIAS_NAMES if module + name in paths), None)
 
@@ -226,7 +226,7 @@ def bias_path(path: str, paths: Container[str]) -> str | None:
 def _decide_adaptation(
     rules: Mapping[int, LoraRule], path: str, leaf: Leaf, facts: LeafFacts
 ) -> tuple[Adaptation | None, set[int]]:
-    """Returns the decision for a kernel and the indices of the rules that take part in it.
+    """Returns the decision for a kernel, and the indices of the rules that it uses.
 
     Args:
       rules: rules that select the kernel, by their index.

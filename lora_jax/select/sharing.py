@@ -1,4 +1,4 @@
-"""Weights that share a trained array, one A or one vector, and how a tree holds it once.
+"""Weights that share a trained array, such as one A, and how a tree stores that array once.
 
 The **owner** of a shared A is the weight in whose part A trains; the other weights of its group
 take A from the owner (`LoraWeight.a_of`).
@@ -14,7 +14,7 @@ from lora_jax.select.ties import fill_in_tied_vectors, tied_nodes
 
 
 def owner_suffixes(decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf]) -> dict[str, str]:
-    """Returns `LoraWeight.a_of` of each weight that shares another's A, by path.
+    """Returns `LoraWeight.a_of` of each weight that uses another weight's A, by path.
 
     Weights share an A if one rule with `share_a` selects them, and they are the kernels of sibling
     modules. The value is the end of the owner's path, from the owner's module on, so that it is
@@ -56,7 +56,7 @@ def _parent_of_module(path: str) -> object:
 
 
 def _check_that_rules_share(groups: Mapping[tuple[LoraRule, object], list[str]]) -> None:
-    """Raises a ValueError for a rule with `share_a` that shares no A."""
+    """Raises a ValueError for a rule with `share_a` that lets no weights share an A."""
     effective_rules = {rule for (rule, _), paths in groups.items() if len(paths) > 1}
     for (rule, _), paths in groups.items():
         if rule not in effective_rules:
@@ -75,7 +75,7 @@ def _shape_of_a(leaf: Leaf, decision: Decision) -> tuple[object, ...]:
 
 
 def owner_of_a(path: str, nodes: Mapping[str, Leaf]) -> str | None:
-    """Returns the path of the weight whose A a weight shares; None if the weight has an own A.
+    """Returns the path of the weight whose A a weight uses; None if it has its own A.
 
     Args:
       path: the weight's path.
@@ -101,13 +101,13 @@ def owner_of_a(path: str, nodes: Mapping[str, Leaf]) -> str | None:
 
 
 def check_owners_exist(nodes: Mapping[str, Leaf]) -> None:
-    """Raises a ValueError if a weight shares the A of a weight that is not among the nodes."""
+    """Raises a ValueError if a weight uses the A of a weight that is missing."""
     for path in nodes:
         owner_of_a(path, nodes)
 
 
 def paths_with_shared_arrays(nodes: Mapping[str, Leaf]) -> list[str]:
-    """Returns the paths of the weights that train an A or a vector together with others."""
+    """Returns the paths of the weights that share a trained A or vector."""
     tied_paths = tied_nodes(nodes).keys()
     return [
         path
@@ -117,7 +117,7 @@ def paths_with_shared_arrays(nodes: Mapping[str, Leaf]) -> list[str]:
 
 
 def fill_in_shared_arrays(tree: Tree) -> Tree:
-    """Returns a tree in which each weight that shares an A or a vector holds the trained array.
+    """Returns a tree in which each weight holds the A or vector that it shares.
 
     Raises:
       ValueError: the tree lacks a weight whose A another one shares.

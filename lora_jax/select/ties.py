@@ -1,4 +1,4 @@
-"""Tied vectors: the members of a tree that train one vector together.
+"""Tied vectors: several weights of a tree train one vector together.
 
 A **member** is one matrix of a stack, or a kernel that is no stack. A **tie** is the number of the
 vector that a member trains (`lora_jax.core.weight.LoraWeight.ties`), or −1 for a member without
@@ -23,7 +23,7 @@ TIED_PART = "v"  # the name of the part that holds the tied vectors
 
 
 def vector_index_of_module(index: int, n: int, tying: float) -> int:
-    """Returns the index of the vector that one of n modules trains.
+    """Returns the index of the vector that a module trains, one of n modules.
 
     Args:
       index: index of the module in the order of the modules.
@@ -40,7 +40,7 @@ def vector_index_of_module(index: int, n: int, tying: float) -> int:
 def ties_of(
     decisions: Mapping[str, Decision], leaves: Mapping[str, Leaf], order: Sequence[str] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """Returns `LoraWeight.ties` of each weight that trains a vector with others, by path.
+    """Returns `LoraWeight.ties` of each weight that shares a trained vector, by path.
 
     All weights of rules with the same u and `weight_tying` are one pool, in which vectors are tied
     layer by layer.
@@ -73,7 +73,7 @@ def ties_of(
 
 
 def _is_member_adapted(leaf: Leaf, decision: Decision) -> list[bool]:
-    """Returns, for each member of a weight, whether the member is adapted."""
+    """Returns whether each member of a stacked weight is adapted."""
     assert isinstance(decision, Adaptation)
     batch = decision.roles.sizes(leaf.shape, "batch")
     ranks = np.asarray(decision.ranks).reshape(-1, *[1] * (len(batch) - 1))
@@ -82,7 +82,7 @@ def _is_member_adapted(leaf: Leaf, decision: Decision) -> list[bool]:
 
 
 class _OrderedMember(NamedTuple):
-    """A member; members are sorted by run, then by layer, then by the index of the weight.
+    """A stack member, sortable by run, layer and index of the weight.
 
     A **run** is a group of consecutive weights with equal numbers of members. A weight without
     layers is a run by itself.
@@ -98,7 +98,7 @@ class _OrderedMember(NamedTuple):
 def _members_by_layer(
     paths: Sequence[str], is_adapted: Mapping[str, Sequence[bool]]
 ) -> list[tuple[str, int]]:
-    """Returns the path and the index of each adapted member; members of a layer are consecutive."""
+    """Returns (path, index) of each adapted member; members of a layer are consecutive."""
     members: list[_OrderedMember] = []
     run = 0
     run_members: int | None = None  # members of each weight of the run
@@ -121,7 +121,7 @@ def _members_by_layer(
 
 
 def fill_in_tied_vectors(tree: Tree) -> Tree:
-    """Returns a tree in which tied members hold the vector of the first of them."""
+    """Returns a tree in which tied members hold the vector of the first one."""
     leaves, _ = leaves_of(tree)
     weights = {path: leaf for path, leaf in leaves if isinstance(leaf, LoraWeight)}
     nodes = tied_nodes(weights)
@@ -152,7 +152,7 @@ def fill_in_tied_vectors(tree: Tree) -> Tree:
 
 
 def _row_of_first_member(ties: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Returns for each member the row of the first member with its tie, or its own row.
+    """Returns, for each member, the row of the first member with the same tie.
 
     Args:
       ties: ties of the members of each weight; rows are counted over all weights.
@@ -173,12 +173,12 @@ def _row_of_first_member(ties: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def tied_nodes(nodes: Mapping[str, Leaf]) -> dict[str, LoraWeight]:
-    """Returns the nodes of a tree that train a vector with others."""
+    """Returns the nodes that share a trained vector."""
     return {path: node for path, node in nodes.items() if getattr(node, "ties", ())}
 
 
 def n_copied_elements(nodes: Mapping[str, Leaf]) -> int:
-    """Returns the number of elements of tied vectors that are copies of a vector that trains."""
+    """Returns the number of elements of tied vectors that are copies."""
     u_of_tie: dict[int, int] = {}
     n_elements = 0
     for node in tied_nodes(nodes).values():

@@ -1,4 +1,4 @@
-"""Fastfood (Le et al., arXiv 1408.3060): a random projection that is drawn again at each use.
+"""Fastfood (Le et al., arXiv 1408.3060): a random projection that is redrawn at each use.
 
 P = HGΠHB takes d numbers to D. With n the power of two from D on:
 
@@ -49,7 +49,7 @@ class FastfoodDraws(NamedTuple):
 
 
 def draw_random_parts(key: jax.Array, d: int, size: int) -> FastfoodDraws:
-    """Returns the random parts of the projection from d numbers to `size`.
+    """Returns the random parts of the projection from d dimensions to `size`.
 
     Args:
       key: the projection's own PRNG key.
@@ -79,7 +79,7 @@ def project(theta: jax.Array, key: jax.Array, size: int) -> jax.Array:
 
 
 def project_with_draws(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax.Array:
-    """Returns Px for a projection's random parts; see `project`."""
+    """Returns Px, given the random parts of the projection; see `project`."""
     dtype = theta.dtype
     signs, permutation, normals = draws
     n_blocks, block_size = signs.shape
@@ -95,7 +95,7 @@ def project_with_draws(theta: jax.Array, draws: FastfoodDraws, size: int) -> jax
 
 
 def _permute(x: jax.Array, permutation: jax.Array) -> jax.Array:
-    """Repeats vectors up to the length n, and permutes them: [K, n].
+    """Repeats vectors to the length n, and permutes them: [K, n].
 
     Args:
       x: [K, p].
@@ -111,7 +111,7 @@ def _permute(x: jax.Array, permutation: jax.Array) -> jax.Array:
 
 
 def _permute_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
-    """Returns the result of `_permute`, from as few copies of x as fit in a core's cache.
+    """Returns the result of `_permute`, from few copies of x that fit in a CPU cache.
 
     A CPU reads the copies faster than [K, n] at random (tests/benchmarks/subspace.py). The backward
     pass adds up the entries that were read from one place; several copies keep those sums short.
@@ -128,12 +128,12 @@ def _permute_on_cpu(x: jax.Array, permutation: jax.Array) -> jax.Array:
 
 
 def _power_of_two(size: int) -> int:
-    """Returns the smallest power of two that is at least a size."""
+    """Returns the smallest power of two that is not below a size."""
     return 1 << (size - 1).bit_length()
 
 
 def _draw_normals(key: jax.Array, n_blocks: int, n: int) -> jax.Array:
-    """Returns G, [n_blocks, n], drawn in chunks: the generator needs three times the memory."""
+    """Returns G, [n_blocks, n], drawn in chunks to limit the generator's memory."""
     if n <= _NUMBERS_PER_CHUNK:
         return jax.random.normal(key, (n_blocks, n), jnp.float32)
     chunks: jax.Array = jax.lax.map(

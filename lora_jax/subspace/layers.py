@@ -1,4 +1,4 @@
-"""Tensors of a tree, their layers, and the logical paths that their projections are drawn from.
+"""The tensors of a tree, their layers, and the logical paths that seed their projections.
 
 A scanned **stack** holds layer i on the first axis of its leaves. In an unrolled tree, the same
 tensor has a leaf of its own, with i in its path. The **logical path** of a tensor is the same in
@@ -20,7 +20,7 @@ STACKS = ("layers", "encoder/layer", "transformer/h")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One leaf of the tree: a tensor, or a stack of them, one for each layer.
+    """One leaf of the tree: a tensor, or a stack with one tensor for each layer.
 
     Attributes:
       path: path of the leaf.
@@ -38,7 +38,7 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """The number of entries of the leaf."""
+        """The number of elements of the leaf."""
         return math.prod(self.shape)
 
 
@@ -102,7 +102,7 @@ def _stack_of_leaf(path: str, stacks: Sequence[str]) -> str | None:
 
 
 def _ends_with_segments(path: str, name: str) -> bool:
-    """Returns True if a name is the last segment, or the last segments, of a path."""
+    """Returns True if a path ends with the segments of a name."""
     return has_segments(path, name) and f"/{path}".endswith(f"/{name}")
 
 
@@ -123,12 +123,12 @@ def _logical_paths(path: str, leaf: Leaf, stacks: Sequence[str]) -> tuple[str, .
 
 
 def _split_numbers(path: str) -> str:
-    """Returns a path with each segment ``name_3`` as two, ``name/3``."""
+    """Returns a path with each segment ``name_3`` split into ``name/3``."""
     return re.sub(r"(?<![^/])(\w*[a-zA-Z])_(\d+)(?![^/])", r"\1/\2", path)
 
 
 def _check_stacks(names_of_leaf: Mapping[str, Sequence[str]], stacks: Sequence[str]) -> None:
-    """Raises a ValueError for leaves of one stack that differ in their numbers of layers."""
+    """Raises a ValueError if leaves of one stack differ in their number of layers."""
     first_leaves: dict[str, str] = {}  # by stack
     for path, names in names_of_leaf.items():
         stack = _stack_of_leaf(path, stacks)
@@ -142,7 +142,7 @@ def _check_stacks(names_of_leaf: Mapping[str, Sequence[str]], stacks: Sequence[s
 
 
 def _not_stack_message(stack: str, problem: str) -> str:
-    """Returns the message for a module that is a stack by its name only."""
+    """Returns the message for a module that has the name of a stack, but is none."""
     return (
         f"By its name, {stack!r} is a stack of layers, but {problem}. Name the modules whose "
         "leaves have layers on their first axis with stacks=[…], or pass stacks=() if there are "
@@ -151,7 +151,7 @@ def _not_stack_message(stack: str, problem: str) -> str:
 
 
 def _layer_of_each_name(names: Sequence[str]) -> dict[str, str]:
-    """Returns the layer of each logical path, a block or a module beside blocks (`find_tensors`).
+    """Returns the layer of each logical path; see `find_tensors`.
 
     The **parents** are the modules that hold blocks, and the module that holds all tensors. A
     tensor outside of blocks belongs to the module directly below the closest parent.
@@ -169,6 +169,7 @@ def _layer_of_each_name(names: Sequence[str]) -> dict[str, str]:
     parents.add(tuple(_common_start(*modules)))
 
     def layer_of(name: str) -> str:
+        """Returns the layer of one logical path."""
         segments = segments_of_name[name]
         number_index = number_index_of_name[name]
         # A tensor in a block.
@@ -182,7 +183,7 @@ def _layer_of_each_name(names: Sequence[str]) -> dict[str, str]:
 
 
 def _number_index(segments: Sequence[str]) -> int | None:
-    """Returns the index of the first segment that is a number, the last one excluded, or None."""
+    """Returns the index of the first numeric segment, not counting the last, or None."""
     for index, segment in enumerate(segments[:-1]):
         if segment.isdecimal():
             return index
@@ -190,7 +191,7 @@ def _number_index(segments: Sequence[str]) -> int | None:
 
 
 def _natural_order(path: str) -> list[tuple[bool, int, str]]:
-    """Returns a key that sorts layer 2 before layer 10, in an unrolled tree as in a stack."""
+    """Returns a sort key that puts layer 2 before layer 10."""
     return [
         (False, int(segment), segment) if segment.isdecimal() else (True, 0, segment)
         for segment in path.split("/")
@@ -198,7 +199,7 @@ def _natural_order(path: str) -> list[tuple[bool, int, str]]:
 
 
 def _common_start(*paths: Sequence[str]) -> list[str]:
-    """Returns the segments that all paths begin with."""
+    """Returns the leading segments that all paths share."""
     common = []
     for segments in zip(*paths, strict=False):
         if len(set(segments)) > 1:

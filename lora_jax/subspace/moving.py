@@ -1,4 +1,4 @@
-"""Computes θ₀ + λP(θ_d): for large tensors one by one, for small tensors of one size together.
+"""Computes θ₀ + λP(θ_d): large tensors one by one, and small tensors of equal size together.
 
 P is the tensor's Fastfood projection times √(n/D), where a tensor has n of the tree's D entries:
 the change of the whole tree has about the norm of θ_d, and all entries move alike. (With that norm
@@ -34,7 +34,7 @@ _MAX_SMALL_ENTRIES = 2**18  # of a small tensor, and of small tensors that move 
 
 
 def projection_keys(seed: int, tensors: Sequence[Tensor]) -> jax.Array:
-    """Returns the data of each tensor's PRNG key, leaf by leaf: uint32 [n, 2].
+    """Returns the raw PRNG key of each tensor, leaf by leaf: uint32 [n, 2].
 
     A layer of a stack is a tensor of its own.
     """
@@ -116,7 +116,7 @@ def place_leaf(array: jax.Array, leaf: Leaf, sharding: Sharding | None = None) -
 
 
 def sample_of_draws(seed: int) -> jax.Array:
-    """Returns some random bits of a seed, uint32, to compare the draws of two versions of JAX."""
+    """Returns random bits of a seed, uint32, by which two JAX versions can be compared."""
     return jax.random.bits(jax.random.key(seed, impl=_GENERATOR), (8,), jnp.uint32)
 
 
@@ -142,14 +142,14 @@ def _scale_of_each_tensor(
 def _change_of_tensor(
     theta: jax.Array, key: jax.Array, scale: jax.Array, shape: Sequence[int]
 ) -> jax.Array:
-    """Returns a tensor's change, P(λθ_d): scaling d numbers costs less than scaling the change."""
+    """Returns a tensor's change P(λθ_d), with λ applied to the d numbers."""
     dtype = accumulation_dtype(theta.dtype)
     x = theta.astype(dtype) * scale.astype(dtype)
     return project(x, key, math.prod(shape)).reshape(shape)
 
 
 def _add_change(leaf: Leaf, change: jax.Array) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of a tensor, added in fp32 (or wider) and rounded once."""
+    """Returns θ₀ + λP(θ_d) of a tensor, added in fp32 or wider and rounded once."""
     dtype = jnp.promote_types(change.dtype, accumulation_dtype(leaf.dtype))
     total: jax.Array = leaf.astype(dtype) + change.astype(dtype)
     return total.astype(leaf.dtype)
@@ -169,7 +169,7 @@ def _move_tensor(leaf: Leaf, theta: jax.Array, key: jax.Array, scale: jax.Array)
 def _move_stack_in_place(
     leaf: Leaf, theta: jax.Array, keys: jax.Array, scales: jax.Array
 ) -> jax.Array:
-    """Returns θ₀ + λP(θ_d) of a stack, computed in place, layer by layer.
+    """Returns θ₀ + λP(θ_d) of a stack, computed layer by layer in place.
 
     (`jax.lax.map` begins with a stack of zeros, of which two loops of one shape make a copy.)
     """
@@ -183,7 +183,7 @@ def _move_stack_in_place(
 
 
 def _instantiate(tangent: jax.Array | SymbolicZero) -> jax.Array:
-    """Returns a tangent as an array."""
+    """Returns a tangent as an array, zeros if it is symbolic."""
     if isinstance(tangent, SymbolicZero):
         return jnp.zeros(tangent.shape, tangent.dtype)
     return tangent

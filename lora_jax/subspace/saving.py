@@ -1,4 +1,4 @@
-"""A subspace in an adapted tree, and in a folder: θ_d, λ, the seed and the base's fingerprint.
+"""Stores a subspace in an adapted tree or a folder: θ_d, λ, the seed and the base's checksums.
 
 `tree_of` puts θ_d and λ beside the base, as leaves that train in full. All that takes adapted trees
 takes it: `split` and `join`, `adapt`, the training loop and its checkpoints, `save_adapter`.
@@ -26,7 +26,7 @@ _KEYS = "keys"
 
 
 def tree_of(space: Subspace, base: Tree, theta: Tree = None) -> Tree:
-    """Returns an adapted tree: the base, and beside it θ_d (and λ), which train.
+    """Returns an adapted tree: the base, with θ_d (and λ) as trained leaves.
 
     The keys of the projections are frozen leaves of it: a function of the tree is compiled once for
     all seeds.
@@ -93,7 +93,7 @@ def merge(space: Subspace, tree: Tree, shardings: Tree = None) -> Tree:
 
 
 def facts_of(space: Subspace) -> JsonObject:
-    """Returns the facts that make the subspace again from the base, in JSON's types.
+    """Returns the facts that reconstruct the subspace from the base, in JSON types.
 
     "draws" is a checksum of some random numbers, so that another JAX that draws other numbers from
     the seed is noticed.
@@ -124,7 +124,7 @@ def save(
     about: Fields | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a subspace to `folder`: θ_d, λ, the seed, the selection, the base's fingerprint.
+    """Writes a subspace to `folder`: θ_d, λ, the seed, the selection, the base's checksums.
 
     Args:
       folder: created; its parents too.
@@ -191,7 +191,7 @@ def load(
 
 
 def _check_same_subspace(folder: str | os.PathLike[str], saved: Fields, current: Fields) -> None:
-    """Raises an AdapterError unless the facts of a folder are those of a subspace.
+    """Raises an AdapterError unless a folder's facts match a subspace.
 
     Args:
       folder: the folder, for the message.

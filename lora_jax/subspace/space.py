@@ -1,4 +1,4 @@
-"""Training in a random subspace: θ = θ₀ + P(θ_d), d numbers for all parameters of a tree.
+"""Trains in a random subspace: θ = θ₀ + P(θ_d), with d numbers for all parameters of a tree.
 
 Li et al., arXiv 1804.08838; Aghajanyan et al., arXiv 2012.13255. Each tensor i has a projection Pᵢ
 of its own (Fastfood), drawn from the seed and the tensor's logical path; all share one θ_d. Each is
@@ -34,7 +34,7 @@ Theta = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """A random subspace of the parameters of a tree. It holds no arrays, and can be hashed.
+    """A random subspace of the parameters of a tree. It holds no arrays, and is hashable.
 
     Attributes:
       dimension: d, the number of parameters that train.
@@ -56,11 +56,11 @@ class Subspace:
 
     @property
     def size(self) -> int:
-        """D, the number of parameters that move."""
+        """D, the number of parameters that the subspace changes."""
         return sum(tensor.size for tensor in self.tensors)
 
     def zeros(self, dtype: DTypeLike = jnp.float32) -> Theta:
-        """Returns the start: θ_d = 0, and each λ = 1.
+        """Returns the initial values: θ_d = 0, and each λ = 1.
 
         Args:
           dtype: fp32 or fp64; projections are computed in it.
@@ -80,7 +80,7 @@ class Subspace:
     def params_of(
         self, theta: Tree, base: Tree, shardings: Tree = None, keys: jax.Array | None = None
     ) -> Tree:
-        """Returns θ₀ + P(θ_d): the whole tree, as arrays that any function of the base runs on.
+        """Returns θ₀ + P(θ_d): a plain tree for any function of the base.
 
         Tensors that do not move are the base's very leaves. Each sum is taken in fp32 (or wider)
         and rounded once to the leaf's dtype. Call it inside the function that is differentiated,
@@ -209,7 +209,7 @@ def make(
 
 
 def _selected_leaves(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
-    """Returns the leaves that move, by path.
+    """Returns the leaves that the subspace changes, by path.
 
     Raises:
       ValueError: the tree is adapted, nothing is selected, or a selected leaf cannot move.
@@ -246,7 +246,7 @@ def _selected_leaves(params: Tree, rule: TrainRule) -> dict[str, Leaf]:
 
 
 def _check_sizes(space: Subspace) -> None:
-    """Raises a ValueError unless d fits the tensors and layers, and the tensors can be indexed."""
+    """Raises a ValueError unless d is valid for the tensors and layers of a tree."""
     m = len(space.layers)
     d = space.dimension
     if d > space.size:

@@ -1,4 +1,4 @@
-"""Variants of LoRA. Each file declares what one variant trains and freezes, and how it is saved.
+"""Variants of LoRA. Each file declares the arrays of one variant, and how they are saved.
 
 To add a variant of your own to a tree, write a `lora_jax.Part` and give it to a rule,
 ``LoraRule(extras=[part], …)``. This one trains a factor for each column of rank, s·A·diag(d)·B:
@@ -25,7 +25,7 @@ from lora_jax.variants.xs import LORA_XS
 
 
 def _switch_field(variant: Variant) -> Any:
-    """Returns the dataclass field that turns a variant on; False by default."""
+    """Returns the dataclass field that enables a variant; False by default."""
     return dataclasses.field(default=False, metadata={"variant": variant})
 
 
@@ -37,7 +37,7 @@ def _setting_field(variant: Variant, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Variants:
-    """The registry: which variants are on.
+    """The enabled variants, as fields that the dataclasses of rules inherit.
 
     Args:
       dora: rescale each column of W + s·AB to a trained magnitude (DoRA, arXiv 2402.09353).
@@ -68,11 +68,11 @@ class Variants:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The variants that are on."""
+        """The enabled variants."""
         return tuple(variant for variant in VARIANTS if getattr(self, variant.option))
 
     def settings_of(self, variant: Variant) -> dict[str, Any]:
-        """Returns the numbers that a variant takes, by name."""
+        """Returns the settings of a variant, by name."""
         return {setting.name: getattr(self, setting.name) for setting in variant.settings}
 
 
@@ -85,7 +85,7 @@ PARTS: dict[str, Part] = {part.name: part for variant in VARIANTS for part in va
 
 
 def variant_of(part: Part) -> Variant | None:
-    """Returns the variant that a part belongs to; None for a user's own part."""
+    """Returns the variant that defines a part; None for a user's own part."""
     return next((variant for variant in VARIANTS if part in variant.parts), None)
 
 
@@ -99,5 +99,5 @@ def variants_of(weight: LoraWeight) -> list[Variant]:
 
 
 def derived_of(weight: LoraWeight) -> Derived | None:
-    """Returns the declaration of a weight's derived arrays; None if it has none."""
+    """Returns the declaration of a weight's derived arrays; None without any."""
     return next((variant.derived for variant in variants_of(weight) if variant.derived), None)

@@ -16,7 +16,7 @@ from lora_jax.variants.variant import InPeft, Variant
 
 
 def _zero_bias(node: LoraWeight) -> jax.Array:
-    """Returns the first value of c, zeros [batch…, out…]."""
+    """Returns the initial value of c, zeros [batch…, out…]."""
     return jnp.zeros(node.shape_of("bias"), node.b.dtype)
 
 

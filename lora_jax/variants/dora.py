@@ -1,4 +1,4 @@
-"""DoRA: each column of W + s·AB is rescaled to a trained magnitude.
+"""DoRA: rescales each column of W + s·AB to a trained magnitude.
 
 DoRA (Liu et al., arXiv 2402.09353) is (W + s·AB)·diag(m / ‖W + s·AB‖), the norms held constant. The
 gain of the products is the whole quotient, and the part that trains is m. `lora_jax.core.magnitude`
@@ -44,13 +44,13 @@ def _norms_of_columns(node: LoraWeight, a: jax.Array, b: jax.Array) -> jax.Array
 
 
 def _initial_magnitude(node: LoraWeight) -> jax.Array:
-    """Returns the first norms: ‖W‖ if A and B are computed from W, else ‖W + s·AB‖."""
+    """Returns the initial norms: ‖W‖ if A and B derive from W, else ‖W + s·AB‖."""
     a = node.a if node.start is None else jnp.zeros_like(node.a)
     return _norms_of_columns(node, a, node.b)
 
 
 def _with_gain(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
-    """Returns the weight with the gain m / ‖W + s·AB‖; 1 for layers that are not adapted."""
+    """Returns the weight with the gain m / ‖W + s·AB‖, and 1 in layers without an adapter."""
     norms = jax.lax.stop_gradient(_norms_of_columns(node, weight.a, weight.b))
     return weight.replace(gain=node.where_adapted(_move_to_device(magnitude) / norms, 1))
 

@@ -1,4 +1,4 @@
-"""LoRA-FA (Zhang et al., arXiv 2308.03303): A stays as it was drawn, and B trains.
+"""LoRA-FA (Zhang et al., arXiv 2308.03303): A keeps its initial value, and only B trains.
 
 `lora_jax.optim.project_b` is its optimiser's part.
 """

@@ -1,4 +1,4 @@
-"""TinyLoRA: W + s·A(Σᵢ vᵢPᵢ)B, where A and B are singular vectors, the P's random, and v trains.
+"""TinyLoRA: W + s·A(Σᵢ vᵢPᵢ)B; A and B are singular vectors, the P's are random, and v trains.
 
 TinyLoRA (Morris et al., arXiv 2602.04118) is LoRA-XS with the matrix between A and B taken from u
 numbers: a weight trains v [u], and several weights may train one v (`lora_jax.select.ties`). As in
@@ -24,10 +24,11 @@ from lora_jax.variants.xs import remake_factors, singular_factors
 
 
 def _start_factors(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactors:
-    """Returns a function that decomposes W, and draws the P's from a seed of each weight."""
+    """Returns a function that decomposes W, and draws the P's from a seed per weight."""
     del kernels
 
     def make_factors(leaf: BaseLike, kernel: KernelFacts) -> Parts:
+        """Returns the factors, the projection and the seed of one weight."""
         seed = jax.random.bits(fold_in_path(key, f"{kernel.path}/tinylora"), dtype=jnp.uint32)
         return _balanced_singular_factors(leaf, kernel) | {
             "projection": _draw_projection(seed, kernel, kernel.settings["u"]),
@@ -74,15 +75,16 @@ def _draw_projection(seed: ArrayLike, kernel: KernelFacts, u: int) -> jax.Array:
 
 
 def _recipe_of_arrays(node: LoraWeight, others: Sequence[LoraWeight]) -> JsonObject | None:
-    """Returns the recipe of the frozen arrays; None if they come from another library's file."""
+    """Returns the recipe of the frozen arrays; None if another library's file had them."""
     del others
     return {"seed": int(node.arrays["seed"])} if "seed" in node.arrays else None
 
 
 def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
-    """Returns a function that decomposes W, and draws the P's from the recipe's seed."""
+    """Returns a function that decomposes W, and redraws the P's from the recipe's seed."""
 
     def make_arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
+        """Returns the frozen arrays of one weight."""
         kernel = KernelFacts(
             path=path,
             shape=weight.shape,
@@ -104,7 +106,7 @@ def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
 
 
 def _zero_v(node: LoraWeight) -> jax.Array:
-    """Returns the first value of v, zeros [batch…, u]."""
+    """Returns the initial value of v, zeros [batch…, u]."""
     return jnp.zeros(node.shape_of("v"), node.arrays["projection"].dtype)
 
 

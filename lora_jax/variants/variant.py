@@ -1,4 +1,4 @@
-"""The declaration of a variant of LoRA: all facts that other code reads about it.
+"""The declaration of a variant of LoRA, with all facts that other code reads about it.
 
 Arrays of a variant are **derived** if they can be computed from W or from a seed. A file then holds
 a **recipe** in their place.
@@ -17,7 +17,7 @@ from lora_jax.core.weight import LoraWeight, Part
 
 
 class KernelFacts(NamedTuple):
-    """The facts about a kernel from which a variant makes A and B.
+    """The facts about a kernel from which a variant computes A and B.
 
     Attributes:
       path: the kernel's path in the tree.
@@ -47,7 +47,7 @@ Remake = Callable[[str, LoraWeight, Fields], Parts]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Derived:
-    """Arrays that are computed from W or from a seed, so that no file has to hold them.
+    """Arrays that are computed from W or a seed, so that files need not store them.
 
     A file holds a recipe in their place, and a few of their elements for a comparison.
 
@@ -70,7 +70,7 @@ class Derived:
 
 
 class InPeft(NamedTuple):
-    """The form of a variant in PEFT's LoraConfig.
+    """The representation of a variant in PEFT's LoraConfig.
 
     Attributes:
       field: the field that turns it on; None for a plain LoRA that trains in another way.
@@ -85,7 +85,7 @@ class InPeft(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """A number that a variant takes beside the rank: a field of `lora_jax.LoraRule`, and an option.
+    """A numeric setting of a variant: a field of `lora_jax.LoraRule`, and an option.
 
     Attributes:
       name: the name of the field and of the option.
@@ -147,5 +147,5 @@ class Variant:
 
     @property
     def method(self) -> str:
-        """The name as a method of `train.compare`."""
+        """The name of the variant's method in `train.compare`."""
         return self.name.lower()

@@ -1,4 +1,4 @@
-"""VeRA: W + s·A·diag(d)·B·diag(b), where all weights of a rank share one random A and B.
+"""VeRA: W + s·A·diag(d)·B·diag(b), where all weights of equal rank share one random A and B.
 
 VeRA (Kopiczko et al., arXiv 2310.11454) draws a **pair**, A [r, in] and B [r, out], for each rank.
 The pair is as wide as the widest weight of the rank, and never trains; d and b train. A weight uses
@@ -26,7 +26,7 @@ Widths = tuple[int, int]  # numbers of in and out features, of a weight or of a 
 
 
 class SharedPairs:
-    """The pairs of a tree, each drawn when a weight first needs it."""
+    """The shared (A, B) pairs of a tree, each drawn when a weight first needs it."""
 
     def __init__(self, seed: ArrayLike, widths: Mapping[int, Widths]) -> None:
         """Args:
@@ -47,7 +47,7 @@ class SharedPairs:
         def columns_of_weight(
             name: str, sizes: tuple[int, ...], width: int, fan_in: int
         ) -> jax.Array:
-            """Returns the columns of a matrix that the weight uses, in the shape of its axes."""
+            """Returns a weight's columns of a matrix, in the shape of its axes."""
 
             def draw() -> jax.Array:
                 key = fold_in_path(jax.random.key(self.seed), name)
@@ -64,7 +64,7 @@ class SharedPairs:
         }
 
     def _get_or_make(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
-        """Returns the array of a key, made at the first call."""
+        """Returns the cached array of a key, made at the first call."""
         if key in self._cache:
             return self._cache[key]
         array = make()
@@ -74,7 +74,7 @@ class SharedPairs:
 
 
 def _start_pairs(kernels: Sequence[KernelFacts], key: jax.Array) -> SharedPairs:
-    """Returns the pairs that the weights of a tree share.
+    """Returns the (A, B) pairs that the weights of a tree share.
 
     Raises:
       ValueError: the layers of a stack differ in rank.
@@ -111,7 +111,7 @@ def _kernel_facts(node: LoraWeight, dtype: DTypeLike, path: str = "") -> KernelF
 
 
 def _recipe_of_pair(node: LoraWeight, nodes: Sequence[LoraWeight]) -> JsonObject | None:
-    """Returns the recipe that draws a pair again; None for a pair that has no seed."""
+    """Returns the recipe that redraws a pair; None for a pair without a seed."""
     if "seed" not in node.arrays:
         return None
     dtype = node.arrays["shared_a"].dtype
@@ -126,11 +126,12 @@ def _recipe_of_pair(node: LoraWeight, nodes: Sequence[LoraWeight]) -> JsonObject
 
 
 def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
-    """Returns a function that draws each pair once, so that weights of one size share an array."""
+    """Returns a function that draws each pair once for all weights that share it."""
     del nodes
     pairs: dict[Hashable, SharedPairs] = {}
 
     def make_arrays(path: str, weight: LoraWeight, recipe: Fields) -> Parts:
+        """Returns the arrays of one weight."""
         in_width, out_width = recipe["widths"]
         key = (recipe["seed"], in_width, out_width, weight.rank)
         if key not in pairs:
@@ -142,13 +143,13 @@ def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
 
 
 def _initial_d(node: LoraWeight) -> jax.Array:
-    """Returns the first value of d, 0.1 with zeros in the padding, [batch…, r]."""
+    """Returns the initial value of d, 0.1 with zeros in the padding, [batch…, r]."""
     d = jnp.full(node.shape_of("lambda_d"), 0.1, node.arrays["shared_a"].dtype)
     return zero_rank_padding(d, node.ranks, d.ndim - 1)
 
 
 def _zero_b(node: LoraWeight) -> jax.Array:
-    """Returns the first value of b, zeros [batch…, out…]."""
+    """Returns the initial value of b, zeros [batch…, out…]."""
     return jnp.zeros(node.shape_of("lambda_b"), node.arrays["shared_b"].dtype)
 
 

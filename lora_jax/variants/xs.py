@@ -1,4 +1,4 @@
-"""LoRA-XS: W + s·ARB, where A = UΣ and B = Vᵀ of W's singular values are frozen and R trains.
+"""LoRA-XS: W + s·ARB; A = UΣ and B = Vᵀ of W's singular values are frozen, and R trains.
 
 LoRA-XS (Bałazy et al., arXiv 2405.17604) trains r² numbers for each weight. A file holds R alone,
 because A and B can be computed again from W. If W is the same up to rounding, its singular vectors
@@ -68,7 +68,7 @@ def _start_factors(kernels: Sequence[KernelFacts], key: jax.Array) -> MakeFactor
 
 
 def _remake_function(nodes: Mapping[str, Leaf]) -> Remake:
-    """Returns a function that decomposes W, or takes the factors of the node at the same path."""
+    """Returns a function that decomposes W, or reuses the factors of an equal node."""
 
     def make_arrays(path: str, weight: LoraWeight, _: Fields) -> Parts:
         def decompose(base: BaseLike) -> Parts:
@@ -86,7 +86,7 @@ def remake_factors(
     part_name: str,
     decompose: Callable[[BaseLike], Parts],
 ) -> Parts:
-    """Returns a and b of a weight without factors: from the loaded tree if it has them, or from W.
+    """Returns a and b of a weight, from the loaded tree if it has them, else from W.
 
     Args:
       nodes: the nodes of the tree that the adapter is loaded onto, by path.

@@ -1,1 +1,1 @@
-"""PEFT's kinds of adapters beside LoRA, a file each; see `lora_jax.peft.forms`."""
+"""PEFT's adapter types other than LoRA, one file each; see `lora_jax.peft.forms`."""

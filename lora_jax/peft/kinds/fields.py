@@ -1,4 +1,4 @@
-"""Converts the configuration of a kind of adapter to the fields of a LoraConfig, and back."""
+"""Converts the configuration of an adapter type to LoraConfig fields, and back."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ _COMMON_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class KindFields:
-    """The differences between a kind's configuration and a LoraConfig, with PEFT's defaults.
+    """The differences between a type's configuration and a LoraConfig, with PEFT's defaults.
 
     Attributes:
       name: the kind's name in messages, such as "VeRA".
@@ -32,7 +32,7 @@ class KindFields:
     without_effect: Fields
 
     def to_lora_fields(self, fields: Fields) -> tuple[JsonObject, JsonObject]:
-        """Splits fields into those of a LoraConfig for the same modules and those of the kind."""
+        """Splits fields into those of a LoraConfig and those of the adapter type."""
         prefix = self.name.lower()
         kind_fields = {
             name: fields.get(name, default) for name, default in self.kind_fields.items()
@@ -46,7 +46,7 @@ class KindFields:
         return lora_fields, kind_fields
 
     def from_lora_fields(self, config: Fields) -> JsonObject:
-        """Returns the kind's configuration for the modules that a LoraConfig's fields adapt.
+        """Returns the type's configuration for the modules that LoraConfig fields adapt.
 
         Raises:
           PeftError: the kind's configuration has no fields for these modules.

@@ -1,4 +1,4 @@
-"""Draws random numbers as torch's generator for CPUs does, for arrays that follow from a seed.
+"""Draws the same random numbers as torch's CPU generator, for arrays that derive from a seed.
 
 The generator is the Mersenne twister. Source: torch's ``DistributionTemplates.h`` for CPUs.
 """
@@ -11,12 +11,12 @@ _BLOCK_SIZE = 16  # normal numbers are drawn in blocks of this size, unless ther
 
 
 def draw_uniform(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns uniform numbers in [0, 1), fp32, as ``torch.rand`` draws them."""
+    """Returns uniform fp32 numbers in [0, 1), equal to ``torch.rand``."""
     return _draw_uniform_numbers(np.random.RandomState(seed), math.prod(shape)).reshape(shape)
 
 
 def draw_normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns normal numbers of mean 0 and variance 1, fp32, as ``torch.randn`` draws them.
+    """Returns standard normal fp32 numbers, equal to ``torch.randn``.
 
     They agree with torch's up to the rounding of its logarithms and cosines.
     """
@@ -35,13 +35,13 @@ def draw_normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _draw_uniform_numbers(generator: np.random.RandomState, n: int) -> np.ndarray:
-    """Returns n numbers in [0, 1), fp32, of 24 random bits each."""
+    """Returns n fp32 numbers in [0, 1), each from 24 random bits."""
     bits = generator.randint(0, 2**32, size=n, dtype=np.uint32) & np.uint32(2**24 - 1)
     return bits.astype(np.float32) * np.float32(2**-24)
 
 
 def _normal_from_uniform(uniforms: np.ndarray) -> np.ndarray:
-    """Transforms 16 uniform numbers into normal numbers (Box and Muller), in pairs 8 apart."""
+    """Transforms 16 uniform numbers to normal ones (Box and Muller), in pairs 8 apart."""
     radius_uniforms, angle_uniforms = np.split(uniforms, 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - radius_uniforms))
     angle = np.float32(2 * math.pi) * angle_uniforms
@@ -49,7 +49,7 @@ def _normal_from_uniform(uniforms: np.ndarray) -> np.ndarray:
 
 
 def _draw_normal_pairs(generator: np.random.RandomState, n: int) -> np.ndarray:
-    """Draws n normal numbers, fp64, one pair after the other."""
+    """Draws n normal fp64 numbers, in pairs."""
     n_pairs = -(-n // 2)
     words = generator.randint(0, 2**32, size=(n_pairs, 2, 2), dtype=np.uint32).astype(np.uint64)
     high, low = words[..., 0], words[..., 1]  # [pairs, 2]

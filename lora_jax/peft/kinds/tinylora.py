@@ -37,7 +37,7 @@ _FIELDS = KindFields(
 
 
 def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
-    """Splits fields into those of a LoraConfig for the same modules and those of TinyLoRA.
+    """Splits fields into those of a LoraConfig and those of TinyLoRA.
 
     Args:
       fields: the fields of a TinyLoraConfig.
@@ -67,7 +67,7 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
 
 
 def rule_settings(kind_fields: Fields) -> JsonObject:
-    """Returns the further fields of a LoraRule that TinyLoRA's fields set."""
+    """Returns the extra LoraRule fields that TinyLoRA's fields set."""
     return {name: kind_fields[name] for name in ("u", "weight_tying")}
 
 
@@ -122,7 +122,7 @@ def adapter_contents(
 
 
 def _tie_of_module(module: Module, node: LoraWeight) -> object:
-    """Returns a value that is the same for modules that share a vector."""
+    """Returns a key that is equal for modules that share a vector."""
     if not node.ties:
         return module.name
     return node.ties[_flat_member_index(module, node)]
@@ -135,7 +135,7 @@ def _flat_member_index(module: Module, node: LoraWeight) -> int:
 
 
 def _weight_tying_of(ties: Sequence[object]) -> float:
-    """Returns PEFT's weight_tying for the ties of modules; 0.0 if PEFT's rule gives other ties.
+    """Returns PEFT's weight_tying for the ties of modules; 0.0 if no value gives these ties.
 
     Args:
       ties: a value for each module, in torch's order; modules with equal values share a vector.
@@ -206,14 +206,14 @@ class TinyLoraFile:
         return {"seed": None, "ties": ties, **jax.device_put(arrays)}
 
     def _vector_number(self, module: Module) -> int:
-        """Returns the number of the vector that a module has."""
+        """Returns the number of a module's vector."""
         number = self._number_of_module[module.name]
         return vector_index_of_module(
             number, len(self._number_of_module), self._own["weight_tying"]
         )
 
     def _read_projection(self, module: Module, rank: int) -> np.ndarray:
-        """Returns the projection [u, r, r] of a module; draws it as PEFT if the file lacks it."""
+        """Returns a module's projection [u, r, r], drawn like PEFT's if missing."""
         _, _, key = _keys_of_module(module)
         shape = (self._own["u"], rank, rank)
         projection = self._reader.take(key, shape) if self._reader.has(key) else None

@@ -34,7 +34,7 @@ _FIELDS = KindFields(
 
 
 def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
-    """Splits fields into those of a LoraConfig for the same modules and those of VeRA.
+    """Splits fields into those of a LoraConfig and those of VeRA.
 
     Args:
       fields: the fields of a VeraConfig.
@@ -123,7 +123,7 @@ def _find_shared_matrices(nodes: Mapping[str, LoraWeight]) -> dict[str, np.ndarr
 
 
 def _matrix_of_node(node: LoraWeight, name: str) -> np.ndarray:
-    """Returns an array of a weight as a matrix [r, size of the other axes]."""
+    """Returns a weight's array as a matrix [r, product of the other sizes]."""
     array = np.asarray(node.arrays[name])
     return array.reshape(array.shape[0], -1)
 
@@ -134,7 +134,7 @@ def _keys_of_module(module: Module) -> tuple[str, str]:
 
 
 class VeraFile:
-    """Reads the A and B that all weights of a file share, and the vectors of each weight."""
+    """Reads the A and B that all weights share, and the vectors of each weight."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ read_file = VeraFile
 def _draw_matrices(
     seed: int, rank: int, fan_in: int, fan_out: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws A [r, in] and B [out, r] as PEFT does if the file does not hold them.
+    """Draws A [r, in] and B [out, r] as PEFT does if the file lacks them.
 
     Source: PEFT's ``_kaiming_init``, with one generator for both.
     """
