@@ -73,7 +73,7 @@ def ties_of(
 
 
 def _is_member_adapted(leaf: Leaf, decision: Decision) -> list[bool]:
-    """Returns whether each member of a stacked weight is adapted."""
+    """Returns a flag for each member of a weight: True if the member is adapted."""
     assert isinstance(decision, Adaptation)
     batch = decision.roles.sizes(leaf.shape, "batch")
     ranks = np.asarray(decision.ranks).reshape(-1, *[1] * (len(batch) - 1))
