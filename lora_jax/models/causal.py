@@ -1,4 +1,4 @@
-"""Causal language models: the call, and the head, that decoders and GPT-2 have in common."""
+"""Causal language models: the call and the head that decoders and GPT-2 share."""
 
 from typing import Any, ClassVar
 
@@ -13,13 +13,13 @@ from lora_jax.models.layers.trunk import TokenPlaces, causal_mask, extend_cache,
 
 
 class CausalLM(ModelPart):
-    """Predicts each next token. A family's module makes the trunk in its ``setup``."""
+    """Predicts each next token. A family's module creates the trunk in its ``setup``."""
 
     TRUNK: ClassVar[str]  # the trunk's name, as in Hugging Face's files
 
     @property
     def trunk(self) -> Any:
-        """The module with everything but the head.
+        """The module without the head.
 
         Its ``words`` is the table of tokens, and its ``n_positions`` the length of its table of
         positions, None without one. It takes the tokens, their places, the mask, the cache and the
@@ -92,7 +92,7 @@ class CausalLM(ModelPart):
 
     @nn.nowrap
     def find_token_places(self, *tokens: Any, **inputs: Any) -> TokenPlaces:
-        """Finds the positions of the tokens of a call.
+        """Returns the positions of a call's tokens.
 
         Args:
           tokens: see ``place_tokens``.
@@ -104,7 +104,7 @@ class CausalLM(ModelPart):
     def tokens_of_call(
         self, input_ids: jax.Array, *others: Any, **options: Any
     ) -> tuple[jax.Array, jax.Array | None] | None:
-        """Returns the token ids and segments of a call; None where they are not whole rows.
+        """Returns the token ids and segments of a call, or None for partial rows.
 
         An activated LoRA finds its invocation in them; see `lora_jax.adapt.activate`.
 
@@ -123,7 +123,7 @@ class CausalLM(ModelPart):
 
     @nn.nowrap
     def _check_length(self, input_ids: jax.Array, cache: Cache | None) -> None:
-        """Raises a ValueError for more tokens or slots of a cache than there are positions."""
+        """Raises a ValueError for more tokens or cache slots than there are positions."""
         n_positions = self.trunk.n_positions
         if not n_positions:
             return
@@ -140,7 +140,7 @@ class CausalLM(ModelPart):
             )
 
     def _check_branches(self, positions: jax.Array | None, cache: Cache | None) -> None:
-        """Raises a ValueError for branches in a call that cannot have any."""
+        """Raises a ValueError for branches in a call that does not support them."""
         if cache is not None:
             raise ValueError(
                 "branches cannot be used together with a cache, which holds one sequence per row. "
@@ -182,7 +182,7 @@ class CausalLM(ModelPart):
 
 
 def output_head(module: CausalLM) -> nn.Dense | None:
-    """Makes the layer of the logits; None where the table of tokens is the head as well."""
+    """Creates the logits layer; None if the token table is also the head."""
     if module.config.tie_word_embeddings:
         return None
     return dense(module, module.config.vocab_size, use_bias=False, dot_general=dot_wide)

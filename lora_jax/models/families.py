@@ -1,4 +1,4 @@
-"""The families of models, by ``model_type``: module, file format, PEFT's default targets."""
+"""The model families, by ``model_type``: module, file format, and PEFT's default targets."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ IMAGES = "images"  # the option of models whose folders are read for their texts
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of models.
+    """A model family.
 
     Attributes:
       module: see ``module_of``.
@@ -78,7 +78,7 @@ _VISION = ModelFormat(
 
 
 def _decoder_format(family: DecoderFamily) -> ModelFormat:
-    """Returns the file format of a family of decoders."""
+    """Returns the file format of a decoder family."""
     return ModelFormat(
         DecoderConfig.from_hf,
         decoder_table,
@@ -143,12 +143,12 @@ def family_of(model_type: object) -> Family:
 
 
 def has_images(fields: Fields) -> bool:
-    """Returns True if a config.json has an encoder of images that is read only on request."""
+    """Returns True if a config.json has an image encoder that is read only on request."""
     return fields.get("model_type") in QWEN_VL and isinstance(fields.get("vision_config"), dict)
 
 
 def reading_options(config: ModelConfig) -> dict[str, Any]:
-    """Returns the options of `read_config` that read a configuration of this class from a file.
+    """Returns the options with which `read_config` reads this class of configuration.
 
     An encoder's head is left to the file: no tensor's name depends on it.
     """
@@ -156,7 +156,7 @@ def reading_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def declined_field(fields: Fields) -> str | None:
-    """Returns the first field of a config.json that its family does not implement, or None.
+    """Returns the first unsupported field of a config.json, or None.
 
     Args:
       fields: the parsed config.json, of a family that `FAMILIES` has.
@@ -181,7 +181,7 @@ def module_of(
     experts: str | Experts = "auto",
     params: Tree = None,
 ) -> Any:
-    """Makes a configuration's module.
+    """Creates the module of a configuration.
 
     Args:
       config: configuration of any family.
@@ -203,7 +203,7 @@ def module_of(
 
 
 def _has_coded_experts(config: ModelConfig, params: Tree) -> bool:
-    """Returns True if kernels of experts are quantized."""
+    """Returns True if expert kernels are quantized."""
     for path, kind in kinds(config).items():
         if kind == "experts":
             leaf = functools.reduce(operator.getitem, path.split("/"), params)
@@ -273,7 +273,7 @@ def kinds(config: ModelConfig) -> dict[str, Kind]:
 
 
 def partition_specs(config: ModelConfig) -> tuple[tuple[str, PartitionSpec], ...]:
-    """Returns the shardings of parameters over a mesh: a table for ``lora_jax.sharding``.
+    """Returns the sharding table of a model's parameters, for ``lora_jax.sharding``.
 
     Each line has a parameter's path, and the spec of its last axes; parameters without a line are
     replicated.

@@ -11,7 +11,7 @@ from lora_jax.models.layers.blocks import ACTIVATION
 
 
 class FieldTable:
-    """The fields of a configuration that config.json holds in the same form.
+    """The fields of a configuration that config.json stores in the same form.
 
     Attributes:
       names: config.json's name of each field.
@@ -20,7 +20,7 @@ class FieldTable:
     def __init__(
         self, kind: type[Any], excluded: Collection[str] = (), renamed: Mapping[str, str] = {}
     ) -> None:
-        """Lists the fields.
+        """Makes the table of these fields.
 
         Args:
           kind: the class of the configuration, a dataclass.
@@ -36,7 +36,7 @@ class FieldTable:
         return frozenset(self.names.values())
 
     def read(self, fields: Fields) -> dict[str, Any]:
-        """Returns the fields that config.json has, under the dataclass's names."""
+        """Returns the fields of a config.json under the dataclass's names."""
         return {field: fields[name] for field, name in self.names.items() if name in fields}
 
     def write(self, config: object) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class FieldTable:
 
 
 def check_transformer(config: Any, names: Mapping[str, str] | None = None) -> None:
-    """Checks the values of a configuration, its activation, and the width of its heads.
+    """Checks a configuration's values, activation, and head size.
 
     Args:
       config: the configuration, as `check_values` takes it.
@@ -92,7 +92,7 @@ def read_head(config: Fields, classes: Iterable[str], endings: Mapping[str, Sequ
 
 
 def read_classes(config: Fields, num_labels: int | None = None) -> tuple[int, tuple[str, ...]]:
-    """Returns the number of classes, and their names in the order of their indices.
+    """Returns the number of classes, and their names by index.
 
     Args:
       config: the parsed config.json.
@@ -115,7 +115,7 @@ def read_classes(config: Fields, num_labels: int | None = None) -> tuple[int, tu
 
 
 def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:
-    """Returns the fields of a config.json that `read_classes` reads back."""
+    """Returns the config.json fields that `read_classes` reads back."""
     names = names or _default_label_names(number)
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
@@ -124,7 +124,7 @@ def write_classes(number: int, names: Sequence[str]) -> dict[str, object]:
 
 
 def check_classes(number: int, names: Sequence[str]) -> None:
-    """Raises a ConfigError for less than one class, or for another number of names."""
+    """Raises a ConfigError for fewer than one class, or a wrong number of names."""
     if number < 1:
         raise ConfigError(f"num_labels is {number}. Use a number of at least 1.")
     if names and len(names) != number:
@@ -134,5 +134,5 @@ def check_classes(number: int, names: Sequence[str]) -> None:
 
 
 def _default_label_names(n: int) -> tuple[str, ...]:
-    """Returns transformers' names of n classes without names."""
+    """Returns transformers' default names of n classes."""
     return tuple(f"LABEL_{i}" for i in range(n))

@@ -1,4 +1,4 @@
-"""Writes a whole model as a GGUF file, for llama.cpp, Ollama and LM Studio."""
+"""Writes a full model as a GGUF file, for llama.cpp, Ollama and LM Studio."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ def save_gguf(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Writes a model as a GGUF file, which appears whole or not at all. For example::
+    """Writes a model as a GGUF file, completely or not at all. For example::
 
         save_gguf("out.gguf", model, lora_jax.merge(params), tokenizer=tokenizer, gguf_type="q8_0")
 
@@ -109,7 +109,7 @@ def save_gguf(
 
 
 def _notes_on_ends(config: Any, words: Mapping[str, Any]) -> list[str]:
-    """Returns a note on the model's end tokens that the metadata of the tokenizer do not name."""
+    """Returns a note on the model's end tokens that the tokenizer's metadata lacks."""
     named_tokens = [words.get(f"tokenizer.ggml.{role}_token_id") for role in END_ROLES]
     unnamed_tokens = [token for token in end_token_ids(config) if token not in named_tokens]
     if not unnamed_tokens:
@@ -123,7 +123,7 @@ def _notes_on_ends(config: Any, words: Mapping[str, Any]) -> list[str]:
 def _make_entries(
     config: Any, leaves: Mapping[str, Leaf], gguf_type: str, stored: Mapping[str, Any]
 ) -> tuple[list[GGUFTensor], list[str]]:
-    """Returns the tensors to write, and notes on them for the user.
+    """Returns the tensors to write, and notes for the user.
 
     Args:
       config: the model's.
@@ -165,7 +165,7 @@ def _make_entries(
 def _tokenizer_metadata(
     config: Any, tokenizer: Tokenizer | None, base: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Returns the metadata of the tokenizer: the given one's, or the base file's own."""
+    """Returns the metadata of the given tokenizer, or of the base file's."""
     if tokenizer is not None:
         return tokenizer_metadata(tokenizer, config.vocab_size, end_token_ids(config))
     if base is None:
@@ -176,7 +176,7 @@ def _tokenizer_metadata(
 
 
 def _make_entry(piece: Piece, leaf: Leaf, gguf_type: str) -> GGUFTensor:
-    """Returns the tensor of a file, of the type that its name and shape allow."""
+    """Returns a file's tensor, with a type that its name and shape allow."""
     kind = gguf_type.upper()
     is_matrix = len(piece.shape) > 1 and piece.name.endswith(".weight")
     if not is_matrix or piece.name.endswith(_ROUTERS):
@@ -189,7 +189,7 @@ def _make_entry(piece: Piece, leaf: Leaf, gguf_type: str) -> GGUFTensor:
 
 
 def _is_stored(tensor: Any, entry: GGUFTensor) -> bool:
-    """Returns True if a base's tensor stands for these values, bit for bit."""
+    """Returns True if a stored tensor of the base has exactly these values."""
     from gguf import dequantize
 
     if tuple(reversed(tensor.shape.tolist())) != entry.shape:

@@ -1,4 +1,4 @@
-"""Writes a key table down row by row: Hugging Face's names follow from our paths."""
+"""Builds a key table row by row; Hugging Face's names follow from our paths."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ _WEIGHTS = ("kernel", "embedding", "scale")  # are called "weight" in files; oth
 
 
 class KeyTable(list[Row]):
-    """The rows of a key table so far.
+    """A key table under construction.
 
     Args:
       layers: the path of the stack of layers.
@@ -31,7 +31,7 @@ class KeyTable(list[Row]):
         self._layer_indices: tuple[int, ...] | None = None
 
     def begin(self, place: str, numbers: range) -> None:
-        """Begins with the stack of some layers.
+        """Starts the stack of some layers.
 
         Args:
           place: its path behind that of all layers.
@@ -96,7 +96,7 @@ class KeyTable(list[Row]):
         spec: PartitionSpec,
         **more: Any,
     ) -> None:
-        """Adds a parameter of each layer that files store unchanged under another name.
+        """Adds a parameter of each layer whose file name differs from our path.
 
         Args:
           kind, shape, spec: see ``add``.
@@ -123,7 +123,7 @@ class KeyTable(list[Row]):
         bias: bool = True,
         **more: Any,
     ) -> None:
-        """Adds a kernel, [in, out], and its bias if it has one; see ``add``."""
+        """Adds a kernel, [in, out], and its bias if any; see ``add``."""
         self.add(kind, path, "kernel", shape, spec, **more)
         if bias:
             split = PartitionSpec("tensor") if spec == COLUMNS else REPLICATED
@@ -136,7 +136,7 @@ class KeyTable(list[Row]):
 
 
 def names_of_bare(bare: str, prefix: str) -> Callable[[str, Any], str]:
-    """Returns a function that adds a prefix to names of tensors that have none.
+    """Returns a function that adds a missing prefix to tensor names.
 
     The tensors of a model without a head come without the prefix. The function takes the name of a
     file's tensor and the model's configuration, and returns the table's name.
@@ -150,7 +150,7 @@ def names_of_bare(bare: str, prefix: str) -> Callable[[str, Any], str]:
 
 
 def with_prefix(rows: Iterable[Row], inside: str, prefix: str) -> list[Row]:
-    """Returns rows with another prefix of their names in files.
+    """Returns rows whose names in files have another prefix.
 
     Args:
       rows: the rows.

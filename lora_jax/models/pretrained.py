@@ -1,4 +1,4 @@
-"""Loads a pretrained module and its parameters by name, folder or file, and saves them."""
+"""Loads a pretrained module and its parameters by name, folder or file, and saves models."""
 
 import functools
 import os
@@ -149,7 +149,7 @@ def save_pretrained(
     overwrite: bool = False,
     codes_from: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes a model as Hugging Face's libraries write one; the folder appears whole or not at all.
+    """Writes a model in Hugging Face's format; the folder appears complete or not at all.
 
     The folder holds config.json, the weights (model.safetensors, or shards
     model-00001-of-0000N.safetensors and model.safetensors.index.json), the tokenizer's files, and
@@ -211,7 +211,7 @@ def save_pretrained(
 
 
 def open_source(path: Path, **options: object) -> Source:
-    """Opens a folder or a GGUF file. Reads its configuration and headers only.
+    """Opens a model's folder or GGUF file; reads only its configuration and headers.
 
     Args:
       path: a folder with config.json and safetensors, or a GGUF file.

@@ -1,4 +1,4 @@
-"""Shardings of parameters over a mesh; a family's key table says which parameter has which.
+"""Shardings of parameters on a mesh; a family's key table assigns one to each parameter.
 
 The axes of a mesh; one of size one changes nothing:
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: norms and gated MLPs, with barriers around an MLP's activation.
+"""Parts of a decoder layer: norms, and gated MLPs with optimization barriers around the activation.
 
 XLA for TPUs fuses the operations before and after a product with it. With more operands at a time,
 a product is cut into smaller parts, which take longer. By the estimate of a TPU v5e's compiler for
@@ -26,7 +26,7 @@ MIN_TOKENS_TO_ISOLATE_PRODUCT = 8192  # tokens on a device
 
 @jax.custom_jvp
 def put_barrier(x: jax.Array) -> jax.Array:
-    """Returns x behind a barrier: x is computed as a whole first. Its gradient has no barrier."""
+    """Returns x behind an optimization barrier; its gradient has no barrier."""
     settled: jax.Array = lax.optimization_barrier(x)
     return settled
 
@@ -38,7 +38,7 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
 
 @jax.custom_jvp
 def put_barrier_on_gradient(x: jax.Array) -> jax.Array:
-    """Returns x as it is, and puts a barrier behind its gradient."""
+    """Returns x, and puts an optimization barrier behind its gradient."""
     return x
 
 
@@ -85,7 +85,7 @@ class MLP(ModelPart):
 
 
 def _apply_gated_mlp(module: MLP, x: jax.Array) -> jax.Array:
-    """Computes an ``MLP``, with barriers on a TPU; see this module."""
+    """Computes an ``MLP``, with barriers on TPUs; see this module."""
     cfg = module.config
     size = cfg.intermediate_size if module.inner is None else module.inner
 
@@ -117,12 +117,12 @@ def _apply_gated_mlp(module: MLP, x: jax.Array) -> jax.Array:
 
 
 def multiply(x: jax.Array, factor: float) -> jax.Array:
-    """Returns x * factor in x's dtype; the factor is not rounded to it."""
+    """Returns x * factor in x's dtype, without rounding the factor to that dtype."""
     return x if factor == 1 else (x.astype(wide_dtype(x.dtype)) * factor).astype(x.dtype)
 
 
 def rms_norm(module: ModelPart, name: str | None = None) -> RMSNorm:
-    """Makes a norm with the dtypes and the options of the module that holds it."""
+    """Creates a norm with the dtypes and options of its parent module."""
     cfg: DecoderConfig = module.config
     return RMSNorm(
         eps=cfg.rms_norm_eps,

@@ -201,6 +201,7 @@ class DecoderConfig:
             self._check_whole_layers()
 
     def _check_whole_layers(self) -> None:
+        """Raises a ConfigError for invalid fields of heads or of reused keys."""
         check_multiple(global_head_dim=self.global_head_dim, head_dim=self.head_dim)
         check_multiple(
             num_attention_heads=self.num_attention_heads,
@@ -219,6 +220,7 @@ class DecoderConfig:
             )
 
     def _check_experts(self) -> None:
+        """Raises a ConfigError for invalid fields of experts."""
         group_size, remainder = divmod(self.num_experts, self.n_group)
         has_tiny_groups = self.n_group > 1 and group_size < 2
         if remainder or has_tiny_groups:
@@ -246,6 +248,7 @@ class DecoderConfig:
             )
 
     def _check_rope(self) -> None:
+        """Raises a ConfigError for invalid fields of RoPE."""
         if self.rope_free_layers and self.rope_local_theta is not None:
             raise ConfigError(
                 "rope_free_layers and rope_local_theta cannot be used together. Remove one of them."
@@ -274,6 +277,7 @@ class DecoderConfig:
                 )
 
     def _check_linear(self) -> None:
+        """Raises a ConfigError for invalid fields of linear layers."""
         if not self.linear_layers:
             return
         if len(self.linear_layers) == self.num_hidden_layers:
@@ -306,7 +310,7 @@ class DecoderConfig:
 
     @property
     def runs(self) -> dict[str, dict[str, range]]:
-        """The layers, as runs of stacks; see ``runs_of``."""
+        """The layers, grouped into runs and stacks; see ``runs_of``."""
         n_first = self.first_k_dense_replace
         names = ("dense", "sparse")
         if self.num_kv_shared_layers:
@@ -316,14 +320,14 @@ class DecoderConfig:
         return runs_of(kinds, n_first, names)
 
     def heads_of(self, kind: LayerKind) -> tuple[int, int]:
-        """Returns the number of a layer's heads of keys, and the size of its heads."""
+        """Returns the number of a layer's key/value heads, and their size."""
         if not kind.has_global_heads:
             return self.num_key_value_heads, self.head_dim
         return self.num_global_key_value_heads or self.num_key_value_heads, self.global_head_dim
 
     @property
     def cache_heads(self) -> tuple[int, int]:
-        """The number of heads of keys in a cache, and their size; see ``gemma4.pack_heads``."""
+        """The number of key/value heads in a cache, and their size."""
         n_global_heads = self.num_global_key_value_heads or self.num_key_value_heads
         # A wide head lies in the cache as several heads of the smaller size.
         heads_per_global_head = self.global_head_dim // self.head_dim
@@ -341,7 +345,7 @@ class DecoderConfig:
         return stacks
 
     def place_of(self, layer: int) -> tuple[str, int]:
-        """Returns the path of the stack that holds a layer, and the layer's index in it."""
+        """Returns the path of a layer's stack, and the layer's index in it."""
         for path, layer_indices in self.stacks.items():
             if layer in layer_indices:
                 stack_path = f"model/layers/{path}" if path else "model/layers"
@@ -365,12 +369,12 @@ class DecoderConfig:
 
     @property
     def linear_projections(self) -> tuple[str, ...]:
-        """The linear layer's projections, each named by the letters of its outputs."""
+        """The linear layer's projections, each named by its outputs' letters."""
         return ("qkvz", "ba") if self.linear_projections_joined else ("qkv", "z", "b", "a")
 
     @property
     def recurrent_shapes(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """The shapes of the tail and the state of one row; see ``cache.Recurrent``."""
+        """The shapes of one row's tail and state; see ``cache.Recurrent``."""
         n_channels = sum(self.linear_sizes[letter] for letter in "qkv")
         tail_shape = (self.linear_conv_kernel_dim - 1, n_channels)
         state_shape = (
@@ -382,19 +386,19 @@ class DecoderConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """The number of a head's dimensions that RoPE rotates; of an odd number, one more is."""
+        """The number of head dimensions that RoPE rotates, rounded up to an even number."""
         if self.kv_lora_rank:
             return self.qk_rope_head_dim
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def layers_rotated_apart(self) -> tuple[int, ...]:
-        """The layers that RoPE rotates differently from the others, or not at all."""
+        """The layers with another RoPE than most layers, or without RoPE."""
         return self.rope_free_layers if self.rope_local_theta is None else self.windowed_layers
 
     @property
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes of an expert's kernels, by name: gate and up, apart or in one, and down."""
+        """The shapes of an expert's kernels by name: gate and up, perhaps fused, and down."""
         *up_names, down_name = self.family.expert_names
         d_expert = self.moe_intermediate_size
         d_model = self.hidden_size
@@ -416,12 +420,12 @@ class DecoderConfig:
 
     @property
     def family(self) -> DecoderFamily:
-        """The facts of the model's family."""
+        """The declaration of the model's family."""
         return FAMILIES[self.model_type]
 
     @classmethod
     def from_hf(cls, config: Fields) -> "DecoderConfig":
-        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+        """Reads a config.json of transformers 4 or 5.
 
         Every field that changes the forward pass is honoured, or refused by name. An unknown field
         is refused too, unless it is None or False: it might change the forward pass.

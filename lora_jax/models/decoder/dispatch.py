@@ -1,4 +1,4 @@
-"""One part of a mixture's experts, for the tokens that chose them.
+"""Computes one shard of a mixture's experts for the tokens that chose them.
 
 A pair is a token with one of its k experts, and a row is the place of a pair in the experts' input.
 Tokens are read into the rows of their experts, and rows are read back into the sums of tokens: each
@@ -29,7 +29,7 @@ def apply_part_of_experts(
     *kernels: jax.Array,
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """Applies the experts of one part of a mixture, and returns each token's weighted sum.
+    """Applies one shard of the experts, and returns each token's weighted sum.
 
     It takes `_SLACK` times the pairs that it has if all experts are chosen equally often. What is
     left over goes in further turns, which do nothing if there is nothing: no pair is lost, whatever
@@ -66,7 +66,7 @@ def apply_part_of_experts(
     turn_starts = turn_rows * jnp.arange(len(turn_pairs), dtype=row_dtype)
 
     def run_turn(start: jax.Array, pairs: jax.Array) -> jax.Array:
-        """Returns the sums of tokens over the rows of a turn, from row `start` on."""
+        """Returns the sums over one block of rows, from row `start` on."""
         is_row_own = start + jnp.arange(turn_rows, dtype=row_dtype) < n_own
         is_in_turn = is_own & (row_of_pair >= start) & (row_of_pair < start + turn_rows)
         rows_of_token = jnp.where(is_in_turn, row_of_pair - start, turn_rows).reshape(k, n_tokens)
@@ -102,7 +102,7 @@ def apply_part_of_experts(
 
 @jax.custom_vjp
 def _read_tokens(tokens: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array) -> jax.Array:
-    """Returns the token of each row.
+    """Returns the token vector of each row.
 
     Args:
       tokens: [tokens, d_model].
@@ -152,6 +152,7 @@ def _sum_rows_forward(
 def _sum_rows_backward(
     residuals: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
+    """Returns the gradients of rows and weights."""
     rows, weights, token_of_row = residuals
     row_cotangents = cotangent[token_of_row]
     weight_gradients = jnp.sum(rows.astype(cotangent.dtype) * row_cotangents, axis=-1)
@@ -165,7 +166,7 @@ _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 def _sum_rows_of_tokens(
     rows: jax.Array, weights: jax.Array | None, rows_of_token: jax.Array
 ) -> jax.Array:
-    """Returns the sums of each token's rows, fp32; an index without a row adds zeros."""
+    """Returns the sum of each token's rows, fp32; missing rows count as zeros."""
     dtype = jnp.promote_types(rows.dtype, jnp.float32)
 
     def read(array: jax.Array, indices: jax.Array) -> jax.Array:

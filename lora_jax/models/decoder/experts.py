@@ -1,4 +1,4 @@
-"""Computes the gated MLPs of experts, each for its own rows.
+"""Computes the gated MLPs of experts, each on the rows of its own tokens.
 
 A token costs k products, however many experts there are. Two implementations achieve that:
 
@@ -39,7 +39,7 @@ GatedActivation = Callable[..., jax.Array]
 
 
 class Experts(Protocol):
-    """An implementation of the MLPs of experts. It has to be hashable."""
+    """An implementation of the MLPs of experts. It must be hashable."""
 
     def __call__(
         self,
@@ -76,10 +76,11 @@ def apply_blocks(
     blocks = assign_rows_to_blocks(chosen, kernels[0].shape[0])
 
     def run_block(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        """Applies one expert to one block of rows."""
         block_rows, expert = block
 
         def multiply(x: jax.Array, index: int) -> jax.Array:
-            """Returns x times the expert's kernel of an index, plus the bias."""
+            """Returns x times one of the expert's kernels, plus its bias."""
             kernel = lax.dynamic_index_in_dim(kernels[index], expert, keepdims=False)
             product: jax.Array = x @ kernel
             if not biases:
@@ -105,7 +106,7 @@ def apply_blocks(
 
 
 class ExpertBlocks(NamedTuple):
-    """The places of rows in blocks.
+    """The positions of rows in blocks.
 
     Attributes:
       rows: the number of rows of a block.
@@ -119,7 +120,7 @@ class ExpertBlocks(NamedTuple):
 
 
 def assign_rows_to_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
-    """Lays out blocks for rows with these experts, [rows] int32.
+    """Assigns rows with these experts, [rows] int32, to blocks.
 
     A block has a quarter of the rows that an expert gets on average, but between 8 and 512: an
     expert's kernels are read, and formed from codes, once for each of its blocks.
@@ -144,7 +145,7 @@ def assign_rows_to_blocks(chosen: jax.Array, n_experts: int) -> ExpertBlocks:
 
 
 def _block_size_and_count(n_rows: int, n_experts: int) -> tuple[int, int]:
-    """Returns the rows of a block, and the number of blocks that any choice of experts needs."""
+    """Returns the rows in a block, and the number of blocks that always suffices."""
     quarter_of_average = n_rows // (4 * n_experts)
     block_rows = min(_MAX_BLOCK_ROWS, max(8, quarter_of_average // 8 * 8))
     n_partial_blocks = min(n_experts, n_rows)
@@ -174,8 +175,10 @@ def apply_ragged(
         expert_of_row = jnp.pad(sorted_experts, (0, n_padding), constant_values=-1)
 
     def run_experts(sorted_rows: jax.Array, *kernels: jax.Array) -> jax.Array:
+        """Applies the experts to sorted rows by ragged products."""
+
         def multiply(x: jax.Array, index: int) -> jax.Array:
-            """Returns x times the kernels of an index, plus the biases."""
+            """Returns x times one kernel of each row's expert, plus the biases."""
             product = lax.ragged_dot(x, kernels[index], expert_rows)
             return product + biases[index][expert_of_row] if biases else product
 
@@ -195,7 +198,7 @@ def apply_formed(
     *kernels: jax.Array,
     biases: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """Applies quantized experts, where ragged products are kernels; see ``Experts``.
+    """Dequantizes experts and applies them, for platforms with ragged kernels; see ``Experts``.
 
     A kernel is formed from its codes. Rows are sorted where small blocks would form experts again
     and again, if a layer's kernel, formed, leaves room for the rest. They lie in blocks for a token
@@ -211,7 +214,7 @@ def apply_formed(
 
 
 def _saves_products(primitive: Primitive, *_: object, **__: object) -> bool:
-    """Saves ragged products beside the results that ``dots_saveable`` saves."""
+    """Saves the results of ragged products as well as those of ``dots_saveable``."""
     return primitive.name in ("dot_general", "ragged_dot_general")
 
 
@@ -221,7 +224,7 @@ IN_CODES = "auto, in codes"  # "auto" of a model whose experts lie in codes
 
 
 def implementation(experts: str | Experts, placement: Placement = UNPLACED) -> Experts:
-    """Returns the implementation of experts with a name; returns a function as it is.
+    """Returns the implementation of experts by name; returns a function unchanged.
 
     - "blocks" and "ragged": see this module.
     - "auto" is "ragged" where a placement says that this is compiled to kernels (on a TPU, if each
@@ -260,7 +263,7 @@ def check_experts(config: ModelConfig, experts: str | Experts) -> None:
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str]:
-    """Returns the compiler's options for mixtures of experts, and for codes of 4 bits on GPUs.
+    """Returns compiler options for mixtures of experts, and for 4-bit codes on GPUs.
 
     ``lora_jax.training`` and the scripts compile their steps with them. In your own code::
 

@@ -1,4 +1,4 @@
-"""A decoder's fields in Hugging Face's config.json: see ``families`` for what each family reads."""
+"""A decoder's fields in a config.json; ``families`` says which fields each family reads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -181,7 +181,7 @@ def write_fields(fields: Fields) -> dict[str, object]:
 
 
 def _without_overrides(family: DecoderFamily, config: Fields) -> Fields:
-    """Returns the fields with the heads of layers without a window, read from per_layer_config."""
+    """Returns the fields with per_layer_config resolved to fields of global layers."""
     listed = config.get("per_layer_config")
     if "per_layer_config" not in family.reads:
         return config
@@ -205,7 +205,7 @@ def _without_overrides(family: DecoderFamily, config: Fields) -> Fields:
 
 
 def _text_fields(config: Fields) -> Fields:
-    """Returns the fields of a decoder, which a model with images has in its text_config."""
+    """Returns the decoder's fields, which a model with images stores in text_config."""
     kind: Any = config.get("model_type")
     of_text = [name for name, family in FAMILIES.items() if kind and family.with_images == kind]
     if not of_text:  # a model of texts alone
@@ -242,7 +242,7 @@ def _text_fields(config: Fields) -> Fields:
 
 
 def _read_activation(family: DecoderFamily, get: Get) -> str:
-    """Reads the activation. Gemma's files name it twice, and hidden_activation counts."""
+    """Reads the activation; for Gemma, hidden_activation has priority."""
     plain = get("hidden_act")
     if "hidden_activation" not in family.reads:
         return plain or "silu"
@@ -268,6 +268,7 @@ def _read_head_dim(get: Get) -> Any:
 
 
 def _read_experts(family: DecoderFamily, get: Get) -> Fields:
+    """Reads the fields of experts; {} for dense families."""
     if family.experts is None:
         return {}
     count, size = family.experts(get)
@@ -283,7 +284,7 @@ def _read_experts(family: DecoderFamily, get: Get) -> Fields:
 
 
 def _read_layers(family: DecoderFamily, n_layers: int, get: Get) -> Fields:
-    """Reads the sliding window, the layers that use it, and the linear layers."""
+    """Reads the sliding window, its layers, and the linear layers."""
     window = get("sliding_window") if "sliding_window" in family.reads else None
     switch = "use_sliding_window"
     if switch in family.reads and not read_boolean(switch, get(switch)):

@@ -1,4 +1,4 @@
-"""Layers of Gemma 4: heads of two sizes, keys and values of other layers, and per-layer inputs.
+"""Layers of Gemma 4: heads of two sizes, reused keys and values, and per-layer inputs.
 
 Layers with a window and those without have heads of other sizes and numbers. In a cache, whose
 layers are alike, a wide head lies as several of the smaller size, side by side, and heads that a
@@ -20,7 +20,7 @@ from lora_jax.models.layers.cache import LayerCache, NewEntries, Shared
 
 
 class ReusedKeys(NamedTuple):
-    """A layer's keys and values, for layers behind it that have none of their own.
+    """A layer's keys and values, which later layers without their own keys reuse.
 
     Attributes:
       new: keys and values of this call, laid out as in a cache: [batch, seq, heads, size] each.
@@ -34,7 +34,7 @@ class ReusedKeys(NamedTuple):
 def select_reused_keys(
     config: DecoderConfig, layer_indices: range, new: NewEntries, cache: LayerCache | None
 ) -> tuple[ReusedKeys, ...]:
-    """Returns the keys and values of the last layer with a window, and of the last one without.
+    """Returns the keys and values of the last windowed and the last global layer.
 
     Args:
       config: the decoder's.
@@ -44,6 +44,7 @@ def select_reused_keys(
     """
 
     def last_of_kind(*, has_global_heads: bool) -> ReusedKeys:
+        """Returns the keys and values of the last layer of a kind."""
         layers = [
             layer
             for layer in layer_indices
@@ -57,14 +58,14 @@ def select_reused_keys(
 
 
 def pack_heads(x: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Lays keys or values, [batch, seq, kv_heads, size], out as in a cache."""
+    """Reshapes keys or values, [batch, seq, kv_heads, size], to the layout of the cache."""
     n_heads, size = config.cache_heads
     packed = x.reshape(*x.shape[:2], -1, size)
     return jnp.pad(packed, ((0, 0), (0, 0), (0, n_heads - packed.shape[2]), (0, 0)))
 
 
 def unpack_heads(x: jax.Array, config: DecoderConfig, kind: LayerKind) -> jax.Array:
-    """Undoes ``pack_heads`` for a layer of a kind: returns [batch, seq, kv_heads, size]."""
+    """Undoes ``pack_heads`` for a kind of layer: returns [batch, seq, kv_heads, size]."""
     n_heads, size = config.heads_of(kind)
     n_cache_heads = n_heads * size // config.head_dim
     return x[:, :, :n_cache_heads].reshape(*x.shape[:2], n_heads, size)
@@ -73,7 +74,7 @@ def unpack_heads(x: jax.Array, config: DecoderConfig, kind: LayerKind) -> jax.Ar
 def unpack_cache(
     cache: LayerCache | None, config: DecoderConfig, kind: LayerKind
 ) -> LayerCache | None:
-    """Returns a layer's part of a cache, with heads of the layer's size."""
+    """Returns a layer's cache, with heads of the layer's size."""
     if cache is None:
         return None
 
@@ -87,7 +88,7 @@ def unpack_cache(
 
 
 def normalise_values(x: jax.Array, eps: float) -> jax.Array:
-    """Returns x / rms(x), computed in fp32 at least, in x's dtype."""
+    """Returns x / rms(x) in x's dtype, computed in fp32 or wider."""
     y = x.astype(wide_dtype(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype)
@@ -113,7 +114,7 @@ def compute_layer_inputs(
 
 
 def add_layer_input(layer: ModelPart, x: jax.Array, layer_input: jax.Array) -> jax.Array:
-    """Adds a per-layer input, gated by the stream and projected, to the stream.
+    """Adds the gated and projected per-layer input to the residual stream.
 
     Args:
       layer: the module that has the projections, in its compact method.

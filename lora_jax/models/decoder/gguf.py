@@ -1,4 +1,4 @@
-"""A decoder in a GGUF file: the names of its tensors, and its configuration in the metadata."""
+"""Decoders in GGUF files: tensor names, and the configuration in the metadata."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ _OUTER_NAMES = {
 
 
 def gguf_layout(family: DecoderFamily) -> GGUFLayout | None:
-    """Returns the layout of a family's GGUF files; None if these are not read."""
+    """Returns the layout of a family's GGUF files; None if they are not supported."""
     if family.gguf is None or not family.reads_gguf:
         return None
     read = functools.partial(_read_metadata, family)
@@ -60,7 +60,7 @@ def _order_as_hf(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarr
 
 
 def order_rows_as_gguf(rows: np.ndarray, name: str, config: DecoderConfig) -> np.ndarray:
-    """Returns the rows of one of Hugging Face's tensors, or of its B, in the order of GGUF files.
+    """Returns the rows of a Hugging Face tensor, or of its B, in GGUF's order.
 
     Args:
       rows: [out, ...].
@@ -73,7 +73,7 @@ def order_rows_as_gguf(rows: np.ndarray, name: str, config: DecoderConfig) -> np
 def _swap_head_halves(
     rows: np.ndarray, name: str, config: DecoderConfig, halves: tuple[int, int]
 ) -> np.ndarray:
-    """Swaps the two axes into which the rows of each head of q and k are split."""
+    """Swaps the two axes into which each head's rows of q and k are split."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     module = name.split(".")[-2]
     if not config.family.gguf_pairs_rows or module not in heads:
@@ -103,6 +103,7 @@ def _read_metadata(
     arch = family.gguf
 
     def get(name: str, default: object = None) -> Any:
+        """Returns a metadata field; raises a ConfigError if a required one is missing."""
         value = metadata.get(f"{arch}.{name}", default)
         if value is None:
             raise ConfigError(
@@ -174,7 +175,7 @@ def _check_sizes(arch: str | None, get: Get, head_dim: int) -> None:
 
 
 def _read_scaling(get: Get) -> RopeScaling | None:
-    """Returns the scaling of RoPE that the metadata name; None for none."""
+    """Returns the RoPE scaling in the metadata, or None."""
     kind = get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ConfigError(
@@ -185,7 +186,7 @@ def _read_scaling(get: Get) -> RopeScaling | None:
 
 
 def _scaling_by_factors(factors: np.ndarray, config: DecoderConfig) -> RopeScaling | None:
-    """Returns the scaling of RoPE whose frequencies are a model's own, divided by these factors.
+    """Returns the RoPE scaling for per-frequency factors in a GGUF file.
 
     The file has the factors of Llama 3.1's formula, and not its numbers: where the published ones
     give the same frequencies, it is that formula, else a list of factors (LongRoPE's).

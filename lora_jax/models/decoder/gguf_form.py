@@ -1,4 +1,4 @@
-"""A decoder as llama.cpp runs it: what it has no form for, the metadata, and the tensors."""
+"""Converts a decoder for llama.cpp: unsupported properties, metadata, and tensors."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ _ROPE_KINDS = {"llama": ("linear", "llama3", "yarn", "longrope"), "phi3": ("long
 
 
 class Piece(NamedTuple):
-    """A tensor of a GGUF file, as a part of a parameter.
+    """A tensor of a GGUF file, as part of one parameter.
 
     Attributes:
       name: the name of the tensor in the file, a text.
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 def check_form(config: Any) -> list[str]:
-    """Checks that llama.cpp runs such a model.
+    """Checks that llama.cpp supports a model.
 
     Args:
       config: a configuration of any family.
@@ -70,7 +70,7 @@ def check_form(config: Any) -> list[str]:
 
 
 def _unsupported_properties(config: DecoderConfig) -> Iterator[str]:
-    """Yields the properties of a model that llama.cpp has no form for."""
+    """Yields the properties of a model that llama.cpp does not support."""
     arch = config.family.gguf
     has_usual_heads = config.num_attention_heads * config.head_dim == config.hidden_size
     if config.hidden_act not in (_TANH if arch == "gemma3" else _SILU):
@@ -117,7 +117,7 @@ def _unsupported_properties(config: DecoderConfig) -> Iterator[str]:
 
 
 def _has_same_frequencies(config: DecoderConfig, **changes: Any) -> bool:
-    """Returns True if RoPE's frequencies are those of its scaling with some fields changed."""
+    """Returns True if RoPE's frequencies stay equal with other scaling fields."""
     assert config.rope_scaling is not None
     scaling = dataclasses.replace(config.rope_scaling, **changes)
     changed = dataclasses.replace(config, rope_scaling=scaling)
@@ -127,7 +127,7 @@ def _has_same_frequencies(config: DecoderConfig, **changes: Any) -> bool:
 
 
 def _gemma_scale(config: DecoderConfig) -> float:
-    """Returns llama.cpp's factor of scores; it knows the model of 27B by its 62 layers."""
+    """Returns llama.cpp's scale of attention scores, which differs for 62 layers (27B)."""
     size = config.head_dim
     if config.num_hidden_layers == 62:
         size = config.hidden_size // config.num_attention_heads
@@ -135,7 +135,7 @@ def _gemma_scale(config: DecoderConfig) -> float:
 
 
 def _differences(config: DecoderConfig) -> Iterator[str]:
-    """Yields a sentence for each computation that llama.cpp does in another way."""
+    """Yields a sentence for each computation in which llama.cpp differs."""
     if config.windowed_layers and config.family.gguf == "phi3":
         yield (
             f"llama.cpp ignores this model's window: beyond {config.sliding_window} tokens its "
@@ -152,7 +152,7 @@ def _differences(config: DecoderConfig) -> Iterator[str]:
 
 
 def metadata_of(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the metadata of a model's configuration.
+    """Returns the GGUF metadata of a configuration.
 
     Args:
       config: one that passes `check_form`.
@@ -200,7 +200,7 @@ def metadata_of(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _is_by_factors(config: DecoderConfig) -> bool:
-    """Returns True if RoPE's frequencies are divided by factors, whatever a text's length."""
+    """Returns True if factors divide RoPE's frequencies at every text length."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "longrope"):
         return False
@@ -209,7 +209,7 @@ def _is_by_factors(config: DecoderConfig) -> bool:
 
 
 def _scaling_fields(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the metadata of RoPE's scaling, which the configuration has."""
+    """Returns the metadata of the configuration's RoPE scaling."""
     scaling = config.rope_scaling
     assert scaling is not None
     fields: dict[str, Any] = {"rope.scaling.type": scaling.kind}
@@ -227,7 +227,7 @@ def _scaling_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def rope_factor_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file that are no parameters: the factors of RoPE, fp32."""
+    """Returns the tensors that are not parameters: RoPE's factors, fp32."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "longrope"):
         return {}
@@ -249,7 +249,7 @@ def rope_factor_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
 
 
 def make_gguf_namer(config: DecoderConfig) -> Callable[[str], str]:
-    """Returns a function of Hugging Face's name of a tensor that gives GGUF's."""
+    """Returns a function that maps Hugging Face's tensor names to GGUF's."""
     gguf = import_gguf()
     architectures = [
         key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == config.family.gguf
@@ -258,6 +258,7 @@ def make_gguf_namer(config: DecoderConfig) -> Callable[[str], str]:
     name_map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
     def gguf_name(hf_name: str) -> str:
+        """Returns the GGUF name of a tensor."""
         name = name_map.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConfigError(
@@ -270,7 +271,7 @@ def make_gguf_namer(config: DecoderConfig) -> Callable[[str], str]:
 
 
 def pieces(config: DecoderConfig) -> Iterator[Piece]:
-    """Yields the tensors of a model's file that are its parameters."""
+    """Yields the GGUF tensors of a model's parameters."""
     gguf_name = make_gguf_namer(config)
     for row in decoder_table(config):
         layers: Sequence[int | None] = range(row.stack[0]) if row.stack else [None]
@@ -281,7 +282,7 @@ def pieces(config: DecoderConfig) -> Iterator[Piece]:
 def _pieces_of(
     config: DecoderConfig, row: Row, layer: int | None, gguf_name: Callable[[str], str]
 ) -> Iterator[Piece]:
-    """Yields the tensors of a row of the key table, for one layer where it is a stack."""
+    """Yields the GGUF tensors of a key table row, for one layer of a stack."""
     if layer is None:
         yield Piece(
             name=gguf_name(row.hf),
@@ -313,7 +314,7 @@ def _pieces_of(
 
 
 def _read_plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
-    """Returns a member of a leaf as llama.cpp stores it, fp32."""
+    """Returns one member of a leaf as llama.cpp stores it, fp32."""
     array = np.asarray(hf_tensor_of_member(row, leaf, index), np.float32)
     if row.kind == "norm" and config.norm_adds_one:
         return array + np.float32(1)
@@ -321,7 +322,7 @@ def _read_plain(config: DecoderConfig, row: Row, leaf: Leaf, index: tuple[int, .
 
 
 def _read_stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
-    """Returns the kernels of a layer's experts as one array, fp32."""
+    """Returns a layer's expert kernels as one array, fp32."""
     n_experts = row.stack[1]
     kernels = np.empty((n_experts, *row.hf_shape), np.float32)
     for expert in range(n_experts):
@@ -330,7 +331,7 @@ def _read_stacked(row: Row, leaf: Leaf, layer: int) -> np.ndarray:
 
 
 def _fused_pieces(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iterator[Piece]:
-    """Yields gate and up, or down, of gpt-oss's experts: [experts, out, in], or their biases."""
+    """Yields the tensors of gpt-oss's fused experts, [experts, out, in], or their biases."""
     hf_name = row.hf.format(layer)
     is_bias = hf_name.endswith("_bias")
     stem = hf_name.removesuffix("_bias")
@@ -349,7 +350,7 @@ def _fused_pieces(row: Row, layer: int, gguf_name: Callable[[str], str]) -> Iter
 
 
 def projections_in_fused(stem: str) -> Sequence[tuple[str, slice]]:
-    """Returns the projections that one of gpt-oss's holds, and which of its outputs are theirs."""
+    """Returns the projections in a fused gpt-oss tensor, with their output slices."""
     if not stem.endswith(".gate_up_proj"):
         return [(stem, slice(None))]
     base = stem.removesuffix("gate_up_proj")

@@ -1,4 +1,4 @@
-"""The decoder's key table, and the other layout in which a file may hold experts.
+"""The decoder's key table, and the alternative file layout of experts.
 
 Names of Hugging Face contain ``{}`` where the number of the layer stands. Experts are fused if a
 file holds all those of a layer in one tensor.
@@ -49,7 +49,7 @@ def decoder_table(config: DecoderConfig) -> list[Row]:
 
 
 def _add_per_layer_inputs(rows: KeyTable, config: DecoderConfig) -> None:
-    """Adds the tokens' vectors for all layers, and their projection and norm."""
+    """Adds the token vectors for all layers, with their projection and norm."""
     size = config.hidden_size_per_layer_input
     all_sizes = config.num_hidden_layers * size
     table_shape = (config.vocab_size_per_layer_input, all_sizes)
@@ -60,7 +60,7 @@ def _add_per_layer_inputs(rows: KeyTable, config: DecoderConfig) -> None:
 
 
 def text_table(config: DecoderConfig, name: str) -> list[Row]:
-    """Returns the decoder's rows in a model that holds it as the module ``model.{name}``."""
+    """Returns the decoder's rows for a model that contains it as ``model.{name}``."""
     rows = []
     for row in decoder_table(config):
         if row.path.startswith("model/"):
@@ -110,7 +110,7 @@ def _add_layer(rows: KeyTable, config: DecoderConfig, layer: str, kind: LayerKin
 
 
 def _add_mixture(rows: KeyTable, config: DecoderConfig, mlp: str) -> None:
-    """Adds a mixture of experts: its router, its experts, and the MLP that all tokens share."""
+    """Adds a mixture of experts: its router, experts, and shared MLP."""
     family = config.family
     d_model = config.hidden_size
     n_experts = config.num_experts
@@ -129,7 +129,7 @@ def _add_mixture(rows: KeyTable, config: DecoderConfig, mlp: str) -> None:
 
 
 def _add_experts(rows: KeyTable, config: DecoderConfig, experts: str) -> None:
-    """Adds the kernels of experts, and their biases if they have them."""
+    """Adds the kernels of experts, and their biases if any."""
     down_name = [*config.expert_shapes][-1]
     for name, shape in config.expert_shapes.items():
         path = f"{experts}/{name}"
@@ -147,7 +147,7 @@ def _add_experts(rows: KeyTable, config: DecoderConfig, experts: str) -> None:
 
 
 def _add_mlp(rows: KeyTable, config: DecoderConfig, path: str, d_mlp: int) -> None:
-    """Adds an MLP with a gate, of which some files hold gate and up in one tensor."""
+    """Adds a gated MLP; some files fuse gate and up into one tensor."""
     d_model = config.hidden_size
     out_sizes = {"gate": d_mlp, "up": d_mlp}
     if config.fused_projections:
@@ -178,7 +178,7 @@ def _add_linear_attention(rows: KeyTable, config: DecoderConfig, path: str) -> N
 
 
 def _add_latent_attention(rows: KeyTable, config: DecoderConfig, path: str) -> None:
-    """Adds attention whose keys and values come from a latent vector of low rank (MLA)."""
+    """Adds attention with keys and values from a low-rank latent vector (MLA)."""
     d_model = config.hidden_size
     n_heads = config.num_attention_heads
     q_rank = config.q_lora_rank
@@ -206,7 +206,7 @@ def _add_latent_attention(rows: KeyTable, config: DecoderConfig, path: str) -> N
 
 
 def _add_attention(rows: KeyTable, config: DecoderConfig, path: str, kind: LayerKind) -> None:
-    """Adds attention with queries, keys and values of each token."""
+    """Adds attention with separate queries, keys and values."""
     d_model = config.hidden_size
     n_kv_heads, head_dim = config.heads_of(kind)
     q_size = config.num_attention_heads * head_dim
@@ -245,7 +245,7 @@ _WITHOUT_PREFIX = re.compile(r"(embed_tokens|layers\.\d+|norm)\..+")
 
 
 def decoder_name(name: str, config: DecoderConfig) -> str:
-    """Returns the table's name of a file's tensor: with the prefix ``model.``.
+    """Returns the table's name of a stored tensor, with the prefix ``model.``.
 
     Files of a model with images put the decoder's tensors below ``language_model.``. Layers behind
     the last one, which predict tokens further on (MTP), are named "further" where the family leaves
@@ -267,7 +267,7 @@ def decoder_name(name: str, config: DecoderConfig) -> str:
 
 
 def has_fused_experts(config: DecoderConfig) -> bool:
-    """Returns True if files hold all experts of a layer in one tensor, as we do: gpt-oss's."""
+    """Returns True if files store all experts of a layer in one tensor, as gpt-oss does."""
     return len(config.family.expert_names) == 2
 
 
@@ -279,7 +279,7 @@ _FUSED_TENSOR = re.compile(
 def decoder_parts(
     config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, SubTensor]:
-    """Finds the table's tensors in a file that holds a layer's experts in two.
+    """Finds the table's tensors in a file that stores a layer's experts as two tensors.
 
     transformers 5 runs experts as gate_up_proj, [experts, 2 * inner, d_model], and down_proj,
     [experts, d_model, inner], under the name ``mlp`` in all families. It saves them as the table

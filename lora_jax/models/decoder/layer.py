@@ -1,4 +1,4 @@
-"""One decoder layer: norms, attention or a linear mixer, and an MLP or experts."""
+"""One decoder layer: norms, attention or a linear token mixer, and an MLP or experts."""
 
 import functools
 from typing import NamedTuple
@@ -59,7 +59,7 @@ class SharedLayerInput(NamedTuple):
 
 
 class SingleLayerInput(NamedTuple):
-    """The input of one layer; stacked on axis 0 for the scan.
+    """The input of one layer, stacked on axis 0 for the scan.
 
     Attributes:
       windowed: [] bool, True if this layer uses the sliding window.
@@ -91,7 +91,7 @@ class Attention(ModelPart):
     def __call__(
         self, x: jax.Array, step: SharedLayerInput, layer: SingleLayerInput
     ) -> tuple[jax.Array, NewEntries]:
-        """Mixes each token with those that it sees.
+        """Applies attention to the tokens.
 
         Args:
           x: [batch, seq, d_model].
@@ -154,7 +154,7 @@ class Attention(ModelPart):
 
     @nn.nowrap  # adds no scope of its own to the program
     def _mask_and_scope(self, mask: Mask, windowed: jax.Array) -> tuple[Mask, str]:
-        """Returns the layer's mask, and the name that tells a plan how many layers have the window.
+        """Returns the layer's mask, and a scope name by which plans count windows.
 
         Layers of a stack are one program, which is given whether the layer is ``windowed``, unless
         all of its layers have the window, or none.
@@ -172,7 +172,7 @@ class Attention(ModelPart):
 
     @property
     def _keeps_projections(self) -> bool:
-        """Returns True if the backward pass needs the projections' results as they are.
+        """Returns True if the backward pass needs the projections' outputs.
 
         It does where a norm or a gate follows. RoPE's derivative needs no input: its result is then
         kept in the place of the projection's.
@@ -181,7 +181,7 @@ class Attention(ModelPart):
         return bool(cfg.qk_norm or cfg.value_norm or cfg.attn_output_gate or self.kind.reuses_keys)
 
     def _angles(self, step: SharedLayerInput, layer: SingleLayerInput) -> RopeAngles:
-        """Returns the layer's rotation."""
+        """Returns the layer's RoPE angles."""
         if step.other_rope is None:
             return step.rope
         if self.config.global_head_dim:
@@ -191,7 +191,7 @@ class Attention(ModelPart):
         return angles
 
     def _project(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Returns queries "q", keys "k" and values "v", normalised, and gates of the outputs.
+        """Returns normalised queries "q", keys "k", values "v", and output gates.
 
         Each is [batch, seq, heads, head_dim]. Gates ("gate") are there if the model has them. A
         layer that takes keys and values of another has queries alone.
@@ -241,7 +241,7 @@ class Attention(ModelPart):
 
 
 class DecoderLayer(ModelPart):
-    """Attention and MLP, each after a norm, before one, or both, added to the stream."""
+    """Attention and an MLP with norms before or after each, added to the residual stream."""
 
     config: DecoderConfig
     experts: str | Experts = "auto"
@@ -251,7 +251,7 @@ class DecoderLayer(ModelPart):
     def __call__(
         self, x: jax.Array, step: SharedLayerInput, layer: SingleLayerInput
     ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
-        """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``Attention``.
+        """Runs the body of a scan: x is the carry, [batch, seq, d_model].
 
         Returns:
           The carry; and the entries for the cache, with the experts of each token where
@@ -277,7 +277,7 @@ class DecoderLayer(ModelPart):
 
     @nn.nowrap  # adds no scope of its own to the program
     def _normalise_input(self, block: int, x: jax.Array) -> jax.Array:
-        """Returns the input of a block: of the token mixer, 0, or of the MLP, 1."""
+        """Returns the normalised input of the token mixer (0) or the MLP (1)."""
         cfg = self.config
         if cfg.pre_norms:
             mlp_norm = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
@@ -286,7 +286,7 @@ class DecoderLayer(ModelPart):
 
     @nn.nowrap
     def _add_output(self, block: int, x: jax.Array, output: jax.Array) -> jax.Array:
-        """Adds a block's output to the stream x; see ``_normalise_input``."""
+        """Adds a block's output to the residual stream x; see ``_normalise_input``."""
         cfg = self.config
         if cfg.post_norms:
             names = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -311,7 +311,7 @@ class DecoderLayer(ModelPart):
     def _apply_mlp(
         self, x: jax.Array, routing: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Applies the MLP or the experts; returns the tokens' experts where ``routing`` is given.
+        """Applies the MLP or the experts; also returns the chosen experts.
 
         In a layer without experts they are ``routing`` itself.
         """
@@ -331,7 +331,7 @@ class DecoderLayer(ModelPart):
 def project_latent(
     module: ModelPart, x: jax.Array, rope: RopeAngles
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes queries, keys and values, [batch, seq, heads, head_dim] each, rotated.
+    """Computes rotated queries, keys and values, [batch, seq, heads, head_dim] each.
 
     They come from vectors that all heads share: MLA of DeepSeek-V2 (2024, section 2.1) and later.
     Keys and values are expanded for every head, as in training: a cache holds them like any other
@@ -382,7 +382,7 @@ def project_latent(
 
 
 def remove_value_padding(module: ModelPart, out: jax.Array) -> jax.Array:
-    """Removes the padding of values from attention's output: [batch, seq, heads * v_head_dim]."""
+    """Removes value padding from attention's output: [batch, seq, heads * v_head_dim]."""
     cfg: DecoderConfig = module.config
     heads = out.reshape(*out.shape[:2], cfg.num_attention_heads, -1)[..., : cfg.v_head_dim]
     return module.placement.constrain(heads.reshape(*out.shape[:2], -1), "features")

@@ -1,4 +1,4 @@
-"""A linear layer's mixer: the gated delta net of Qwen3-Next and Qwen3.5 (Yang et al. 2025)."""
+"""Linear layers' token mixer: the gated delta net of Qwen3-Next and Qwen3.5 (Yang et al. 2025)."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from lora_jax.models.layers.delta import (
 
 
 class GatedDeltaNet(ModelPart):
-    """Mixes each token with those before it through a state of fixed size."""
+    """Mixes each token with earlier tokens through a state of fixed size."""
 
     config: DecoderConfig
 
@@ -27,7 +27,7 @@ class GatedDeltaNet(ModelPart):
     def __call__(
         self, x: jax.Array, tokens: RecurrentTokens, memory: Recurrent | None
     ) -> tuple[jax.Array, Recurrent | None]:
-        """Mixes each token with the tokens before it in its segment.
+        """Mixes each token with the earlier tokens of its segment.
 
         Args:
           x: [batch, seq, d_model].
@@ -97,7 +97,7 @@ class GatedDeltaNet(ModelPart):
         return out, Recurrent(new_tail.astype(memory.tail.dtype), state.astype(memory.state.dtype))
 
     def _project(self, x: jax.Array, letters: str) -> list[jax.Array]:
-        """Returns the results of a projection, such as "qkv": [batch, seq, features] each."""
+        """Returns the parts of a projection such as "qkv": [batch, seq, features] each."""
         cfg = self.config
         n_groups = cfg.linear_num_key_heads if cfg.linear_projections_joined else 1
         sizes = [cfg.linear_sizes[letter] for letter in letters]

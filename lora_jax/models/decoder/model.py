@@ -1,4 +1,4 @@
-"""Decoder-only language models in Flax Linen, from Llama to Phi-3: see ``DecoderConfig``.
+"""Decoder-only language models in Flax Linen, from Llama to Phi-3; see ``DecoderConfig``.
 
 Layers of one kind are stacked and scanned. A run is a number of consecutive layers whose kinds
 repeat in a pattern, a period is one repetition of the pattern, and a stack has the layers of one
@@ -35,7 +35,7 @@ from lora_jax.models.layers.trunk import TokenPlaces, rematerialise, scan_layers
 
 
 class Decoder(CausalLM):
-    """A causal language model whose layers are scanned, so compile time is flat in the depth.
+    """A causal language model with scanned layers, so that compile time is independent of depth.
 
     Parameters are a plain nested dict under Hugging Face's module names, less the layer number:
     ``model/layers/self_attn/q_proj/kernel`` is [layers, d_model, heads * head_dim].
@@ -69,7 +69,7 @@ class Decoder(CausalLM):
 
 
 class Trunk(ModelPart):
-    """Embedding, scanned layers and the final norm: everything but the head.
+    """Embedding, scanned layers and the final norm, without the head.
 
     ``vectors`` replace the embedded tokens where ``is_vector``; see ``insert_vectors``.
     ``routing``, [batch, seq, layers, k] int, are the experts that tokens go through, such as those
@@ -151,7 +151,7 @@ class Trunk(ModelPart):
     def _rotations(
         self, placed: TokenPlaces, cache: Cache | None
     ) -> tuple[RopeAngles, RopeAngles | None]:
-        """Returns RoPE's rotations in most layers, and in those that differ or None."""
+        """Returns the RoPE angles of most layers, and of the layers that differ, or None."""
         cfg, positions = self.config, placed.positions
         length = jnp.max(positions) + 1 if cache is None else cache.max_len
         rope = compute_rope_angles(
@@ -164,7 +164,7 @@ class Trunk(ModelPart):
         return rope, None
 
     def _check_routing(self, routing: jax.Array | None) -> None:
-        """Raises a ValueError for experts of another number of layers, or of a dense model."""
+        """Raises a ValueError for routing with a wrong number of layers, or for dense models."""
         cfg = self.config
         layers_and_choices = (
             cfg.num_hidden_layers,
@@ -179,7 +179,7 @@ class Trunk(ModelPart):
 
 
 class Period(ModelPart):
-    """The layers of one repetition of a run's pattern, ``0of4`` to ``3of4``."""
+    """The layers of one repetition of a run's pattern, named ``0of4`` to ``3of4``."""
 
     config: DecoderConfig
     experts: str | Experts = "auto"
@@ -189,7 +189,7 @@ class Period(ModelPart):
     def __call__(
         self, x: jax.Array, step: SharedLayerInput, layers: SingleLayerInput
     ) -> tuple[jax.Array, tuple[NewEntries, jax.Array | None]]:
-        """Runs a scan's body: x is the carry, [batch, seq, d_model]; see ``DecoderLayer``.
+        """Runs the body of a scan: x is the carry, [batch, seq, d_model]; see ``DecoderLayer``.
 
         Args:
           x: [batch, seq, d_model].
@@ -224,7 +224,7 @@ class Period(ModelPart):
 
 
 class Runs(ModelPart):
-    """Runs of layers of different kinds, one behind the other; see ``DecoderConfig.runs``."""
+    """Consecutive runs of layers of different kinds; see ``DecoderConfig.runs``."""
 
     config: DecoderConfig
     experts: str | Experts = "auto"
@@ -261,19 +261,19 @@ class Runs(ModelPart):
 
 
 def _take_entry(tree: Any, index: int | slice) -> Any:
-    """Returns an entry, or several, of a tree that is stacked on axis 0."""
+    """Returns one or several entries of a tree that is stacked on axis 0."""
     return jax.tree.map(lambda x: x[index], tree)
 
 
 def _stack_trees(trees: list[Any]) -> Any:
-    """Stacks trees of one structure on axis 0."""
+    """Stacks trees of equal structure on axis 0."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
 def run_layers(
     stack: nn.Module, run: str, x: jax.Array, step: SharedLayerInput, layers: SingleLayerInput
 ) -> Any:
-    """Runs scanned layers, by periods if they are of several kinds.
+    """Runs scanned layers, in periods if they are of several kinds.
 
     Args:
       stack: the module that ``stack_layers`` made.
@@ -303,7 +303,7 @@ def run_layers(
 
 
 def stack_layers(module: ModelPart, run: str = "", **options: Any) -> nn.Module:
-    """Makes the scanned layers of a decoder's trunk, or of one of their runs.
+    """Creates the scanned layers of a decoder's trunk, or of one of its runs.
 
     Args:
       module: the part of a decoder that has them.

@@ -1,4 +1,4 @@
-"""A mixture of experts in place of an MLP: Mixtral's, those of Qwen, and gpt-oss's.
+"""Mixtures of experts in place of an MLP: those of Mixtral, Qwen, and gpt-oss.
 
 Each token goes through k experts only, so it costs k products, however many experts there are. The
 module ``experts`` has the implementations that multiply the (token, expert) pairs.
@@ -44,7 +44,7 @@ class SparseMLP(ModelPart):
     def __call__(
         self, x: jax.Array, routing: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Sends tokens through their experts.
+        """Applies each token's experts.
 
         Args:
           x: [batch, seq, d_model].
@@ -119,7 +119,7 @@ def make_gated_activation(config: DecoderConfig) -> GatedActivation:
 def route(
     logits: jax.Array, k: int, normalise: bool, routing: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses each token's k most likely experts, or those given, and weighs them.
+    """Chooses each token's k most likely experts, or given ones, with their weights.
 
     The weights of given experts are the router's probabilities, too, whose gradient flows through
     them (routing replay, Ma et al., arXiv 2510.11370).
@@ -149,7 +149,7 @@ def route_by_sigmoids(
     config: DecoderConfig,
     routing: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses experts by sigmoids and biases, some groups first (DeepSeek-V3, section 2.1.2).
+    """Chooses experts by sigmoids, biases and groups (DeepSeek-V3, section 2.1.2).
 
     Args:
       logits: […, experts], fp32.
@@ -181,7 +181,7 @@ def route_by_sigmoids(
 
 
 def make_mixture(gated: GatedActivation, experts: Experts) -> Mixture:
-    """Returns the mixture of experts with an activation and an implementation."""
+    """Returns a mixture of experts with this activation and implementation."""
     return functools.partial(_apply_mixture, gated, experts)
 
 
@@ -195,7 +195,7 @@ def _apply_mixture(
     biases: Sequence[jax.Array],
     shares: int = 1,
 ) -> jax.Array:
-    """Applies gated MLPs, each to its own tokens; see ``placement.Mixture`` for the arguments."""
+    """Applies experts to their tokens; see ``placement.Mixture`` for the arguments."""
     d_model = x.shape[-1]
     k = weights.shape[-1]
     tokens = x.reshape(-1, d_model).astype(kernels[0].dtype)
@@ -218,7 +218,7 @@ def _apply_mixture(
 
 
 def _round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns x in a dtype, rounded to it in every program.
+    """Returns x rounded to a dtype, also where the compiler would skip the rounding.
 
     XLA may leave out a rounding to bf16 between operations in fp32, in one program and not in
     another; the router of a sampler and that of a step would then see other numbers.
@@ -230,7 +230,7 @@ def _round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 class _Experts(ModelPart):
-    """The kernels and the biases of all experts; see ``experts.Experts``."""
+    """The kernels and biases of all experts; see ``experts.Experts``."""
 
     config: DecoderConfig
 
@@ -249,7 +249,7 @@ class _Experts(ModelPart):
 
 
 class _Kernel(ModelPart):
-    """The parameter ``kernel``, and a ``bias`` if experts have them."""
+    """The parameter ``kernel``, with a ``bias`` if experts have biases."""
 
     config: DecoderConfig
     shape: tuple[int, ...] = ()

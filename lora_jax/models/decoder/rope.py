@@ -1,4 +1,4 @@
-"""Rotary position embedding, and its scalings for rows longer than a model was trained on."""
+"""Rotary position embedding, and its scalings for contexts longer than in pretraining."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from lora_jax.models.layers.attention import wide_dtype
 
 
 class RopeAngles(NamedTuple):
-    """cos and sin of every position's angles: [batch, seq, 1, rotated / 2] each, fp32.
+    """cos and sin of the angles at every position: [batch, seq, 1, rotated / 2] each, fp32.
 
     ``queries``, [batch, seq, 1, 1] fp32, multiplies a position's queries; None for nothing.
     """
@@ -61,7 +61,7 @@ def compute_rope_angles(
 
 
 def _query_factors(positions: jax.Array, scaling: RopeScaling | None) -> jax.Array | None:
-    """Returns the factor of each query beyond the context trained on; see ``RopeScaling``."""
+    """Returns the scale of each query beyond the pretraining context; see ``RopeScaling``."""
     if scaling is None or not scaling.llama_4_scaling_beta:
         return None
     contexts = jnp.floor(positions / scaling.original_max_position_embeddings)
@@ -127,13 +127,13 @@ def compute_frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.A
 
 
 def _unscaled_frequencies(dim: int, theta: float | None) -> np.ndarray:
-    """Returns theta^(-2i / dim) of each of dim / 2 pairs, fp32."""
+    """Returns theta^(-2i / dim) for the dim / 2 pairs, fp32."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return np.float32(1.0) / np.float32(theta) ** exponents
 
 
 def _undivided_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarray) -> np.ndarray:
-    """Returns the share of each frequency, 0 to 1, that the factor does not divide."""
+    """Returns the fraction of each frequency, 0 to 1, that scaling leaves undivided."""
     if scaling.kind == "linear":
         return np.zeros_like(freqs)
     context = scaling.original_max_position_embeddings
@@ -145,7 +145,7 @@ def _undivided_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndar
     dim = config.rotary_dim
 
     def pair_with_turns(turns: float) -> float:
-        """Returns the pair, a real number, that turns so often in the context trained on."""
+        """Returns the (fractional) pair that makes this many turns in the context."""
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     fast_pair = pair_with_turns(scaling.beta_fast)
@@ -171,7 +171,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def with_rope_scaling(config: ModelConfig, scaling: Fields) -> DecoderConfig:
-    """Returns a configuration whose RoPE is scaled, with ``factor`` times as many positions.
+    """Returns a configuration with scaled RoPE and ``factor`` times as many positions.
 
     Saved in config.json like any other configuration, it is read by transformers.
 

@@ -1,4 +1,4 @@
-"""RoPE's fields in Hugging Face's config.json: its base, and the scalings for long contexts."""
+"""RoPE's fields in a config.json: its base, and the scalings for long contexts."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ _KINDS: dict[str, tuple[list[str], list[str]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """A scaling of RoPE's frequencies for contexts longer than those trained on.
+    """A scaling of RoPE's frequencies for contexts longer than in pretraining.
 
     ``kind`` is "linear", "llama3", "yarn", "longrope" or "proportional"; the formula of
     each is in ``rope.compute_frequencies``. ``rotated_share`` is the part of the pairs that
@@ -68,7 +68,7 @@ class RopeScaling:
 
 
 def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
-    """Reads the configuration's fields on RoPE, from transformers 4's or transformers 5's.
+    """Reads RoPE's fields of a config.json of transformers 4 or 5.
 
     Args:
       family: the model's family.
@@ -139,7 +139,7 @@ def read_rope(family: DecoderFamily, config: Fields, get: Get) -> Fields:
 
 
 def _first_not_none(*values: Any) -> Any:
-    """Returns the first of the values that is not None. A 0 counts: it is refused later."""
+    """Returns the first value that is not None; a 0 counts, and is rejected later."""
     for value in values:
         if value is not None:
             return value
@@ -147,7 +147,7 @@ def _first_not_none(*values: Any) -> Any:
 
 
 def _take_local_theta(fields: dict[str, Any]) -> float | None:
-    """Takes the fields of layers with a window out; returns the base of their rotations."""
+    """Removes the fields of windowed layers, and returns their RoPE base."""
     local_fields = dict(fields.pop("sliding_attention", None) or {})
     theta: float | None = local_fields.pop("rope_theta", None)
     kind = local_fields.pop("rope_type", "default")
@@ -160,7 +160,7 @@ def _take_local_theta(fields: dict[str, Any]) -> float | None:
 
 
 def _read_scaling(kind: str, fields: Fields, context: int, original: int | None) -> RopeScaling:
-    """Reads a scaling; `original` outweighs the field original_max_position_embeddings."""
+    """Reads a scaling; `original` has priority over original_max_position_embeddings."""
     fields = {name: value for name, value in fields.items() if value is not None}
     # Every needed field must be there, and no unknown one.
     needed_names, optional_names = _KINDS[kind]
@@ -193,7 +193,7 @@ def _read_scaling(kind: str, fields: Fields, context: int, original: int | None)
 
 
 def _attention_factor(kind: str, fields: Fields, context: int) -> float:
-    """Returns the factor of queries and keys: as given, or by YaRN's and LongRoPE's papers."""
+    """Returns the scale of queries and keys, given or by the YaRN or LongRoPE paper."""
     if "attention_factor" in fields:
         return float(fields["attention_factor"])
     original_context = fields[_ORIGINAL]

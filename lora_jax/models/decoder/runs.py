@@ -1,11 +1,11 @@
-"""The stacks of a decoder's layers: layers of one kind, in patterns that repeat."""
+"""Groups a decoder's layers into stacks: layers of one kind, in repeating patterns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class LayerKind(NamedTuple):
-    """The parameters that a layer has: layers of one kind are stacked.
+    """The parameters of a layer; layers of one kind are stacked.
 
     Attributes:
       linear: a ``GatedDeltaNet`` in the place of attention.
@@ -23,7 +23,7 @@ class LayerKind(NamedTuple):
 def runs_of(
     kinds: Sequence[LayerKind], first: int, names: tuple[str, str]
 ) -> dict[str, dict[str, range]]:
-    """Groups the layers into runs and stacks: name of the run -> place -> layer indices.
+    """Groups the layers into runs and stacks: run name -> position -> layer indices.
 
     One run, "", has all layers, unless the first ones are another. In each, the shortest pattern of
     kinds that repeats has the places, such as "0of4": layers 0, 4, 8, …; "" if all are alike.
@@ -41,7 +41,7 @@ def runs_of(
 
 
 def _stacks(kinds: Sequence[LayerKind], layers: range) -> dict[str, range]:
-    """Groups the layers of a run into stacks: place -> layer indices; see ``runs_of``."""
+    """Groups the layers of a run into stacks: position -> layer indices; see ``runs_of``."""
     layer_kinds = tuple(kinds[i] for i in layers)
     n_layers = len(layers)
     # The shortest pattern of kinds whose repetition gives all layers.

@@ -1,4 +1,4 @@
-"""An encoder's family, its options in the forward pass, and its config.json."""
+"""An encoder's family, its options, and its config.json."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ from lora_jax.models.fields import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderFamily:
-    """The facts of one family.
+    """The declaration of one family.
 
     Attributes:
       class_name: the beginning of transformers' names of its classes.
@@ -137,7 +137,7 @@ class EncoderConfig:
 
     @property
     def family(self) -> EncoderFamily:
-        """The facts of the model's family."""
+        """The declaration of the model's family."""
         return FAMILIES[self.model_type]
 
     @property
@@ -147,19 +147,19 @@ class EncoderConfig:
 
     @property
     def has_pooler(self) -> bool:
-        """True if the head reads the pooler's output."""
+        """True if the head uses the pooler's output."""
         return self.head == "none" or (self.head == "classification" and self.prefix == "bert")
 
     @property
     def max_tokens(self) -> int:
-        """The longest text: RoBERTa leaves the first positions unused."""
+        """The maximum number of tokens; RoBERTa does not use its first positions."""
         if not self.family.after_padding or self.pad_token_id is None:
             return self.max_position_embeddings
         return self.max_position_embeddings - self.pad_token_id - 1
 
     @classmethod
     def from_hf(cls, config: Fields, **options: Any) -> "EncoderConfig":
-        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+        """Reads a config.json of transformers 4 or 5.
 
         Args:
           config: the parsed config.json. Its ``architectures`` tells the head.

@@ -1,4 +1,4 @@
-"""The encoder's key table, and the names that files use beside it."""
+"""The encoder's key table, and alternative names in files."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ OTHER_HEADS = re.compile(
 
 
 def encoder_name(name: str, config: EncoderConfig) -> str:
-    """Returns the table's name of a file's tensor.
+    """Returns the table's name of a stored tensor.
 
     A bare encoder's file has no prefix ("bert."), that of a model with a head has it; either loads
     as the other. Norms that came from TensorFlow are called gamma and beta.
@@ -40,7 +40,7 @@ def encoder_name(name: str, config: EncoderConfig) -> str:
 
 
 def _prefix(config: EncoderConfig) -> str:
-    """Returns the encoder's name in files: none for bare encoders, as transformers writes them."""
+    """Returns the encoder's name prefix in files; "" for bare encoders, as in transformers."""
     return "" if config.head in ("none", "embedding") else f"{config.prefix}."
 
 
@@ -63,12 +63,12 @@ def _lm_head_path(config: EncoderConfig) -> str:
 
 
 def _decoder_name(config: EncoderConfig) -> str:
-    """Returns the name by which files hold the word table and its bias once more."""
+    """Returns the name by which files store the word table and its bias again."""
     return _lm_head_path(config).replace("/", ".") + ".decoder"
 
 
 def _add_embeddings(rows: KeyTable, config: EncoderConfig) -> None:
-    """Adds the tables of words, positions and token types, and their norm."""
+    """Adds the word, position and token type tables, and their norm."""
     d_model = config.hidden_size
     path = f"{config.prefix}/embeddings"
 
@@ -99,7 +99,7 @@ def _add_layer(rows: KeyTable, config: EncoderConfig, layer: str) -> None:
 
 
 def _add_head(rows: KeyTable, config: EncoderConfig) -> None:
-    """Adds the pooler and the head, of which each is an optional part."""
+    """Adds the pooler and the head, each as an optional part."""
     d_model = config.hidden_size
     is_bert = config.prefix == "bert"
 

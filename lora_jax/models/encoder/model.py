@@ -47,7 +47,7 @@ class Embeddings(ModelPart):
 
 
 def default_positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Returns the rows of the table of positions, [batch, seq] int32; see ``Encoder.__call__``."""
+    """Returns the indices into the position table, [batch, seq] int32."""
     if not config.family.after_padding or config.pad_token_id is None:
         slots = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
         return jnp.broadcast_to(slots, input_ids.shape)
@@ -57,7 +57,7 @@ def default_positions(input_ids: jax.Array, config: EncoderConfig) -> jax.Array:
 
 
 def pool(hidden: jax.Array, attention_mask: jax.Array | None, config: EncoderConfig) -> jax.Array:
-    """Pools hidden states as sentence-transformers does: [batch, d_model], at least fp32."""
+    """Pools hidden states as sentence-transformers does: [batch, d_model], in fp32 or wider."""
     hidden = hidden.astype(wide_dtype(hidden.dtype))
     if config.pooling == "cls":
         pooled = hidden[:, 0]
@@ -199,7 +199,7 @@ class _EncoderPart(ModelPart):
 
 
 class _Trunk(_EncoderPart):
-    """Embeddings, scanned layers and, for the heads that read it, the pooler."""
+    """Embeddings, scanned layers, and the pooler if the head uses it."""
 
     def setup(self) -> None:
         self.embeddings = Embeddings(*self.options)
@@ -229,12 +229,12 @@ class _Trunk(_EncoderPart):
         return hidden
 
     def pool(self, hidden: jax.Array) -> jax.Array:
-        """Returns [batch, d_model]: the first token's state, through a layer and tanh."""
+        """Returns [batch, d_model]: the first token's state, after a dense layer and tanh."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
 
 class _Layer(_EncoderPart):
-    """Attention and MLP, each added to its input and then normalised: a scan's body."""
+    """Attention and MLP, each followed by a residual and a norm; the body of a scan."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
@@ -292,7 +292,7 @@ class _BertTransform(_EncoderPart):
 
 
 class _RobertaHead(_EncoderPart):
-    """A masked language model's head. Its activation is GELU, whatever the configuration says."""
+    """A masked language model's head, whose activation is always GELU."""
 
     @nn.compact
     def __call__(self, hidden: jax.Array, word_table: jax.Array) -> jax.Array:
@@ -302,7 +302,7 @@ class _RobertaHead(_EncoderPart):
 
 
 class _RobertaClassifier(_EncoderPart):
-    """A layer and tanh, then the classes."""
+    """A dense layer with tanh, then the classes."""
 
     @nn.compact
     def __call__(self, first_hidden: jax.Array) -> jax.Array:
@@ -311,12 +311,12 @@ class _RobertaClassifier(_EncoderPart):
 
 
 def _class_logits(module: ModelPart, name: str | None = None) -> nn.Dense:
-    """Makes the layer of the classes' logits, at least fp32."""
+    """Creates the layer of the class logits, in fp32 or wider."""
     return dense(module, module.config.num_labels, dtype=wide_dtype(module.dtype), name=name)
 
 
 def _tied_logits(module: ModelPart, x: jax.Array, word_table: jax.Array) -> jax.Array:
-    """Returns x Eᵀ + bias, at least fp32; E is the word table, [vocab, d_model]."""
+    """Returns x Eᵀ + bias in fp32 or wider; E is the word table, [vocab, d_model]."""
     bias_shape = (module.config.vocab_size,)
     bias: jax.Array = module.param("bias", nn.initializers.zeros, bias_shape, module.param_dtype)
     last_axes = (((x.ndim - 1,), (1,)), ((), ()))  # d_model of both, and no batch axes

@@ -1,4 +1,4 @@
-"""GPT-2's configuration: the options of its forward pass, and its config.json."""
+"""GPT-2's configuration and its config.json."""
 
 import dataclasses
 
@@ -75,12 +75,12 @@ class GPT2Config:
 
     @property
     def num_key_value_heads(self) -> int:
-        """The number of heads: each has keys and values of its own."""
+        """The number of heads, each with its own keys and values."""
         return self.num_attention_heads
 
     @classmethod
     def from_hf(cls, config: Fields) -> "GPT2Config":
-        """Reads the dict of a config.json; an absent field has transformers' default.
+        """Reads a config.json; absent fields get transformers' defaults.
 
         Args:
           config: the parsed config.json.

@@ -46,14 +46,14 @@ class GPT2(CausalLM):
 
 
 class _SharedInput(NamedTuple):
-    """All layers' input: the mask, and the number of the cache's slots in use."""
+    """The input that all layers share: the mask, and the number of used cache slots."""
 
     mask: Mask
     filled: jax.Array
 
 
 class _LayerInput(NamedTuple):
-    """One layer's input: the factor of its scores, [], and its cache or None."""
+    """One layer's input: the scale of its scores, [], and its cache or None."""
 
     scale: jax.Array
     cache: LayerCache | None
@@ -79,7 +79,7 @@ class _Attention(ModelPart):
 
 
 class _Block(ModelPart):
-    """Attention and MLP, each after a norm and added to the residual stream: a scan's body."""
+    """Attention and MLP, each after a norm and with a residual; the body of a scan."""
 
     config: GPT2Config
 
@@ -101,7 +101,7 @@ class _Block(ModelPart):
 
 
 class _Trunk(ModelPart):
-    """Embeddings, scanned layers and the final norm: everything but the head."""
+    """Embeddings, scanned layers and the final norm, without the head."""
 
     config: GPT2Config
 
@@ -137,7 +137,7 @@ class _Trunk(ModelPart):
 
 
 def _score_scales(config: GPT2Config) -> jax.Array:
-    """Returns the factor of each layer's scores: [layers] fp32."""
+    """Returns the scale of each layer's scores: [layers] fp32."""
     scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
     scales = [scale] * config.num_hidden_layers
     if config.scale_attn_by_inverse_layer_idx:

@@ -1,1 +1,1 @@
-"""The layers and the bookkeeping that several models share."""
+"""Layers and helpers that several models share."""

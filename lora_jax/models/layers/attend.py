@@ -1,4 +1,4 @@
-"""Softmax attention, its implementations by name, and the choice among them."""
+"""Softmax attention: its implementations by name, and the choice between them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIN_LONG_ROW_QUERIES = 512
 
 
 class Attend(Protocol):
-    """An implementation of attention; see ``attend`` for the arguments. It has to be hashable.
+    """An implementation of attention; see ``attend`` for the arguments. It must be hashable.
 
     On a mesh it is called in ``jax.shard_map``, with a device's batch, heads and queries, and with
     all keys of those: see ``Split`` for the queries of a long row. A model without ``sinks`` gives
@@ -66,7 +66,7 @@ def attend(
     placement: Placement = UNPLACED,
     shared: Shared | None = None,
 ) -> jax.Array:
-    """Computes softmax(soft_cap(scale * q k^T)) v, scores and softmax in fp32 (or wider).
+    """Computes softmax(soft_cap(scale * q k^T)) v, with scores and softmax in fp32 or wider.
 
     Args:
       inputs: the arrays and the options of the call:
@@ -109,7 +109,7 @@ def attend(
 def implementation(
     attention: str | Attend, seq: int, platform: str, *, kernels: bool = True
 ) -> Attend:
-    """Returns the implementation of attention with a name; returns a function as it is.
+    """Returns an implementation of attention by name; returns a function unchanged.
 
     - "dense" holds all scores, [batch, heads, seq, keys] in fp32.
     - "blockwise" holds those of a block of queries; see ``Blockwise``.
@@ -151,7 +151,7 @@ def implementation(
 
 
 class AttentionChoice(NamedTuple):
-    """The implementation that will serve a call.
+    """The implementation that is used for a call.
 
     Attributes:
       attend: the implementation.
@@ -170,7 +170,7 @@ class AttentionChoice(NamedTuple):
 def choose_implementation(
     attention: str | Attend, call: AttentionCall, seq: int, platform: str
 ) -> AttentionChoice:
-    """Returns the implementation that will serve a call, and why it is not what was asked for.
+    """Returns the implementation for a call, and why it differs from the requested one.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.models.layers.attend import choose_implementation
@@ -196,7 +196,7 @@ def choose_implementation(
 
 
 def _implementation_name(attend: Attend) -> str:
-    """Returns the name of an implementation, whatever its options are."""
+    """Returns the name of an implementation with any options."""
     for name, known in IMPLEMENTATIONS.items():
         if type(attend) is type(known):
             return name
@@ -204,7 +204,7 @@ def _implementation_name(attend: Attend) -> str:
 
 
 def count_scores(attend: Attend, seq: int, *, branched: bool = False) -> int:
-    """Returns the number of scores that a head computes for a causal row, on one device.
+    """Returns the number of scores per head for a causal row, on one device.
 
     Args:
       attend: an implementation; a caller's own function is assumed to compute all scores.
@@ -216,7 +216,7 @@ def count_scores(attend: Attend, seq: int, *, branched: bool = False) -> int:
 
 
 class AttentionConfig(Protocol):
-    """A configuration that tells the sizes of its model's heads."""
+    """A configuration with the sizes of its model's heads."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -234,7 +234,7 @@ def choose_attention(
     split: Split | None = None,
     branched: bool = False,
 ) -> AttentionChoice:
-    """Returns the implementation that rows of a length will run on, without a cache, and why.
+    """Returns the implementation for rows of a length without a cache, and the reason.
 
     >>> from lora_jax import models
     >>> from lora_jax.models.layers.attend import choose_attention

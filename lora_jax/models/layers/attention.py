@@ -1,4 +1,4 @@
-"""Softmax attention with all its scores at once, and what its implementations have in common."""
+"""Dense softmax attention, and code that all implementations of attention share."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def wide_dtype(dtype: DTypeLike) -> DTypeLike:
 
 
 def dot_wide(x: jax.Array, y: jax.Array, contract: Any, precision: Any = None) -> jax.Array:
-    """Computes ``lax.dot_general`` with a result of at least fp32: for logits."""
+    """Computes ``lax.dot_general`` with a result in fp32 or wider, for logits."""
     return lax.dot_general(
         x, y, contract, precision=precision, preferred_element_type=wide_dtype(x.dtype)
     )
 
 
 class KeysAndValues(NamedTuple):
-    """Keys and values, and the letters of their axes for einsum.
+    """Keys and values, with the einsum letters of their axes.
 
     Attributes:
       axes: "bntd", batch, kv_heads, keys, head_dim; or "ntd" of shared ones.
@@ -46,7 +46,7 @@ class KeysAndValues(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """The static facts of one call of attention, by which a kernel serves or refuses it.
+    """The static facts of an attention call, by which a kernel accepts or rejects it.
 
     Attributes:
       queries: queries on this device.
@@ -71,7 +71,7 @@ class AttentionCall:
     split: Split | None = None
 
     def kernel_refusal(self, dtypes: Sequence[DTypeLike]) -> str | None:
-        """Returns the reason why a kernel that masks by slots and segments cannot serve the call.
+        """Returns the reason why a slot-and-segment kernel cannot run the call.
 
         Args:
           dtypes: dtypes that the kernel computes.
@@ -86,7 +86,7 @@ class AttentionCall:
 
 
 class AttentionInputs(NamedTuple):
-    """The arrays and the options of one call of attention; see ``attend``."""
+    """The arrays and options of an attention call; see ``attend``."""
 
     q: jax.Array
     k: jax.Array
@@ -113,18 +113,18 @@ class AttentionInputs(NamedTuple):
 
     @property
     def factor(self) -> jax.Array:
-        """The factor of the scores, [] in their dtype: 1 / sqrt(head_dim) by default."""
+        """The scale of the scores, [] in their dtype: 1 / sqrt(head_dim) by default."""
         scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return jnp.asarray(scale, wide_dtype(self.q.dtype))
 
     @property
     def scaled_queries(self) -> jax.Array:
-        """The queries times the factor, for kernels that take no traced factor."""
+        """The scaled queries, for kernels that take no traced scale."""
         factor = self.factor
         return (self.q.astype(factor.dtype) * factor).astype(self.q.dtype)
 
     def padded(self, multiple: int) -> list[jax.Array]:
-        """Returns q, k and v, and the segments of queries and of keys, [batch, n].
+        """Returns padded q, k and v, and the segments of queries and keys, [batch, n].
 
         Rows are filled up to a multiple of a size, but for those that are split over devices.
         """
@@ -134,12 +134,12 @@ class AttentionInputs(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of an ``Attend``. Sinks are given only if there are any."""
+        """The arguments of an ``Attend``, with sinks only if there are any."""
         return tuple(self[:-1] if self.sinks is None else self)
 
 
 class SoftmaxOptions(NamedTuple):
-    """The options by which scores become weights.
+    """The options that convert scores to weights.
 
     Attributes:
       factor: [], the factor of the scores, in their dtype.
@@ -152,7 +152,7 @@ class SoftmaxOptions(NamedTuple):
 
 
 class Implementation:
-    """An implementation of attention over ``AttentionInputs``, called as an ``Attend`` is."""
+    """An implementation of attention over ``AttentionInputs``, callable like an ``Attend``."""
 
     def __call__(
         self,
@@ -173,7 +173,7 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class DenseAttention(Implementation):
-    """Computes attention with all scores at once, [batch, heads, seq, keys].
+    """Computes attention with all scores in memory, [batch, heads, seq, keys].
 
     Heads lead in all operands, and the result is divided rather than the weights: otherwise XLA
     copies scores into another layout on CPU, and keeps both them and the weights for the backward
@@ -181,6 +181,7 @@ class DenseAttention(Implementation):
     """
 
     def compute(self, inputs: AttentionInputs, shared: Shared | None = None) -> jax.Array:
+        """Computes attention with all scores in memory."""
         q, k, v, mask, _, cap, sinks = inputs
         batch, seq, _, head_dim = q.shape
         kv_heads = k.shape[2]
@@ -214,6 +215,7 @@ class DenseAttention(Implementation):
         total = functools.reduce(jnp.add, sums) + sink
 
         def sum_values(key_set: KeysAndValues, weights: jax.Array) -> jax.Array:
+            """Returns the weighted sum of values."""
             return jnp.einsum(
                 f"bngst,{key_set.axes}->bngsd",
                 weights.astype(v.dtype),
@@ -232,7 +234,7 @@ DENSE = DenseAttention()
 def add_sinks(
     largest: jax.Array, sinks: jax.Array | None, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array | float]:
-    """Returns the largest of scores and sinks, and the sinks' terms in the sums of weights.
+    """Returns the maximum of scores and sinks, and the sinks' terms in the softmax sums.
 
     Args:
       largest: the largest scores, without a derivative.
@@ -247,5 +249,5 @@ def add_sinks(
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Returns cap tanh(x / cap): x where it is small, never beyond ±cap (Gemma 2)."""
+    """Returns cap tanh(x / cap): about x if x is small, and never beyond ±cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,4 +1,4 @@
-"""The parts of models: activations, dense layers, norms, embeddings, patches, noise, and caches.
+"""Parts of models: activations, dense layers, norms, embeddings, patches, noise, and caches.
 
 ``dense``, ``layer_norm`` and ``embed`` make a layer for ``module``, with its dtypes and its
 configuration's options.
@@ -79,7 +79,7 @@ class ModelPart(nn.Module):
 
     @property
     def options(self) -> tuple[Any, DTypeLike, DTypeLike, bool | str, Placement, str | Attend]:
-        """The attributes above, for a part of this one."""
+        """The attributes above, to pass to a submodule."""
         dtypes = (self.dtype, self.param_dtype)
         return (self.config, *dtypes, self.remat, self.placement, self.attention)
 
@@ -90,7 +90,7 @@ def attend_heads(
     cache: LayerCache | None = None,
     filled: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes attention over a cache and the call's own tokens: [batch, seq, heads * head_dim].
+    """Computes attention over the cache and new tokens: [batch, seq, heads * head_dim].
 
     Args:
       module: the layer's attention.
@@ -116,7 +116,7 @@ def dense(
     dtype: DTypeLike | None = None,
     dot_general: Callable[..., jax.Array] | None = None,
 ) -> nn.Dense:
-    """Makes xW + b, W drawn with the configuration's initializer_range."""
+    """Creates xW + b, with W drawn by the configuration's initializer_range."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -149,14 +149,14 @@ class LayerNorm(nn.Module):
 
 
 def layer_norm(module: ModelPart, name: str | None = None) -> LayerNorm:
-    """Makes a LayerNorm with the configuration's epsilon."""
+    """Creates a LayerNorm with the configuration's epsilon."""
     return LayerNorm(module.config.layer_norm_eps, module.dtype, module.param_dtype, name=name)
 
 
 def embed(
     module: ModelPart, rows: int, name: str | None = None, *, width: int | None = None
 ) -> nn.Embed:
-    """Makes a table of ``rows`` vectors as wide as the model, or of another width."""
+    """Creates an embedding table of ``rows`` vectors, d_model wide by default."""
     return nn.Embed(
         rows,
         module.config.hidden_size if width is None else width,
@@ -168,7 +168,7 @@ def embed(
 
 
 class EmbeddingNoise(NamedTuple):
-    """Uniform noise to add to the vectors that a model looks up for its tokens.
+    """Uniform noise that is added to token embeddings.
 
     Attributes:
       key: the PRNG key to draw it with.
@@ -180,7 +180,7 @@ class EmbeddingNoise(NamedTuple):
 
 
 def add_noise(x: jax.Array, noise: EmbeddingNoise | None) -> jax.Array:
-    """Returns embedded tokens, [batch, seq, d_model], with the noise added; None adds nothing."""
+    """Returns embedded tokens, [batch, seq, d_model], plus the noise if there is any."""
     if noise is None:
         return x
     uniform = jax.random.uniform(noise.key, x.shape, jnp.float32, -1.0, 1.0)
@@ -189,7 +189,7 @@ def add_noise(x: jax.Array, noise: EmbeddingNoise | None) -> jax.Array:
 
 
 class PatchProjection(ModelPart):
-    """A convolution whose stride is its size: a product with each patch's pixels.
+    """A convolution with stride equal to its size: a product with each patch's pixels.
 
     Its kernel is [width, height, channels, d_model].
 
@@ -222,7 +222,7 @@ class PatchProjection(ModelPart):
 def insert_vectors(
     x: jax.Array, is_vector: jax.Array | None, vectors: jax.Array | None
 ) -> jax.Array:
-    """Returns embedded tokens with vectors in the place of some of them.
+    """Returns embedded tokens with some of them replaced by vectors.
 
     Args:
       x: the embedded tokens, [batch, seq, d_model].

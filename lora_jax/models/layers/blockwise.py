@@ -1,4 +1,4 @@
-"""Attention a block of queries at a time, in plain JAX: memory is linear in the length.
+"""Attention one block of queries at a time, in plain JAX, with memory linear in the length.
 
 Unlike FlashAttention (Dao et al. 2022), a block of queries is multiplied with all its keys in one
 product, so its softmax needs no running maximum, and forward mode works. As there, the backward
@@ -30,7 +30,7 @@ from lora_jax.models.layers.paired import KEEPS_SUMS, attend_pair, name_sums, vi
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise(Implementation):
-    """Computes attention a block of queries at a time; see ``attend`` for the arguments.
+    """Computes attention one block of queries at a time; see ``attend`` for the arguments.
 
     A causal sequence is cut into spans, and a block meets the keys up to the end of its span: with
     n spans, (n + 1) / 2n of all scores are computed. The blocks of a span are a loop, so the
@@ -59,6 +59,7 @@ class Blockwise(Implementation):
             )
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
+        """Computes attention one block of queries at a time."""
         q, k, v, mask, *_ = inputs
         batch, seq, _, head_dim = q.shape
         grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
@@ -100,7 +101,7 @@ class Blockwise(Implementation):
         return jnp.concatenate(span_outputs, axis=1).reshape(q.shape)
 
     def pairs(self, seq: int, split: Split | None = None) -> int:
-        """Returns the number of scores that a head computes for a causal sequence.
+        """Returns the number of scores per head for a causal sequence.
 
         Args:
           seq: the number of tokens.
@@ -114,7 +115,7 @@ class Blockwise(Implementation):
         return seq // 2 * (seq + size)
 
     def _span_bounds(self, seq: int) -> list[tuple[int, int]]:
-        """Returns start and end of each span: two blocks or more, whole but for the last.
+        """Returns the start and end of each span, which has two blocks or more.
 
         XLA removes a loop over a single block, and would then keep its scores after all.
         """
@@ -123,7 +124,7 @@ class Blockwise(Implementation):
         return [(start, min(start + size, seq)) for start in range(0, seq, size)]
 
     def _tile(self, chunk: int, split: Split) -> int:
-        """Returns the number of queries of a tile: an equal part of a chunk, a block at least.
+        """Returns the number of queries in a tile: an equal part of a chunk, at least a block.
 
         A tile's pair of blocks costs as much as two blocks of a span.
         """
@@ -143,7 +144,7 @@ def _attend_span(
     softmax: SoftmaxOptions,
     block: int,
 ) -> jax.Array:
-    """Computes attention of queries, block by block, to all of the given keys.
+    """Computes attention from queries to all given keys, block by block.
 
     Args:
       q: [batch, seq, kv_heads, group, head_dim].
@@ -171,7 +172,7 @@ def _attend_pairs(
     tile: int,
     block: int,
 ) -> jax.Array:
-    """Computes attention of a device's two chunks of queries, a tile of each at a time.
+    """Computes attention of a device's two query chunks, one tile of each at a time.
 
     The first tile of the first chunk goes with the last of the last, and so on.
 
@@ -226,7 +227,7 @@ def _map_blocks(
     queries: MaskTokens,
     block: int,
 ) -> jax.Array:
-    """Computes ``body`` for each block of q, [batch, seq, …], and again in the backward pass."""
+    """Computes ``body`` for each block of q, and recomputes it in the backward pass."""
     run_block = jax.checkpoint(body, policy=KEEPS_SUMS)
     seq = q.shape[1]
     n_looped = seq - seq % block  # queries in full blocks
@@ -245,7 +246,7 @@ def _map_blocks(
 def _attend_block(
     q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, softmax: SoftmaxOptions
 ) -> jax.Array:
-    """Computes attention of a block; ``visible`` is [batch, block, keys]. See ``_attend_span``."""
+    """Computes attention of one block; ``visible`` is [batch, block, keys]."""
     batch, size, kv_heads, group, head_dim = q.shape
     scale, cap, sinks = softmax
     dtype = scale.dtype
@@ -269,7 +270,7 @@ def _attend_block(
 
 
 def _cut_into_blocks(tree: Tree, axis: int, size: int) -> Tree:
-    """Cuts an axis of each leaf into blocks, and moves the axis of the blocks to the front."""
+    """Splits an axis of each leaf into blocks, and moves the block axis to the front."""
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(_cut_shape(x.shape, axis, size)), axis % x.ndim, 0)
@@ -278,6 +279,6 @@ def _cut_into_blocks(tree: Tree, axis: int, size: int) -> Tree:
 
 
 def _cut_shape(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
-    """Returns a shape, one axis of which is cut into parts of a size: [parts, size]."""
+    """Returns a shape with one axis split into [parts, size]."""
     axis = axis % len(shape)
     return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])

@@ -1,4 +1,4 @@
-"""The keys, values and states of tokens already seen: a pytree, for decoding step by step."""
+"""The cache of keys, values and states of earlier tokens: a pytree for step-by-step decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NewEntries: TypeAlias = Any
 
 
 class Cached(Protocol):
-    """A configuration that tells the sizes of its model's keys and values."""
+    """A configuration with the sizes of its model's keys and values."""
 
     @property
     def num_hidden_layers(self) -> int: ...
@@ -26,7 +26,7 @@ class Cached(Protocol):
 
 
 class Recurrent(NamedTuple):
-    """The memory of linear layers, of one size after any number of tokens.
+    """The state of linear layers, whose size is independent of the number of tokens.
 
     Attributes:
       tail: [layers, batch, n, channels], the last n real tokens before the convolution; zeros where
@@ -38,11 +38,11 @@ class Recurrent(NamedTuple):
     state: jax.Array
 
     def repeat(self, n: int) -> Recurrent:
-        """Returns the memory of all layers with each row n times, side by side."""
+        """Returns the states with each row repeated n times, as adjacent rows."""
         return Recurrent(*(jnp.repeat(x, n, axis=1) for x in self))
 
     def replace_rows(self, rows: jax.Array, others: Recurrent) -> Recurrent:
-        """Returns the memory with some rows, [batch] bool, taken from another one."""
+        """Returns the states with some rows, [batch] bool, taken from another one."""
         return Recurrent(
             *(
                 jnp.where(rows.reshape(-1, *[1] * (x.ndim - 2)), other, x)
@@ -52,7 +52,7 @@ class Recurrent(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Tokens that all rows begin with, held once; see ``lora_jax.models.share``.
+    """Tokens with which all rows start, stored once; see ``lora_jax.models.share``.
 
     Attributes:
       key: [layers, kv_heads, n, head_dim], rotated where the model rotates. Without the first axis
@@ -72,7 +72,7 @@ class Shared(NamedTuple):
         return self.key.shape[-2]
 
     def repeat(self, batch: int) -> Shared:
-        """Returns one layer's keys and values as attention takes them, a copy for each row.
+        """Returns one layer's keys and values in attention's layout, copied for each row.
 
         Args:
           batch: the number of rows.
@@ -88,7 +88,7 @@ class Shared(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """The part of a cache that one layer sees; stacked on axis 0 for the scan.
+    """The part of a cache for one layer, stacked on axis 0 for the scan.
 
     Attributes:
       key, value: [batch, kv_heads, max_len, head_dim].
@@ -101,7 +101,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far. Slot i holds the i-th token fed to the model.
+    """Keys and values of the tokens so far. Slot i holds the i-th token that the model received.
 
     Attributes:
       key: [layers, batch, kv_heads, max_len, head_dim], rotated where the model rotates. Heads
@@ -132,19 +132,19 @@ class Cache(NamedTuple):
 
     @property
     def max_len(self) -> int:
-        """The number of tokens, padding included, that a row can have; shared ones count."""
+        """The number of tokens that a row can have, including padding and shared tokens."""
         return self.positions.shape[1] + (self.shared.n_tokens if self.shared else 0)
 
     @property
     def example_axes(self) -> Cache:
-        """The axis of the rows in each array, None where there is none; see `lora_jax.bank`."""
+        """The row axis of each array, None where there is none; see `lora_jax.bank`."""
         recurrent = self.recurrent and Recurrent(tail=1, state=1)  # type: ignore[arg-type]
         axes = {"key": 1, "value": 1, "positions": 0, "filled": None, "length": 0}
         axes |= {"routing": 1} if self.routing is not None else {}
         return Cache(**axes, recurrent=recurrent)  # type: ignore[arg-type]
 
     def repeated(self, n: int) -> Cache:
-        """Returns the cache with each row n times, side by side; what is shared stays so."""
+        """Returns the cache with each row repeated n times; shared tokens stay shared."""
         return self._replace(
             key=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.key),
             value=jax.tree.map(lambda x: jnp.repeat(x, n, axis=1), self.value),
@@ -161,7 +161,7 @@ class Cache(NamedTuple):
 
     @property
     def layers(self) -> LayerCache:
-        """Keys and values of all layers with attention, stacked on axis 0."""
+        """Keys and values of all attention layers, stacked on axis 0."""
         shared = self.shared and self.shared._replace(recurrent=None)
         return LayerCache(self.key, self.value, shared)
 
@@ -175,7 +175,7 @@ def init_cache(
     shared: Shared | None = None,
     with_routing: bool = False,
 ) -> Cache:
-    """Makes an empty cache.
+    """Creates an empty cache.
 
     Args:
       config: the model's.
@@ -226,7 +226,7 @@ def init_cache(
 
 
 def depends_on_cache_length(config: object) -> bool:
-    """Returns True where keys depend on the length of the cache: those that "longrope" rotates."""
+    """Returns True if keys depend on the cache's length, as with "longrope"."""
     scaling = getattr(config, "rope_scaling", None)
     return scaling is not None and scaling.kind == "longrope"
 
@@ -234,7 +234,7 @@ def depends_on_cache_length(config: object) -> bool:
 def _initial_recurrent(
     config: Any, n_layers: int, batch: int, dtype: DTypeLike, shared: Shared | None
 ) -> Recurrent | None:
-    """Returns the memory of linear layers before a row's first token, or after shared ones."""
+    """Returns the states of linear layers before a row's first token."""
     if shared is not None:
         model_has_memory = n_layers > 0
         if model_has_memory != (shared.recurrent is not None):
@@ -264,7 +264,7 @@ def _empty_routing(config: Any, batch: int, max_len: int) -> jax.Array:
 
 
 def write_slots(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Returns one layer's keys or values with those of new tokens, as attention takes them.
+    """Returns one layer's keys or values after writing new tokens, in attention's layout.
 
     Args:
       cached: [batch, kv_heads, max_len, head_dim].

@@ -1,4 +1,4 @@
-"""The computations of a linear layer: the gated delta rule, and a short causal convolution.
+"""Computations of linear layers: the gated delta rule, and a short causal convolution.
 
 A state is a head's matrix S, which each token changes. A chunk is a number of consecutive tokens
 that are computed together; `entry` is the state before a chunk's first token.
@@ -18,7 +18,7 @@ CHUNK = 64
 
 
 class RecurrentTokens(NamedTuple):
-    """The tokens of one call, as layers with a recurrent state see them.
+    """The tokens of a call, as layers with a recurrent state see them.
 
     Attributes:
       present: [batch, seq] bool, False at padding, which changes no state.
@@ -39,7 +39,7 @@ def gated_delta_rule(
     state: jax.Array,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the gated delta rule (Yang et al. 2025), a chunk of tokens at a time.
+    """Computes the gated delta rule (Yang et al. 2025), one chunk of tokens at a time.
 
     Each token changes a head's state S, [key_dim, value_dim], and reads it:
 
@@ -64,7 +64,7 @@ def gated_delta_rule(
     size = chunk_size(seq)
 
     def cut_into_chunks(x: jax.Array, mode: str = "constant") -> jax.Array:
-        """Returns [chunks, batch, heads, size, …] of [batch, seq, heads, …]."""
+        """Reshapes [batch, seq, heads, …] to [chunks, batch, heads, size, …]."""
         x = jnp.pad(x, [(0, 0), (0, -seq % size), *[(0, 0)] * (x.ndim - 2)], mode=mode)
         x = x.reshape(batch, -1, size, *x.shape[2:])
         return jnp.moveaxis(x, (1, 3), (0, 2))
@@ -122,13 +122,13 @@ def gated_delta_rule(
 
 
 def chunk_size(seq: int) -> int:
-    """Returns the tokens of a chunk, a power of two."""
+    """Returns the number of tokens in a chunk, a power of two."""
     return int(min(CHUNK, 1 << (seq - 1).bit_length()))
 
 
 @jax.custom_jvp
 def invert_one_plus(system: jax.Array) -> jax.Array:
-    """Returns the inverse of 1 + a strictly lower triangular matrix, by products of matrices.
+    """Returns (1 + a)⁻¹ of a strictly lower triangular matrix a, by matrix products.
 
     The inverses of two blocks on the diagonal give that of both together, whose size is twice as
     large. Products are in full precision, since errors would add up.
@@ -164,7 +164,7 @@ def _multiply_exactly(*factors: jax.Array) -> jax.Array:
 def short_convolution(
     x: jax.Array, taps: jax.Array, tokens: RecurrentTokens, tail: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Computes the weighted sum of each token and those before it, channel by channel.
+    """Computes the weighted sum of each token and the tokens before it, per channel.
 
     Args:
       x: [batch, seq, channels].
@@ -194,7 +194,7 @@ def short_convolution(
 
 
 def _convolve_segments(x: jax.Array, taps: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Computes ``short_convolution`` of rows without a tail, whose padding is zeros.
+    """Computes ``short_convolution`` of rows without a tail, zero-padded.
 
     Args:
       x: [batch, seq, channels].
@@ -214,5 +214,5 @@ def _convolve_segments(x: jax.Array, taps: jax.Array, segments: jax.Array | None
 
 
 def normalise(x: jax.Array) -> jax.Array:
-    """Returns vectors of length one, along the last axis."""
+    """Returns vectors scaled to length one along the last axis."""
     return x * lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)

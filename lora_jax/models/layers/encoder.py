@@ -1,4 +1,4 @@
-"""The parts of encoders' layers: self-attention, MLPs of two layers, and stacks of layers."""
+"""Parts of encoder layers: self-attention, two-layer MLPs, and stacks of layers."""
 
 import jax
 from flax import linen as nn
@@ -10,7 +10,7 @@ from lora_jax.models.layers.trunk import name_mlp_product, scan_layers
 
 
 class SelfAttention(ModelPart):
-    """Attention over heads of equal size.
+    """Self-attention with heads of equal size.
 
     Attributes:
       inputs: the names of the layers of queries, keys and values.
@@ -38,7 +38,7 @@ class SelfAttention(ModelPart):
 
 
 class WrappedDense(ModelPart):
-    """A layer that Hugging Face wraps in a module of its own; d_model wide by default."""
+    """A dense layer that Hugging Face wraps in its own module; d_model wide by default."""
 
     features: int | None = None
 
@@ -67,7 +67,7 @@ class TwoLayerMLP(ModelPart):
 
 
 class LayerStack(ModelPart):
-    """Layers of one kind under the same mask, scanned.
+    """Scanned layers of one kind that share a mask.
 
     Attributes:
       layer: the scan's body, (x, mask) -> (x, None).

@@ -1,4 +1,4 @@
-"""Masks of attention, described token by token: any part of one is computed where it is needed."""
+"""Attention masks described by token, so that only the needed blocks of a mask are computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BRANCHES = 1 << 10  # branches of a segment, its prompt included, that kerne
 
 
 class MaskTokens(NamedTuple):
-    """Queries or keys, as a mask sees them.
+    """The mask's description of queries or of keys.
 
     Attributes:
       slots: [n] int32, the index among all keys, padding included.
@@ -45,7 +45,7 @@ class MaskTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of a sequence's queries over several devices, each of which has all keys.
+    """A split of a sequence's queries over several devices; each device has all keys.
 
     A function that gets a mask with a split runs in ``jax.shard_map``: the device's number is
     ``jax.lax.axis_index(split.axis)``.
@@ -66,7 +66,7 @@ class Split:
     paired: bool
 
     def slots(self, seq: int) -> np.ndarray:
-        """Returns the slots of each device's queries, [n, seq / n]; ``seq`` counts all queries."""
+        """Returns the slots of each device's queries, [n, seq / n], for ``seq`` queries in all."""
         slots = np.arange(seq, dtype=np.int32)
         if not self.paired:
             return slots.reshape(self.parts, -1)
@@ -74,7 +74,7 @@ class Split:
         return np.concatenate([chunks[: self.parts], chunks[: self.parts - 1 : -1]], axis=1)
 
     def take(self, tokens: MaskTokens) -> MaskTokens:
-        """Returns this device's part of all tokens."""
+        """Returns this device's slice of all tokens."""
         device_index = lax.axis_index(self.axis)
         n_tokens = tokens.slots.shape[0]
         if not self.paired:
@@ -96,7 +96,7 @@ class Split:
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
-    """The keys that each query may see, without an array of [seq, keys].
+    """The keys that each query may see, without an array [seq, keys].
 
     Attributes:
       queries: the tokens that look.
@@ -119,11 +119,11 @@ class Mask:
     split: Split | None = None
 
     def within(self, window: int | None, windowed: jax.Array | None = None) -> Mask:
-        """Returns the mask with a sliding window, where ``windowed``; without one for None."""
+        """Returns the mask with a sliding window, if any, that applies where ``windowed``."""
         return dataclasses.replace(self, window=window, windowed=windowed)
 
     def branching(self, branches: jax.Array) -> Mask:
-        """Returns the mask of rows of prompts, each before several completions of it.
+        """Returns the mask for rows in which prompts precede several completions each.
 
         The positions of completions, by which windows count, each go on from their prompt's.
 
@@ -136,7 +136,7 @@ class Mask:
     def visible(
         self, queries: MaskTokens | None = None, keys: MaskTokens | None = None
     ) -> jax.Array:
-        """Returns [batch, queries, keys] bool: True where a query may look.
+        """Returns [batch, queries, keys] bool: True where a query may see a key.
 
         Args:
           queries, keys: some of the mask's tokens; all of them by default.
@@ -172,7 +172,7 @@ class Mask:
         return jnp.broadcast_to(visible, shape)
 
     def segments(self) -> tuple[jax.Array, jax.Array]:
-        """Returns segments of queries and of keys, [batch, n] int32; padding is a segment, too.
+        """Returns segments of queries and keys, [batch, n] int32; padding has its own segment.
 
         For kernels that tell tokens apart by segments alone: a real token sees the real ones of its
         segment. Where there are branches, the last bits are the branch, and a token sees those of
@@ -191,12 +191,12 @@ class Mask:
 
 
 def prompt_segments(segments: Slots) -> Slots:
-    """Returns the segments of the prompts of branches; see ``Mask.segments``."""
+    """Returns the segment of each branch's prompt; see ``Mask.segments``."""
     return segments & -MAX_BRANCHES
 
 
 def segments_that_see_prompts(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns segments by which the tokens of branches see their prompts, and others see nothing.
+    """Returns segments with which branches see only their prompts.
 
     Args:
       queries, keys: the result of ``Mask.segments`` for a mask with branches.
@@ -214,7 +214,7 @@ def segments_that_see_prompts(queries: jax.Array, keys: jax.Array) -> tuple[jax.
 def find_empty_and_full(
     low: Slots, high: Slots, first: Slots, last: Slots, *, causal: bool, window: Slots = None
 ) -> tuple[Slots, Slots]:
-    """Returns two flags of a block of the mask: it is empty, and it is full.
+    """Returns two flags of a mask block: whether it is empty, and whether it is full.
 
     In an empty block, no query of slots low to high sees a key of slots first to last; in a full
     one, all queries see all keys. Distances in a block are a range, and so are the visible ones.
@@ -246,7 +246,7 @@ def visited_blocks(
     causal: bool,
     window: Slots = None,
 ) -> Slots:
-    """Returns [blocks of queries, blocks of keys] bool: False where no slot sees another.
+    """Returns [query blocks, key blocks] bool: False if no slot in a block sees another.
 
     Args:
       slots, keys: the slots of queries and of keys.
@@ -269,7 +269,7 @@ def visited_blocks(
 
 
 def visits_scope(visited: Sequence[int], blocks: int) -> str:
-    """Returns the scope of a kernel's call, by which plans count it: "blocks_3_of_4".
+    """Returns the scope name of a kernel call, which plans parse: "blocks_3_of_4".
 
     Args:
       visited: numbers of blocks that it visits: of a layer without a window, and of one with it.
@@ -279,7 +279,7 @@ def visits_scope(visited: Sequence[int], blocks: int) -> str:
 
 
 def bidirectional_mask(present: jax.Array) -> Mask:
-    """Returns a mask under which every token sees all tokens that are not padding.
+    """Returns a mask in which every token sees all tokens that are not padding.
 
     Args:
       present: [batch, seq] bool, False at padding.
@@ -290,7 +290,7 @@ def bidirectional_mask(present: jax.Array) -> Mask:
 
 
 def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
-    """Returns an array whose axis 1 is filled up to a multiple of a size.
+    """Returns an array with axis 1 padded to a multiple of a size.
 
     Args:
       x: [batch, n, …], of floats, which get zeros; or of a mask's segments, which get padding's.

@@ -1,4 +1,4 @@
-"""Causal attention on one of several devices, each with two chunks of a row, in plain JAX.
+"""Causal attention in plain JAX on one of several devices, each with two chunks of a row.
 
 The row is cut into T tiles. Tile f sees f + 1 tiles of keys, and tile T - 1 - f sees T - f of them:
 T + 1 together. A pair is these two tiles of queries, the early and the late one. So a loop over
@@ -27,13 +27,13 @@ KEEPS_SUMS = jax.checkpoint_policies.save_only_these_names(_SUMS)
 
 
 def name_sums(sums: jax.Array) -> jax.Array:
-    """Returns the sums of values, by the name under which ``KEEPS_SUMS`` keeps them."""
+    """Returns the value sums under the checkpoint name that ``KEEPS_SUMS`` saves."""
     named: jax.Array = checkpoint_name(sums, _SUMS)
     return named
 
 
 class VisibleTiles(NamedTuple):
-    """The tiles of keys that a pair of tiles sees: first those that the early tile sees.
+    """The key tiles that a pair of query tiles sees, first those of the early tile.
 
     Attributes:
       keys, values: [batch, kv_heads, T + 1, tile, head_dim].
@@ -50,7 +50,7 @@ class VisibleTiles(NamedTuple):
 def visible_tiles(
     first: jax.Array, keys: jax.Array, values: jax.Array, tokens: MaskTokens
 ) -> VisibleTiles:
-    """Returns the keys that tiles ``first`` and T - 1 - ``first`` see, tile by tile.
+    """Returns the keys that query tiles ``first`` and T - 1 - ``first`` see, by tile.
 
     Args:
       first: [] int32.
@@ -72,7 +72,7 @@ def visible_tiles(
 def attend_pair(
     q: jax.Array, queries: MaskTokens, tiles: VisibleTiles, mask: Mask, softmax: SoftmaxOptions
 ) -> jax.Array:
-    """Computes the attention of one block of queries from the early tile and one from the late.
+    """Computes the attention of one query block of the early tile and one of the late tile.
 
     Args:
       q: [batch, block, 2, kv_heads, group, head_dim]: of the early tile, of the late.
@@ -90,11 +90,11 @@ def attend_pair(
     is_early = tiles.early[:, None, None, None]
 
     def select_for_tiles(pair: jax.Array) -> jax.Array:
-        """Returns, of [2, batch, kv_heads, 1, …], the entry that sees each tile of keys."""
+        """Selects from [2, batch, kv_heads, 1, …] the query tile of each key tile."""
         return jnp.where(is_early, pair[0], pair[1])
 
     def reduce_tiles(x: jax.Array, reduce: Callable[..., jax.Array], neutral: Any) -> jax.Array:
-        """Reduces [batch, kv_heads, T + 1, …] over the tiles that each entry sees: [2, …, 1, …]."""
+        """Reduces [batch, kv_heads, T + 1, …] over each query tile's key tiles."""
         of_early = reduce(jnp.where(is_early, x, neutral), axis=2, keepdims=True)
         of_late = reduce(jnp.where(is_early, neutral, x), axis=2, keepdims=True)
         return jnp.stack([of_early, of_late])

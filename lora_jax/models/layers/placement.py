@@ -23,7 +23,7 @@ OLD_GPU = "gpu before sm_80"  # no kernel is compiled for one
 
 
 def platform_of(device: Any) -> str:
-    """Returns the kind of a device, which may be a description: "cpu", "gpu", `OLD_GPU` or "tpu".
+    """Returns the kind of a device or device description: "cpu", "gpu", `OLD_GPU` or "tpu".
 
     A GPU's kernels need compute capability 8.0: Ampere, Ada, Hopper or later.
     """
@@ -34,19 +34,19 @@ def platform_of(device: Any) -> str:
 
 
 class Placement:
-    """Places a model's activations on devices; this one leaves everything as it is.
+    """Places a model's activations on devices; this class leaves them unchanged.
 
     A subclass does it for a mesh. It has to be hashable.
     """
 
     @property
     def platform(self) -> str:
-        """Returns the kind of device that the model is compiled for; see ``platform_of``."""
+        """Returns the kind of device for which the model is compiled; see ``platform_of``."""
         return platform_of(jax.devices()[0])
 
     @property
     def kernels(self) -> bool:
-        """Returns True if "auto" may choose a kernel, which XLA cannot partition over devices.
+        """Returns True if "auto" may choose kernels, which XLA cannot partition.
 
         Without a placement, nothing says on which devices the arrays will be.
         """
@@ -54,7 +54,7 @@ class Placement:
 
     @property
     def takes_chunks(self) -> bool:
-        """Returns True if a long row may go through an MLP by chunks; see ``apply_chunked``.
+        """Returns True if MLPs may process a long row in chunks; see ``apply_chunked``.
 
         Where a kernel lies on several devices, each chunk would gather it again.
         """
@@ -62,7 +62,7 @@ class Placement:
 
     @property
     def ragged_kernels(self) -> bool:
-        """Returns True if ragged products are kernels, and each device sorts its own tokens.
+        """Returns True if ragged products run as kernels on each device's own sorted tokens.
 
         A placement that returns True is for steps that are compiled with
         ``lora_jax.models.compiler_options("tpu")``.
@@ -71,23 +71,23 @@ class Placement:
 
     @property
     def token_parts(self) -> int:
-        """Returns the number of parts that a batch's tokens are split into."""
+        """Returns the number of shards of a batch's tokens."""
         return 1
 
     @property
     def word_parts(self) -> int:
-        """Returns the number of parts that the head's words are split into."""
+        """Returns the number of shards of the head's vocabulary."""
         return 1
 
     def head_shardings(self, params: Tree) -> Tree | None:
-        """Returns the shardings that the parameters have where a loop runs the head.
+        """Returns the parameters' shardings for a head inside a loop, or None.
 
         None to leave them as they are.
         """
         return None
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
-        """Returns an activation, with ``jax.lax.with_sharding_constraint`` or as it is.
+        """Returns an activation, with a sharding constraint if there is a mesh.
 
         There are four kinds:
 
@@ -99,11 +99,11 @@ class Placement:
         return x
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """Returns the mixture of experts to call: on a mesh, each device sorts its own tokens."""
+        """Returns the mixture of experts to use; on a mesh, each device sorts its own tokens."""
         return mixed
 
     def attention(self, local: Attention) -> Attention:
-        """Returns the attention to call: on a mesh, each device has its batch, heads and queries.
+        """Returns the attention to use; on a mesh, each device has its batch, heads and queries.
 
         Args:
           local: computes attention on a device. Where it has a part of the queries only, the

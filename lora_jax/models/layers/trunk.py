@@ -1,4 +1,4 @@
-"""The surroundings of a stack of layers: positions, causal masks, rematerialisation."""
+"""Helpers around a stack of layers: positions, causal masks, and rematerialisation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def place_tokens(
     cache: Cache | None,
     segment_ids: jax.Array | None,
 ) -> TokenPlaces:
-    """Finds the positions of queries and keys; see ``Decoder.__call__`` for the arguments.
+    """Returns the positions of queries and keys; see ``Decoder.__call__`` for the arguments.
 
     Raises:
       ValueError: for segment_ids together with a cache, or more tokens than a cache can hold.
@@ -110,7 +110,7 @@ def causal_mask(
     cache: Cache | None,
     branches: jax.Array | None = None,
 ) -> Mask:
-    """Returns the mask of real tokens of the same segment, up to the query.
+    """Returns the causal mask of real tokens within the same segment.
 
     A window counts slots, as in transformers, whatever positions the caller gives. In a cache it
     counts positions, since padding may lie between the tokens of a row; with branches, since other
@@ -176,7 +176,7 @@ def extend_cache(cache: Cache, placed: TokenPlaces, new: NewEntries) -> Cache:
 def put_slots(
     cached: jax.Array, new: jax.Array, first: jax.Array, batch: int, axis: int
 ) -> jax.Array:
-    """Returns an array of a cache with new entries from `first` on; see ``Cache.first``.
+    """Returns a cache array with new entries written from slot `first` on.
 
     Args:
       cached: the array, rows along the axis `batch`, slots along `axis`.
@@ -209,7 +209,7 @@ def put_slots(
 def scan_layers(
     layer: type[nn.Module], remat: bool | str, n: int, in_axes: Any = (nn.broadcast, 0)
 ) -> Callable[..., nn.Module]:
-    """Returns a stack of n layers, their parameters on axis 0, as a scan over them.
+    """Returns n layers as a scan, with their parameters stacked on axis 0.
 
     Args:
       layer: the scan's body.
@@ -231,7 +231,7 @@ def scan_layers(
 
 
 def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn.Module]:
-    """Returns a layer in a scan's body that is recomputed in the backward pass.
+    """Returns a scanned layer that is recomputed in the backward pass.
 
     Args:
       layer: the layer; with "offload", it starts with ``name_layer_input``.
@@ -247,7 +247,7 @@ def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn
 
 
 def remat_policy(remat: bool | str) -> Any:
-    """Returns the policy of `jax.checkpoint` for a value of ``Decoder.remat``.
+    """Returns the `jax.checkpoint` policy for a value of ``Decoder.remat``.
 
     Raises:
       ValueError: for a policy that is neither one of ours nor of ``REMAT_POLICIES``.
@@ -271,22 +271,22 @@ def remat_policy(remat: bool | str) -> Any:
 
 
 def name_layer_input(x: jax.Array, remat: bool | str) -> jax.Array:
-    """Returns a layer's input, under the name by which "offload" moves it to the host."""
+    """Returns a layer's input under the checkpoint name that "offload" uses."""
     return checkpoint_name(x, _INPUT) if remat == OFFLOAD else x
 
 
 def name_projection(x: jax.Array, remat: bool | str) -> jax.Array:
-    """Returns a product of attention, under the name by which "projections" keeps it."""
+    """Returns an attention projection under the checkpoint name that "projections" saves."""
     return checkpoint_name(x, _PROJECTED) if remat in (PROJECTIONS, PRODUCTS) else x
 
 
 def name_mlp_product(x: jax.Array, remat: bool | str) -> jax.Array:
-    """Returns a product inside an MLP, under the name by which "products" keeps it."""
+    """Returns a product in an MLP under the checkpoint name that "products" saves."""
     return checkpoint_name(x, _MULTIPLIED) if remat == PRODUCTS else x
 
 
 def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """Computes ``body(module, x)``; a long row that is recomputed goes a chunk of tokens at a time.
+    """Computes ``body(module, x)``, in chunks of tokens if a long row is recomputed.
 
     A layer that is recomputed keeps its input alone. Its MLP is several times as wide, and the
     backward pass would hold all of it. The parameters are those of ``module``, as without chunks.
@@ -330,7 +330,7 @@ def apply_chunked(module: nn.Module, body: Callable[..., jax.Array], x: jax.Arra
 
 @functools.cache
 def _jax_policy(name: str) -> Callable[..., object]:
-    """Returns a policy of JAX by its name; a policy that saves dots also saves ragged products."""
+    """Returns a JAX policy by name; policies that save dots also save ragged products."""
     policy: Callable[..., object] = getattr(jax.checkpoint_policies, name)
     if "dots" not in name:
         return policy
@@ -346,7 +346,7 @@ def _jax_policy(name: str) -> Callable[..., object]:
 def _count_positions(
     present: jax.Array, segment_ids: jax.Array | None, cache: Cache | None
 ) -> jax.Array:
-    """Counts the real tokens before each one, in its row or segment: [batch, seq] int32."""
+    """Returns each token's position: the number of real tokens before it, [batch, seq]."""
     count = jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1
     if segment_ids is not None:
         is_change = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -1,4 +1,4 @@
-"""Qwen3.5's configuration where it reads images: its decoder's, its encoder's, its config.json."""
+"""The configuration of Qwen3.5 with images: decoder, image encoder, and config.json."""
 
 import dataclasses
 import math
@@ -75,7 +75,7 @@ class QwenVisionConfig:
 
     @property
     def side(self) -> int:
-        """The rows, and the columns, of the table of positions."""
+        """The number of rows, and of columns, of the position table."""
         return math.isqrt(self.num_position_embeddings)
 
     @property
@@ -126,7 +126,7 @@ _VISION_FIELDS = FieldTable(QwenVisionConfig, excluded=("rope_theta",), renamed=
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenVLConfig:
-    """A decoder of Qwen3.5 that reads images. Hashable.
+    """A Qwen3.5 decoder that reads images. Hashable.
 
     Every field of the decoder's configuration is one of this, too.
 
@@ -168,19 +168,19 @@ class QwenVLConfig:
 
     @property
     def image_form(self) -> ImageForm:
-        """The form that images are read in."""
+        """The form in which the model takes images."""
         return "patches"
 
     @property
     def rotated_by(self) -> np.ndarray:
-        """The place that each of RoPE's pairs goes by, [pairs]: 0 time, 1 row, 2 column."""
+        """The coordinate that rotates each RoPE pair: 0 time, 1 row, 2 column."""
         pairs = np.arange((self.text.rotary_dim + 1) // 2)
         axes = pairs % 3
         return np.where(pairs < 3 * np.array(self.mrope_section)[axes], axes, 0)
 
     @classmethod
     def from_hf(cls, config: Fields) -> "QwenVLConfig":
-        """Reads the dict of a config.json, as transformers 5 writes it.
+        """Reads a config.json of transformers 5.
 
         Args:
           config: the parsed config.json.

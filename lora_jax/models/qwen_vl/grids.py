@@ -1,4 +1,4 @@
-"""The places of patches in their images, and of images' tokens in a row of text.
+"""Positions of patches in their images, and of image tokens in a row of text.
 
 A row's images are described by their grids alone, [batch, images, 2] int32: rows and columns of
 patches; (0, 0) stands for no image, behind those that there are. Patches lie a square of
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class PatchPlaces(NamedTuple):
-    """The place of each patch of a row of images.
+    """The position of each patch in a row of images.
 
     Attributes:
       image: [batch, n] int32, the number of the patch's image; behind the last patch the number of
@@ -27,7 +27,7 @@ class PatchPlaces(NamedTuple):
 
 
 class _ImageCells(NamedTuple):
-    """Cells (patches or tokens) of a row of images, by their images.
+    """Cells (patches or tokens) of a row of images, with the image of each.
 
     Attributes:
       image: [batch, n] int32, the number of the cell's image.
@@ -41,7 +41,7 @@ class _ImageCells(NamedTuple):
 
 
 def patch_places(grids: jax.Array, n_patches: int, merge: int) -> PatchPlaces:
-    """Returns the places of the patches of each row.
+    """Returns the positions of each row's patches.
 
     Args:
       grids: [batch, images, 2] int32.
@@ -62,7 +62,7 @@ def patch_places(grids: jax.Array, n_patches: int, merge: int) -> PatchPlaces:
 
 
 def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> jax.Array:
-    """Returns the time, row and column of each token, [batch, seq, 3] int32, by which RoPE goes.
+    """Returns the RoPE coordinates (time, row, column) of each token, [batch, seq, 3] int32.
 
     They are equal for a text's token: one more than the largest before it. Those of an image begin
     there: its tokens have one time, and its rows and columns are counted from it on.
@@ -91,13 +91,13 @@ def token_places(is_image: jax.Array, present: jax.Array, grids: jax.Array) -> j
 
 
 def _count_before(mask: jax.Array) -> jax.Array:
-    """Returns the number of True values before each one of a row, [batch, seq] int32."""
+    """Returns the number of True values before each position of a row, [batch, seq] int32."""
     counts = mask.astype(jnp.int32)
     return jnp.cumsum(counts, axis=1) - counts
 
 
 def _image_cells(cell_indices: jax.Array, grids: jax.Array) -> _ImageCells:
-    """Finds cells in the images of a row.
+    """Returns the image and the position of each cell of a row.
 
     Args:
       cell_indices: [batch or 1, n] int32; behind the last cell, the image is one of no cells.

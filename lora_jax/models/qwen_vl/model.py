@@ -1,4 +1,4 @@
-"""Qwen3.5 with images in Flax Linen: an encoder of images, a decoder of linear layers, M-RoPE."""
+"""Qwen3.5 with images in Flax Linen: an image encoder, a decoder with linear layers, and M-RoPE."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_jax.models.qwen_vl.vision import QwenVision
 
 
 class QwenVL(CausalLM):
-    """A causal language model that reads images of any size, called as ``Decoder`` is.
+    """A causal language model that reads images of any size, with the interface of ``Decoder``.
 
     With ``pixel_values``, [batch, patches, channels, patch_size, patch_size], and ``image_grids``,
     [batch, images, 2] int, the rows and columns of patches of each image, each square of
@@ -54,7 +54,7 @@ class QwenVL(CausalLM):
         segment_ids: jax.Array | None,
         **inputs: Any,
     ) -> TokenPlaces:
-        """Finds the positions of tokens, by which RoPE goes on three axes where there are images.
+        """Returns the tokens' positions, with three RoPE axes if there are images.
 
         A token's position is the largest of the three, so that a cache goes on from its images.
         """
@@ -76,7 +76,7 @@ class QwenVL(CausalLM):
 
     @nn.nowrap
     def _check_grids(self, batch: int, grids: jax.Array) -> None:
-        """Raises a ValueError for image grids of another shape than [batch, images, 2]."""
+        """Raises a ValueError for image grids that are not [batch, images, 2]."""
         has_grid_shape = grids.ndim == 3 and grids.shape[0] == batch and grids.shape[2] == 2
         if not has_grid_shape:
             raise ValueError(
@@ -86,7 +86,7 @@ class QwenVL(CausalLM):
 
 
 class _QwenTrunk(ModelPart):
-    """Everything but the head."""
+    """The module without the head."""
 
     config: QwenVLConfig
     experts: str | Experts = "auto"

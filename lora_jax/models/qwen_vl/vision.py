@@ -1,4 +1,4 @@
-"""Qwen3.5's encoder of images in Flax Linen: patches of images of any size, side by side in a row.
+"""Qwen3.5's image encoder in Flax Linen: patches of images of any size, concatenated in a row.
 
 Each patch sees those of its image. Its position is interpolated in a learned table and, besides,
 rotates its queries and keys: one half of each head's pairs by its row, the other by its column.
@@ -30,7 +30,7 @@ from lora_jax.models.qwen_vl.grids import PatchPlaces, patch_places
 
 
 class _LayerInputs(NamedTuple):
-    """The input that all layers share: the patches that each may see, and their rotations."""
+    """The input that all layers share: the mask of patches, and their rotations."""
 
     mask: Mask
     angles: RopeAngles
@@ -41,7 +41,7 @@ class _QwenPart(ModelPart):
 
 
 class QwenVision(_QwenPart):
-    """Returns a vector for each square of patches, as wide as the text's."""
+    """Returns a vector for each square of patches, as wide as the text model's."""
 
     @nn.compact
     def __call__(self, patches: jax.Array, grids: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ class QwenVision(_QwenPart):
         return vectors
 
     def _interpolate_positions(self, places: PatchPlaces) -> jax.Array:
-        """Returns the vectors of positions, [batch, n, d_model], bilinear between four of them."""
+        """Returns bilinear position vectors, [batch, n, d_model]."""
         cfg = self.config
         dtype = wide_dtype(self.dtype)
         table = embed(self, cfg.num_position_embeddings, name="pos_embed")
@@ -99,7 +99,7 @@ class _PatchEmbedding(_QwenPart):
 
 
 class _FrameProjection(_QwenPart):
-    """A product with each patch's pixels; of an image, all frames are equal.
+    """A product with each patch's pixels; all frames of a still image are equal.
 
     Its kernel is [width, height, frames, channels, d_model].
     """
@@ -127,7 +127,7 @@ class _FrameProjection(_QwenPart):
 
 
 class _QwenLayer(_QwenPart):
-    """Attention and MLP of the normalised input, each added to it: a scan's body."""
+    """Attention and MLP, each after a norm and with a residual; the body of a scan."""
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: _LayerInputs) -> tuple[jax.Array, None]:
@@ -157,7 +157,7 @@ class _QwenAttention(_QwenPart):
 
 
 class _Merger(_QwenPart):
-    """Joins a square of patches to one vector, and maps it to the text's width."""
+    """Merges a square of patches to one vector of the text model's width."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -170,7 +170,7 @@ class _Merger(_QwenPart):
 
 
 def _same_image_mask(image_of_patch: jax.Array) -> Mask:
-    """Returns the mask of patches of the same image; patches of no image see each other."""
+    """Returns a mask within which only patches of the same image see each other."""
     mask = bidirectional_mask(jnp.ones(image_of_patch.shape, bool))
     return dataclasses.replace(
         mask,
@@ -182,7 +182,7 @@ def _same_image_mask(image_of_patch: jax.Array) -> Mask:
 def _rotation_angles(
     coordinates: jax.Array, cfg: QwenVisionConfig, dtype: jax.typing.DTypeLike
 ) -> RopeAngles:
-    """Returns the rotations of patches by their rows and columns, [batch, n, 2]."""
+    """Returns the rotation angles of patches by rows and columns, [batch, n, 2]."""
     n_pairs = cfg.head_dim // 2
     exponents = np.arange(0, n_pairs, 2, dtype=np.float32) / np.float32(n_pairs)
     frequencies = np.float32(1.0) / np.float32(cfg.rope_theta) ** exponents

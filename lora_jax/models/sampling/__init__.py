@@ -1,1 +1,1 @@
-"""One sampler: tokens, their keys, stop texts and rows, for generation, rollouts and servers."""
+"""The sampler of generation, rollouts and servers: token choice, keys, stop texts and rows."""

@@ -1,4 +1,4 @@
-"""Adjusts logits before a token is chosen: tokens that may be drawn, biases, penalties, min_p."""
+"""Adjusts logits before a token is chosen: allowed tokens, biases, penalties, min_p."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BITS = 32  # of a word
 
 
 class Adjustments(NamedTuple, Generic[ArrayT]):
-    """Adjustments of rows' logits; a row of `neutral_adjustments` keeps its logits bit by bit.
+    """Adjustments of logits by row; `neutral_adjustments` leave logits bitwise unchanged.
 
     Attributes:
       allowed: [rows, `mask_words`] uint32: bit i % 32 of word i // 32 is 1 where token i may come.
@@ -41,19 +41,19 @@ class Adjustments(NamedTuple, Generic[ArrayT]):
 
 
 def mask_words(vocab: int) -> int:
-    """Returns the number of words of a mask of the vocabulary."""
+    """Returns the number of 32-bit words in a vocabulary mask."""
     return -(-vocab // _BITS)
 
 
 def pack_mask(ids: Sequence[int], vocab: int) -> np.ndarray:
-    """Returns the mask, [words] uint32, of some token ids."""
+    """Returns a vocabulary mask, [words] uint32, with these token ids set."""
     bits = np.zeros(mask_words(vocab) * _BITS, bool)
     bits[np.asarray(ids, np.int64)] = True
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def remove_tokens(mask: np.ndarray, ids: Sequence[int]) -> None:
-    """Takes token ids out of a mask, [words] uint32, in place."""
+    """Clears token ids in a vocabulary mask, [words] uint32, in place."""
     tokens = np.asarray(ids, np.uint32)
     np.bitwise_and.at(mask, tokens // _BITS, ~(np.uint32(1) << (tokens % np.uint32(_BITS))))
 
@@ -61,7 +61,7 @@ def remove_tokens(mask: np.ndarray, ids: Sequence[int]) -> None:
 def neutral_adjustments(
     rows: int, vocab: int, *, length: int, biases: int
 ) -> Adjustments[np.ndarray]:
-    """Returns adjustments, in the host's memory, that change nothing.
+    """Returns adjustments without effect, as NumPy arrays.
 
     Args:
       rows, vocab: the shape of the logits.
@@ -82,7 +82,7 @@ def neutral_adjustments(
 
 
 def mask_logits(logits: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array:
-    """Returns logits, [rows, vocab], -inf where a mask, [rows, words] uint32, has no bit."""
+    """Returns logits, [rows, vocab], with -inf where a mask, [rows, words] uint32, is 0."""
     token_ids = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
     word_of_token = jnp.asarray(allowed)[:, token_ids // _BITS]
     is_allowed = (word_of_token >> (token_ids % _BITS)) & 1 == 1
@@ -92,7 +92,7 @@ def mask_logits(logits: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array
 def adjust_logits(
     logits: jax.Array, adjustments: Adjustments[Any], temperature: jax.Array
 ) -> jax.Array:
-    """Returns the logits to choose from, in the order in which vLLM's sampler does it.
+    """Returns adjusted logits, with adjustments in the order of vLLM's sampler.
 
     Masks come first, then biases, penalties, and min_p, which counts probabilities at the
     temperature, before top_k and top_p. Source: vLLM's `v1/sample`.
@@ -127,7 +127,7 @@ def _add_biases(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
 
 
 def _penalize(logits: jax.Array, adjustments: Adjustments[Any]) -> jax.Array:
-    """Returns logits after the three penalties; see ``Adjustments``."""
+    """Returns logits with the three penalties applied; see ``Adjustments``."""
     tokens = adjustments.tokens
     rows = jnp.arange(len(logits))[:, None]
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Blocks of a cache: keys, values and memory of consecutive tokens, to be put into other caches.
+"""Blocks of a cache: keys, values and state of consecutive tokens, for use in other caches.
 
 All functions are pure; the caller compiles them.
 """
@@ -17,7 +17,7 @@ from lora_jax.models.sampling.slots import DecodingRows, Number, take_recurrent,
 
 
 class CacheBlock(NamedTuple):
-    """Keys, values and memories of some consecutive tokens of one row, on the device or the host.
+    """Keys, values and state of consecutive tokens of one row, on the device or the host.
 
     Attributes:
       key, value: [layers, 1, kv_heads, n, head_dim].
@@ -31,12 +31,12 @@ class CacheBlock(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The bytes of its arrays."""
+        """The number of bytes of its arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(tuple(self)))
 
 
 def take_block(cache: Cache, first: Number, n: int) -> CacheBlock:
-    """Returns a copy of n tokens of a prompt, of which the last is the newest in the cache.
+    """Returns a copy of n tokens of a prompt, ending with the cache's newest token.
 
     Args:
       cache: the cache of one row.
@@ -51,7 +51,7 @@ def take_block(cache: Cache, first: Number, n: int) -> CacheBlock:
 
 
 def take_row_block(rows: DecodingRows, row: Number, first: Number, n: int) -> CacheBlock:
-    """Returns a copy of n tokens of a row, and its memory after its newest token."""
+    """Returns a copy of n tokens of a row, with the state after the row's newest token."""
     row_key, row_value = take_row(rows, row)
     return CacheBlock(
         key=lax.dynamic_slice_in_dim(row_key, first, n, axis=3),
@@ -61,7 +61,7 @@ def take_row_block(rows: DecodingRows, row: Number, first: Number, n: int) -> Ca
 
 
 def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
-    """Returns the cache of one row with a block after its first `first` tokens, [] int32.
+    """Returns a one-row cache with a block written after its first `first` tokens, [] int32.
 
     A block without a memory leaves the memory of the tokens before it, until a block that has one
     follows.
@@ -80,7 +80,7 @@ def put_block(cache: Cache, first: Number, block: CacheBlock) -> Cache:
 
 
 def with_length(cache: Cache, n: Number) -> Cache:
-    """Returns the cache of one row, whose first n slots are in use, [] int32."""
+    """Returns a one-row cache with its first n slots, [] int32, marked as used."""
     slots = jnp.arange(cache.positions.shape[1], dtype=jnp.int32)
     return cache._replace(
         positions=jnp.where(slots < n, slots, -1)[None],
@@ -90,5 +90,5 @@ def with_length(cache: Cache, n: Number) -> Cache:
 
 
 def _copy_memory(recurrent: Recurrent | None) -> Recurrent | None:
-    """Returns a copy of a memory: caches are donated to the program that runs next."""
+    """Returns a copy of a recurrent state, because the next program donates its cache."""
     return recurrent and Recurrent(*(jnp.array(x, copy=True) for x in recurrent))

@@ -1,4 +1,4 @@
-"""Chooses next tokens by their logits: greedily, or drawn from all or from likely ones."""
+"""Chooses next tokens from logits: greedily, or by sampling with top_k and top_p."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 
 
 class SamplingKeywords(TypedDict, total=False):
-    """The keywords of ``generate`` that choose the next tokens."""
+    """The keyword arguments of ``generate`` that control the choice of tokens."""
 
     eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
@@ -38,12 +38,12 @@ class Sampling(NamedTuple):
 
 
 def has_row_keys(key: jax.Array) -> bool:
-    """Returns True for a key a row; False for one key, also for an old `jax.random.PRNGKey`."""
+    """Returns True for one key per row; False for a single key, typed or raw."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim > 0
 
 
 def row_keys(key: jax.Array, row_indices: jax.typing.ArrayLike) -> jax.Array:
-    """Derives the key of each row from the row's index, [rows]."""
+    """Returns a key for each row, derived from the row's index, [rows]."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     keys: jax.Array = jax.vmap(jax.random.fold_in, (None, 0))(key, row_indices)
@@ -65,7 +65,7 @@ def token_keys(key: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def choose_tokens(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """Chooses the next tokens, [rows] int32; sorts the vocabulary for a limit only.
+    """Chooses the next tokens, [rows] int32; sorts the vocabulary only for top_k or top_p.
 
     Args:
       logits: [rows, vocab].
@@ -79,6 +79,7 @@ def choose_tokens(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(logits: jax.Array, scores: jax.Array) -> jax.Array:
+        """Draws tokens, or chooses greedily in rows with temperature 0."""
         categorical = jax.random.categorical
         if has_row_keys(keys):
             categorical = jax.vmap(categorical)
@@ -99,12 +100,12 @@ def choose_tokens(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax
 
 
 def scale_logits(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Returns logits divided by the temperature, fp32; undivided where it is 0."""
+    """Returns logits divided by the temperature, fp32; unchanged if it is 0."""
     return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)[..., None]
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Returns log p of tokens, [rows], in the whole vocabulary; at temperature 1 where it is 0."""
+    """Returns log p of tokens, [rows], over the full vocabulary (temperature 1 for greedy)."""
     return log_probabilities(scale_logits(logits, temperature), tokens[:, None])[:, 0]
 
 
@@ -117,7 +118,7 @@ def log_probabilities(scores: jax.Array, tokens: jax.Array) -> jax.Array:
 def find_likeliest(
     scores: jax.Array, k: int, wanted: jax.Array | np.bool_
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ids and log-probabilities of the k likeliest tokens, [..., k]; zeros if not wanted.
+    """Returns ids and log-probabilities of the k most likely tokens; zeros if not wanted.
 
     Args:
       scores: fp32 [..., vocab].
@@ -139,7 +140,7 @@ def find_likeliest(
 
 
 def _mask_unlikely(scores: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns scores, [rows, vocab], with -inf for tokens outside top_k and top_p."""
+    """Returns scores, [rows, vocab], with -inf outside top_k and top_p."""
     sorted_scores = -jnp.sort(-scores, axis=-1)
     rank = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     is_in_top_k = rank < sampling.top_k[..., None]

@@ -102,7 +102,7 @@ def share(
     more_tokens: int = 0,
     apply: Forward | None = None,
 ) -> Shared:
-    """Runs the tokens that many prompts begin with through the model, once.
+    """Runs a common prefix of many prompts through the model once.
 
     Args:
       model, params, apply: see ``generate``.
@@ -139,7 +139,7 @@ def share(
 def _share(
     params: Tree, ids: jax.Array, *, model: Model, more_tokens: int, apply: Forward | None
 ) -> Shared:
-    """Computes ``share``, compiled."""
+    """Runs ``share``, compiled."""
     run: Any = model.apply if apply is None else apply
     n_tokens = ids.shape[0]
     cache = init_cache(model.config, 1, n_tokens + more_tokens, model.dtype)
@@ -163,7 +163,7 @@ def _generate(
     apply: Forward | None,
     max_new_tokens: int,
 ) -> jax.Array:
-    """Computes ``generate``, compiled."""
+    """Runs ``generate``, compiled."""
     static: dict[str, Any] = {"model": model, "apply": apply}
     length = prompts.ids.shape[1] + max_new_tokens - 1  # the last token is never fed
     prompt_params, answer_params = params_by_prompt(apply, params, prompts)

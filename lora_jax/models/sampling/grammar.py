@@ -1,4 +1,4 @@
-"""Grammars of answers: the tokens that a JSON schema, an expression or a grammar allows next.
+"""Constrained decoding: the tokens that a JSON schema, a regular expression or a grammar allows.
 
 By the library llguidance (extra `structured`), whose masks cost a fraction of a millisecond each.
 Integers in schemas that the library would change are refused.
@@ -48,25 +48,25 @@ class GrammarError(ValueError):
     """
 
     def __init__(self, problem: str, path: Sequence[str] = ()) -> None:
-        """Takes the problem in words, and where it is."""
+        """Takes a description of the problem, and its path in the schema."""
         super().__init__(problem)
         self.path = tuple(path)
 
 
 class Constraint:
-    """The tokens that a grammar allows in one answer."""
+    """The tokens that a grammar allows next in one answer."""
 
     def __init__(self, matcher: Any, words: int) -> None:
-        """Takes an LLMatcher of its own, and the number of words of its masks."""
+        """Takes its own LLMatcher, and the number of words in its masks."""
         self.matcher, self.words = matcher, words
 
     @property
     def is_over(self) -> bool:
-        """True once nothing more may come but the end."""
+        """True once only the end of the answer is allowed."""
         return bool(self.matcher.is_stopped())
 
     def accept(self, token: int) -> None:
-        """Takes a token; raises GrammarError for one that is not allowed, or at a limit."""
+        """Advances by a token; raises GrammarError if it is not allowed, or at a limit."""
         if self.matcher.is_error() or not self.matcher.consume_token(token):
             raise GrammarError(
                 f"The grammar does not allow this token: {_shorten(self.matcher.get_error())}"
@@ -77,7 +77,7 @@ class CompiledGrammar:
     """A grammar for one tokenizer."""
 
     def __init__(self, matcher: Any, words: int) -> None:
-        """Takes an LLMatcher that consumed nothing, and the number of words of its masks."""
+        """Takes an unused LLMatcher, and the number of words in its masks."""
         self._matcher, self._words = matcher, words
 
     def begin(self) -> Constraint:
@@ -86,7 +86,7 @@ class CompiledGrammar:
 
     @staticmethod
     def fill(rows: Mapping[int, Constraint], masks: np.ndarray) -> None:
-        """Restricts masks, [rows, words] uint32, to what constraints allow next, in threads.
+        """Restricts masks, [rows, words] uint32, to the allowed tokens, in threads.
 
         One that reached a limit of its parser allows nothing: the library would end its text there.
         """
@@ -106,10 +106,10 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars for a tokenizer; by several threads at once."""
+    """Compiles grammars for a tokenizer; safe for use by several threads."""
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, ends: Collection[int]) -> None:
-        """Takes transformers' fast tokenizer.
+        """Takes a fast tokenizer of transformers.
 
         Args:
           tokenizer: the model's.
@@ -121,7 +121,7 @@ class GrammarCompiler:
 
     @functools.cached_property
     def _tokens(self) -> Any:
-        """The vocabulary as llguidance knows it, which takes a second."""
+        """The vocabulary as llguidance's object, which takes a second to make."""
         try:
             import llguidance
         except ImportError:
@@ -148,12 +148,12 @@ class GrammarCompiler:
             raise GrammarError(f"{problem}: {_shorten(str(error))}") from None
 
     def prepare(self) -> None:
-        """Reads the vocabulary, which the first grammar would do otherwise."""
+        """Reads the vocabulary now, so that the first grammar does not wait for it."""
         with self._lock:
             self._tokens  # noqa: B018
 
     def schema(self, schema: object) -> CompiledGrammar:
-        """Returns the grammar of JSON that a schema describes.
+        """Returns the grammar of the JSON texts that match a schema.
 
         Raises:
           GrammarError: the schema has what is not supported, or describes nothing; its path says
@@ -176,7 +176,7 @@ class GrammarCompiler:
             raise GrammarError(problem, path) from None
 
     def regex(self, pattern: str) -> CompiledGrammar:
-        r"""Returns the grammar of texts that match a regular expression, of which \d is 0 to 9."""
+        r"""Returns the grammar of a regular expression, in which \d means 0 to 9."""
         self.prepare()
         from llguidance import regex_to_lark
 
@@ -184,15 +184,15 @@ class GrammarCompiler:
         return self.lark(f"start: /{regex_to_lark(pattern, 'd')}/")
 
     def choice(self, texts: Sequence[str]) -> CompiledGrammar:
-        """Returns the grammar of some texts, of which an answer is one."""
+        """Returns the grammar that allows one of several texts."""
         return self.lark("start: " + " | ".join(map(quote_for_lark, texts)))
 
     def lark(self, grammar: str) -> CompiledGrammar:
-        """Returns the grammar that a text in Lark's notation describes."""
+        """Returns the grammar described in Lark's notation."""
         return self._compile("grammar_from_lark", grammar)
 
     def grammar(self, text: str) -> CompiledGrammar:
-        """Returns the grammar of a text in Lark's notation, or in GBNF, llama.cpp's."""
+        """Returns the grammar described in Lark's notation or in llama.cpp's GBNF."""
         self.prepare()
         from llguidance.gbnf_to_lark import any_to_lark
 
@@ -206,10 +206,11 @@ class GrammarCompiler:
         return self.lark(lark)
 
     def literal(self, text: str) -> str:
-        """Returns a text in Lark's notation, whose special tokens are those of the vocabulary."""
+        """Returns a text in Lark's notation, with special tokens by their ids."""
         return " ".join(self._literals(text)) or '""'
 
     def _literals(self, text: str) -> Iterator[str]:
+        """Yields the quoted parts of a text, and its special tokens."""
         self.prepare()
         added: Mapping[str, int] = self._tokenizer.get_added_vocab()
         special = [name for name, i in added.items() if self._tokens.is_special_token(i)]
@@ -219,7 +220,7 @@ class GrammarCompiler:
                 yield f"<[{added[part]}]>" if part in special else quote_for_lark(part)
 
     def json_text(self, schema: Mapping[str, object]) -> str:
-        """Returns a schema as the library reads it, alone or after %json in Lark's notation.
+        """Returns a schema in the form that llguidance reads.
 
         Its texts have some white space between tokens of JSON, not any. A format that is not known
         is left out: by JSON Schema, it restricts nothing.
@@ -248,6 +249,7 @@ class GrammarCompiler:
         return self._compile("grammar_from_json_schema", self.json_text(schema))
 
     def _compile(self, form: str, text: str) -> CompiledGrammar:
+        """Compiles a grammar, after checks of its size and time."""
         _check_size(text)
         self.prepare()
         from llguidance import LLMatcher, LLParserLimits
@@ -268,7 +270,7 @@ class GrammarCompiler:
     def _wrong_part(
         self, schema: Mapping[str, object], problem: str
     ) -> tuple[tuple[str, ...], str]:
-        """Returns the path of the innermost part of a schema that is wrong by itself, and why."""
+        """Returns the path of the innermost invalid part of a schema, and the problem."""
         shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
         path: tuple[str, ...] = ()
         part = schema
@@ -293,7 +295,7 @@ class GrammarCompiler:
 
 
 def _find_formats(part: Any) -> Iterator[str]:
-    """Yields the names of formats in a part of a schema."""
+    """Yields the format names in a part of a schema."""
     pairs: Iterable[tuple[object, Any]] = enumerate(part) if isinstance(part, list) else ()
     for key, inner in part.items() if isinstance(part, Mapping) else pairs:
         if key == "format" and isinstance(inner, str):
@@ -303,7 +305,7 @@ def _find_formats(part: Any) -> Iterator[str]:
 
 
 def _is_known_format(name: str) -> bool:
-    """Returns False for a format of texts that the library does not know."""
+    """Returns False for a string format that llguidance does not know."""
     from llguidance import LLMatcher
 
     grammar = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": name}))
@@ -311,7 +313,7 @@ def _is_known_format(name: str) -> bool:
 
 
 def _without_formats(part: Any, names: Collection[str]) -> Any:
-    """Returns a part of a schema without formats of these names."""
+    """Returns a part of a schema without these formats."""
     if isinstance(part, list):
         return [_without_formats(inner, names) for inner in part]
     if not isinstance(part, Mapping):
@@ -324,12 +326,12 @@ def _without_formats(part: Any, names: Collection[str]) -> Any:
 
 
 def quote_for_lark(text: str) -> str:
-    """Returns a text as a string of Lark's notation."""
+    """Returns a text as a quoted string in Lark's notation."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _check_integers(schema: Mapping[str, object]) -> None:
-    """Raises GrammarError for an integer that the library would change."""
+    """Raises GrammarError for an integer that llguidance would change."""
     for number, path in rounded_integers(schema):
         raise GrammarError(
             f"{number} cannot be represented exactly: numbers of a schema are read as doubles, "
@@ -339,7 +341,7 @@ def _check_integers(schema: Mapping[str, object]) -> None:
 
 
 def _check_size(text: str) -> None:
-    """Raises GrammarError for a text that is too long, or nested too deeply, to be compiled."""
+    """Raises GrammarError for a text that is too long or too deeply nested."""
     if len(text) > MAX_CHARACTERS:
         raise GrammarError(
             f"The grammar or schema has {len(text):,} characters, but at most "
@@ -357,13 +359,13 @@ def _check_size(text: str) -> None:
 
 
 def _may_take_long(text: str) -> bool:
-    """Returns True for many patterns, for multiples of long numbers, and for a long text."""
+    """Returns True for texts that may take long to compile, by simple heuristics."""
     patterns = text.count("pattern") + text.count('"format"') + text.count("&")
     return patterns > _CONJUNCTIONS or len(text) > _QUICK or bool(_MULTIPLES.search(text))
 
 
 def _check_time(grammar: str) -> None:
-    """Raises GrammarError for a grammar that takes too long; compiles it in another process.
+    """Compiles a grammar in another process; raises GrammarError if that takes too long.
 
     The intersection of many expressions can take for ever, and no thread can be ended. The other
     process ends itself if a kill of this one leaves it behind.
@@ -390,21 +392,21 @@ def _check_time(grammar: str) -> None:
 
 
 def _shorten(problem: str) -> str:
-    """Returns the first lines of a problem."""
+    """Returns the first lines of an error message."""
     lines = [line.strip() for line in problem.split("<state>")[0].splitlines() if line.strip()]
     return " ".join(lines)[:300] or "The grammar allows nothing more."
 
 
 @functools.cache
 def _mask_executor() -> Any:
-    """Returns the threads that compute masks."""
+    """Returns the thread pool that computes masks."""
     import llguidance
 
     return llguidance.LLExecutor()
 
 
 def subschemas(schema: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yields the schemas in a schema with their keys."""
+    """Yields the schemas inside a schema, with their keys."""
     for key, value in schema.items():
         if key in _BY_NAME and isinstance(value, Mapping):
             for name, inner in value.items():
@@ -417,7 +419,7 @@ def subschemas(schema: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def find_schemas(grammar: str) -> Iterator[Mapping[str, object]]:
-    """Yields the schemas in a grammar of Lark's notation; skips those that cannot be read."""
+    """Yields the schemas inside a Lark grammar; skips those that cannot be parsed."""
     for text in grammar.split("%json")[1:]:
         with contextlib.suppress(ValueError):
             schema, _ = json.JSONDecoder().raw_decode(text.lstrip())
@@ -428,7 +430,7 @@ def find_schemas(grammar: str) -> Iterator[Mapping[str, object]]:
 def rounded_integers(
     schema: Mapping[str, object], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yields each integer of a schema that llguidance would change, and its path."""
+    """Yields each integer of a schema that llguidance would round, and its path."""
     for key in ("const", "enum", *_BOUNDS):
         for number in _find_integers(schema.get(key)):
             if not _is_exact(number, key):
@@ -439,7 +441,7 @@ def rounded_integers(
 
 
 def _is_exact(number: int, key: str) -> bool:
-    """Returns True if llguidance keeps an integer at a key of a schema as it is.
+    """Returns True if llguidance keeps an integer at a schema key unchanged.
 
     The library reads doubles, and writes the shortest digits that name one. It clips the bounds of
     integers to 64 bits, and takes 1 off an exclusive bound once that is a double.
@@ -456,7 +458,7 @@ def _is_exact(number: int, key: str) -> bool:
 
 
 def _find_integers(value: object) -> Iterator[int]:
-    """Yields the integers in a value of JSON."""
+    """Yields the integers in a JSON value."""
     if isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _find_integers(inner)

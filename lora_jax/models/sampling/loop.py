@@ -1,4 +1,4 @@
-"""The decoding loop over rows that begin together: prompts, then a token of each row at a time."""
+"""The decoding loop for rows that start together: prompts, then one token per row at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_jax.models.sampling.prompts import Inputs, Prompts
 
 
 class Decoding(NamedTuple):
-    """The options of decoding.
+    """The options of a decoding loop.
 
     Attributes:
       sampling: options of the sampler.
@@ -39,7 +39,7 @@ class Decoding(NamedTuple):
 
 
 class PromptKeywords(TypedDict, total=False):
-    """The keywords of ``run_prompts``."""
+    """The keyword arguments of ``run_prompts``."""
 
     model: Required[Model]
     apply: Required[Forward | None]
@@ -51,7 +51,7 @@ class PromptKeywords(TypedDict, total=False):
 
 
 class DecodingState(NamedTuple):
-    """The decoding loop's state.
+    """The state of a decoding loop.
 
     Attributes:
       step: [] int32, the number of tokens chosen.
@@ -82,7 +82,7 @@ def make_decoding(
     top_k: int | None = None,
     key: jax.Array | None = None,
 ) -> Decoding:
-    """Returns the options of ``generate`` as arrays, with the configuration's defaults.
+    """Returns the options of ``generate`` as arrays, with defaults from the configuration.
 
     Args:
       model: see ``generate``, also for the options.
@@ -144,7 +144,7 @@ def run_prompts(
     with_logps: bool = False,
     with_routing: bool = False,
 ) -> tuple[DecodingState, jax.Array]:
-    """Runs the prompts; returns the state without a token, and the logits of the first ones.
+    """Runs the prompts; returns the initial state, and the logits for the first tokens.
 
     Args:
       params, model, apply: see ``generate``.
@@ -209,7 +209,7 @@ def decode(
 
 
 def run_tokens(run: Forward, params: Tree, state: DecodingState) -> tuple[DecodingState, jax.Array]:
-    """Runs the newest token of each row; returns the state with them cached, and the logits."""
+    """Runs the newest token of each row; returns the state with updated cache, and the logits."""
     mask = ~state.done[:, None]
     logits, cache = next_logits(run, params, state.last[:, None], state.cache, mask)
     return state._replace(cache=cache), logits
@@ -225,7 +225,7 @@ def next_logits(
     logit_index: jax.Array | None = None,
     inputs: Inputs | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the next tokens of each row.
+    """Runs the next tokens of each row, and returns the logits after them.
 
     Args:
       run: the model's ``apply``, or the function in its place.
@@ -258,7 +258,7 @@ def choose_next_tokens(
     decoding: Decoding,
     allowed: jax.Array | np.ndarray | None = None,
 ) -> DecodingState:
-    """Chooses the next tokens, and puts them into the state.
+    """Chooses the next tokens, and adds them to the state.
 
     Args:
       state: the answers so far.

@@ -1,4 +1,4 @@
-"""Batches of prompts: arrays padded to one length, and the longest common prefix."""
+"""Batches of prompts: padded arrays, and the longest common prefix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_prompts(
     shared: Shared | None = None,
     inputs: Inputs | None = None,
 ) -> Prompts:
-    """Returns prompts as arrays; see ``generate``."""
+    """Returns prompts as padded arrays; see ``generate``."""
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones_like(ids, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
     return Prompts(ids, mask, shared, inputs)
@@ -45,7 +45,7 @@ def make_prompts(
 def params_by_prompt(
     apply: Forward | None, params: Tree, prompts: Prompts, rows_each: int = 1
 ) -> tuple[Tree, Tree]:
-    """Returns the parameters for prompts, and those for the tokens after them.
+    """Returns the parameters for the prompts, and those for later tokens.
 
     They differ where the function in the place of ``model.apply`` has an attribute
     ``params_by_prompt``, (params, [batch, seq] ids with -1 at padding) -> both, and says so.
@@ -78,7 +78,7 @@ def params_by_prompt(
 def pad_left(
     prompts: Sequence[Sequence[int]], length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts as (ids, mask), each [prompts, length] int32, padded at the left."""
+    """Returns prompts as (ids, mask), each [prompts, length] int32, padded on the left."""
     ids = np.full((len(prompts), length), pad, np.int32)
     mask = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
@@ -90,7 +90,7 @@ def pad_left(
 def count_common_prefix(
     first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray
 ) -> int:
-    """Returns the number of tokens that two prompts begin with alike."""
+    """Returns the number of leading tokens that two prompts share."""
     n = min(len(first), len(second))
     differ = np.flatnonzero(np.asarray(first[:n]) != np.asarray(second[:n]))
     return int(differ[0]) if len(differ) else n

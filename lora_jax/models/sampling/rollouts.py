@@ -1,4 +1,4 @@
-"""Several sampled answers to each prompt, with the log-probabilities of their tokens."""
+"""Samples several answers to each prompt, with the log-probabilities of their tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_jax.models.sampling.prompts import Prompts, make_prompts, params_by_pr
 
 
 class Samples(NamedTuple):
-    """Completions; those of one prompt are adjacent rows.
+    """Sampled completions; those of one prompt are adjacent rows.
 
     Attributes:
       tokens: [prompts * n, max_new_tokens] int32: the new tokens, EOS included, then padding.
@@ -53,7 +53,7 @@ def sample(
     apply: Forward | None = None,
     with_routing: bool = False,
 ) -> Samples:
-    """Draws n answers to each prompt, which runs through the model once.
+    """Samples n answers to each prompt, which runs through the model only once.
 
     What is compiled, and what it runs, is as in ``generate``. On a mesh, call it under
     ``jax.set_mesh`` with parameters and prompts that lie there.
@@ -122,7 +122,7 @@ def _sample(
     max_new_tokens: int,
     with_routing: bool,
 ) -> Samples:
-    """Computes ``sample``, compiled."""
+    """Runs ``sample``, compiled."""
     static: dict[str, Any] = {"model": model, "apply": apply}
     batch, seq = prompts.ids.shape
     key = decoding.sampling.key

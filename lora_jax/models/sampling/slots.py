@@ -1,4 +1,4 @@
-"""Rows that begin and end independently: each enters, leaves and comes back between two tokens.
+"""Rows that start and end independently: a row can enter, leave and return between two tokens.
 
 A row is the place of one completion in `DecodingRows`. Its slots are the places of tokens in its
 cache; a completion outside the rows is a `RowState`.
@@ -33,7 +33,7 @@ Flag = jax.Array | np.bool_  # [] bool
 
 
 class DecodingRows(NamedTuple):
-    """Completions under way, a row each.
+    """Completions in progress, one in each row.
 
     Attributes:
       cache: keys and values; slot i has the token at position i.
@@ -51,7 +51,7 @@ class DecodingRows(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """A completion outside the rows; see `DecodingRows`.
+    """A completion that is not in the rows; see `DecodingRows`.
 
     Attributes:
       cache: that of one row: the prompt's tokens, and all tokens drawn but the newest.
@@ -69,7 +69,7 @@ class RowState(NamedTuple):
 
 
 class DrawnTokens(NamedTuple, Generic[ArrayT]):
-    """A token of each row, on the device or in the host's memory.
+    """One drawn token per row, on the device or on the host.
 
     Attributes:
       ids: [rows] int32.
@@ -83,7 +83,7 @@ class DrawnTokens(NamedTuple, Generic[ArrayT]):
 
 
 def empty_rows(model: Model, rows: int, length: int, *, with_routing: bool = False) -> DecodingRows:
-    """Returns rows without completions, whose caches hold so many tokens; see `init_cache`."""
+    """Returns rows without completions, with caches of this length; see `init_cache`."""
     cache = init_cache(model.config, rows, length, model.dtype, with_routing=with_routing)
     # Each field is an array of its own: a program to which rows are donated takes no array twice.
     return DecodingRows(
@@ -125,7 +125,7 @@ def draw_tokens(
     with_top: Flag,
     adjusted: jax.Array | None = None,
 ) -> DrawnTokens[jax.Array]:
-    """Draws a token of each row; log-probabilities are those of the model's own logits.
+    """Draws one token per row; log-probabilities come from the unadjusted logits.
 
     Args:
       logits: [rows, vocab].
@@ -167,7 +167,7 @@ def take_row(rows: DecodingRows, row: Number) -> tuple[jax.Array, jax.Array]:
 
 
 def take_recurrent(rows: DecodingRows, row: Number) -> Recurrent | None:
-    """Returns the memory of linear layers of a row, [] int32; None without such layers."""
+    """Returns the linear layers' state of a row, [] int32; None without linear layers."""
     memory: Recurrent | None = jax.tree.map(
         lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=1), rows.cache.recurrent
     )
@@ -175,13 +175,13 @@ def take_recurrent(rows: DecodingRows, row: Number) -> Recurrent | None:
 
 
 def take_routing(rows: DecodingRows, row: Number) -> jax.Array | None:
-    """Returns the experts of a row's tokens, [layers, 1, slots, k]; None where nobody asks."""
+    """Returns the experts of a row's tokens, [layers, 1, slots, k]; None if not recorded."""
     routing = rows.cache.routing
     return None if routing is None else lax.dynamic_slice_in_dim(routing, row, 1, axis=1)
 
 
 def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows:
-    """Returns the rows with a completion in row `row`, [] int32."""
+    """Returns the rows with a completion inserted at index `row`, [] int32."""
     cache, row_cache = rows.cache, state.cache
     n_slots = cache.positions.shape[1]
     slots = jnp.arange(n_slots, dtype=jnp.int32)
@@ -212,7 +212,7 @@ def insert_row(rows: DecodingRows, row: Number, state: RowState) -> DecodingRows
 
 
 def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> DecodingRows:
-    """Returns some of the rows, in an order, with caches of another length.
+    """Returns selected rows in a given order, with caches of another length.
 
     Args:
       rows: the rows.
@@ -242,7 +242,7 @@ def fit_rows(rows: DecodingRows, order: jax.Array | np.ndarray, length: int) -> 
 
 
 def resize_cache(cache: Cache, length: int) -> Cache:
-    """Returns a cache with so many slots: the first ones, and empty ones behind them."""
+    """Returns a cache with this number of slots: the first ones, then empty slots."""
 
     def resize(x: jax.Array, axis: int, fill: int) -> jax.Array:
         pads = [(0, 0)] * x.ndim

@@ -1,4 +1,4 @@
-"""Text generation step by step: the tokens of `generate`, as they are chosen."""
+"""Text generation as a stream: yields the tokens of `generate` as they are chosen."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def stream(
         return _allowed_steps(answer_params, state, logits, options, allow, **static)
 
     def steps() -> Iterator[np.ndarray]:
+        """Yields the tokens of each step, decoding several per call."""
         n_yielded = 0
         n = min(tokens_per_call, max_new_tokens)
         state = _begin(prompt_params, prompts, decoding, cache_len=cache_len, n=n, **static)
@@ -124,7 +125,7 @@ def stream(
 
 
 class _StreamOptions(NamedTuple):
-    """The arguments that stay the same from token to token; see ``stream``."""
+    """The arguments of ``stream`` that do not change between tokens."""
 
     decoding: Decoding
     shared: Shared | None
@@ -139,7 +140,7 @@ def _allowed_steps(
     allow: Allow,
     **static: Any,
 ) -> Iterator[np.ndarray]:
-    """Yields the tokens of ``stream``, each chosen from the tokens that `allow` allows."""
+    """Yields the tokens of ``stream``, restricted to those that `allow` allows."""
     tokens = None
     no_cache = cast(Cache, None)
     for i in range(options.max_new_tokens):
@@ -173,7 +174,7 @@ def _run_tokens(
     model: Model,
     apply: Forward | None,
 ) -> tuple[Cache, jax.Array]:
-    """Runs the newest token of each row; ``state`` comes without its cache."""
+    """Runs the newest token of each row; ``state`` is passed without its cache."""
     run: Any = model.apply if apply is None else apply
     state = state._replace(cache=cache._replace(shared=shared))
     state, logits = run_tokens(run, params, state)
@@ -197,7 +198,7 @@ def _decode_more(
     shared: Shared | None,
     **static: Any,
 ) -> DecodingState:
-    """Decodes up to ``until`` tokens; ``state`` comes without its cache."""
+    """Decodes up to ``until`` tokens; ``state`` is passed without its cache."""
     state = state._replace(cache=cache._replace(shared=shared))
     state = decode(params, state, decoding, until, **static)
     return state._replace(cache=state.cache._replace(shared=None))

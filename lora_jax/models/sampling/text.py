@@ -1,4 +1,4 @@
-"""Tokens as text while they come: texts that end an answer, and characters that are held back."""
+"""Decodes tokens to text as they arrive: finds stop texts, and holds back incomplete characters."""
 
 import bisect
 import functools
@@ -11,20 +11,20 @@ _MAX_HELD_TOKENS = 32  # tokens that may wait for the end of a character
 
 
 class StopTexts:
-    """Finds texts that end an answer. The answer's text leaves out special tokens.
+    """Finds the texts that end an answer. The answer's text omits special tokens.
 
     A stop text may hold special tokens (`<|im_start|>`), which are then looked at, and still not
     shown.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        """Takes transformers' fast tokenizer, and the texts, none of which is empty."""
+        """Takes a fast tokenizer of transformers, and the stop texts, which must not be empty."""
         self.stops = tuple(stops)
         self._tokenizer = tokenizer
         self._looked_at, self._skipped = _split_special_tokens(tokenizer, self.stops)
 
     def decoded(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Returns the text of tokens, with the special ones that stop texts hold, or with all."""
+        """Returns the text of tokens, including special tokens that stop texts contain."""
         if special or not self._looked_at:
             plain: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
             return plain
@@ -33,12 +33,12 @@ class StopTexts:
         return text
 
     def find_stop(self, text: str) -> int | None:
-        """Returns the place of the first stop text in a decoded text; None if there is none."""
+        """Returns the position of the first stop text in a decoded text, or None."""
         places = [text.find(stop) for stop in self.stops]
         return min((place for place in places if place >= 0), default=None)
 
     def shown(self, text: str) -> str:
-        """Returns a decoded text without special tokens, up to the first stop text."""
+        """Returns a decoded text without special tokens, cut before the first stop text."""
         return self.plain(text[: self.find_stop(text)])
 
     def plain(self, text: str) -> str:
@@ -48,11 +48,11 @@ class StopTexts:
         return text
 
     def end(self, text: str, place: int) -> int:
-        """Returns the end of the stop text that stands at a place of a decoded text."""
+        """Returns the end of the stop text at a position of a decoded text."""
         return place + next(len(stop) for stop in self.stops if text.startswith(stop, place))
 
     def length(self, ids: Sequence[int], known: int = 0) -> int | None:
-        """Returns the number of tokens up to the one that completes a stop text, or None.
+        """Returns the number of tokens up to the end of the first stop text, or None.
 
         Args:
           ids: the tokens.
@@ -68,12 +68,12 @@ class StopTexts:
         return lengths[bisect.bisect_left(lengths, True, key=has_stop)]
 
     def cut(self, ids: Sequence[int]) -> tuple[str, int | None]:
-        """Returns the text of an answer, and the number of its tokens if a stop text ends it."""
+        """Returns the text of an answer, and its number of tokens if a stop text ends it."""
         return self.shown(self.decoded(ids)), self.length(ids)
 
 
 class TextStream:
-    """The text of tokens as they come; what was given out is never taken back.
+    """The text of arriving tokens; released text is never changed.
 
     It ends before a stop text, or with it. What may become part of one is held back, and so are the
     bytes of an incomplete character.
@@ -88,7 +88,7 @@ class TextStream:
     def __init__(
         self, stops: StopTexts, *, special: bool = False, keeps_stop: bool = False
     ) -> None:
-        """Begins a text; `special` shows special tokens, `keeps_stop` the stop text at its end."""
+        """Starts a text; `special` shows special tokens, `keeps_stop` the stop text."""
         self.length = 0
         self.stopped = False
         self.is_cut = False
@@ -102,11 +102,11 @@ class TextStream:
 
     @property
     def start(self) -> int:
-        """The place in the text where the next token begins."""
+        """The position in the text where the next token starts."""
         return self.length + len(self._held)
 
     def add(self, token: int) -> str:
-        """Takes a token; returns what can be given out now."""
+        """Adds a token; returns the text that can be released now."""
         if self.stopped:
             return ""
         self._ids.append(token)
@@ -118,14 +118,14 @@ class TextStream:
         return "" if self.is_cut else self._release(text)
 
     def end(self) -> str:
-        """Returns the text that was held back, once no more tokens come."""
+        """Returns the text that was held back, after the last token."""
         return "" if self.stopped else self._release(self._decoded(), last=True)
 
     def _find_stop(self, text: str) -> int | None:
         return self._stops.find_stop(text) if self.searches else None
 
     def _decoded(self) -> str:
-        """Returns the text since the tokens that were given out last."""
+        """Returns the text since the last released tokens."""
         released = self._text(self._ids[: self._known])
         return self._text(self._ids)[len(released) :]
 
@@ -133,7 +133,7 @@ class TextStream:
         return self._stops.decoded(ids, special=self._show_special)
 
     def _release(self, decoded: str, *, last: bool = False) -> str:
-        """Returns the text that can be given out, and holds back what may begin a stop text.
+        """Returns the text that can be released, without a possible start of a stop text.
 
         Args:
           decoded: the text of the tokens since the last release.
@@ -160,7 +160,7 @@ class TextStream:
 
 
 def unfinished_mark_length(text: str, marks: Iterable[str]) -> int:
-    """Returns the length of the longest end of a text that begins one of some marks."""
+    """Returns the length of the longest suffix of a text that starts one of the marks."""
     longest = 0
     for mark in marks:
         for length in range(1, len(mark)):
@@ -190,7 +190,7 @@ def ends_with_stop(
 def _split_special_tokens(
     tokenizer: Tokenizer, stops: tuple[str, ...]
 ) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Returns the special tokens that stop texts hold, and the ids of the others."""
+    """Returns the special tokens in stop texts, and the ids of the others."""
     if not stops:
         return (), frozenset()
     added = tokenizer.added_tokens_decoder.items()

@@ -1,4 +1,4 @@
-"""Completions of several turns: between two turns of a row, tokens join it that nobody drew.
+"""Completions of several turns: between two turns, a row receives tokens that were not drawn.
 
 Rows wait and go on independently: a row that waits keeps its place and its cache. A turn begins
 with a chunk of tokens (the prompt, or the answer to the turn before), run for that row alone; then
@@ -40,7 +40,7 @@ _NO_TOP = np.bool_(False)  # the likeliest tokens are not computed
 
 
 class DrawingRows(NamedTuple):
-    """The rows that draw tokens, and where they stop.
+    """The rows that draw tokens, and their limits.
 
     Attributes:
       drawing: [rows] bool; the others wait, or are empty.
@@ -56,7 +56,7 @@ class DrawingRows(NamedTuple):
 
 
 class TokenBlock(NamedTuple):
-    """Tokens that the drawing rows drew, one after the other.
+    """Consecutive tokens of the drawing rows.
 
     Attributes:
       steps: [] int32, the number of tokens of each.
@@ -70,12 +70,12 @@ class TokenBlock(NamedTuple):
 
 
 def turn_key(key: jax.Array, turn: int) -> jax.Array:
-    """Returns the key of a row's turn: of the first one, the row's own, as `sample` has it."""
+    """Returns the key of a row's turn; the first turn uses the row's own key, as in `sample`."""
     return key if turn == 0 else jax.random.fold_in(key, _TURNS + turn)
 
 
 def copy_row(rows: DecodingRows, row: Number, n: Number, length: int) -> Cache:
-    """Returns a row, which has n tokens, [] int32, as a cache of this length for `run_chunk`."""
+    """Returns a row with n tokens, [] int32, as a cache of this length for `run_chunk`."""
     key, value = take_row(rows, row)
     cache = rows.cache._replace(
         key=key,
@@ -87,7 +87,7 @@ def copy_row(rows: DecodingRows, row: Number, n: Number, length: int) -> Cache:
 
 
 def row_routing(rows: DecodingRows, row: Number) -> jax.Array:
-    """Returns the experts of a row's tokens, [slots, layers, k]; -1 in slots without a token."""
+    """Returns the experts of a row's tokens, [slots, layers, k]; -1 in empty slots."""
     routing = take_routing(rows, row)
     slots = jnp.arange(rows.cache.positions.shape[1], dtype=jnp.int32)
     assert routing is not None, "the cache of such rows keeps experts"
@@ -98,7 +98,7 @@ def row_routing(rows: DecodingRows, row: Number) -> jax.Array:
 def begin_turn(
     rows: DecodingRows, row: Number, cache: Cache, logits: jax.Array, sampling: Sampling
 ) -> tuple[DecodingRows, DrawnTokens[jax.Array]]:
-    """Draws the first token of a turn, and puts its row into its place.
+    """Draws the first token of a turn, and inserts its row.
 
     Args:
       rows: the rows.
@@ -124,7 +124,7 @@ def begin_turn(
 def decode_turns(
     run: Forward, params: Tree, rows: DecodingRows, active: DrawingRows, n: int
 ) -> tuple[DecodingRows, TokenBlock]:
-    """Draws tokens of the drawing rows until one of them has to stop.
+    """Draws tokens for the drawing rows until one of them must stop.
 
     Args:
       run: the model's ``apply``, or the function in its place.
@@ -142,6 +142,7 @@ def decode_turns(
         return (block.steps < active.until) & ~jnp.any(drawing & stops)
 
     def step(state: tuple[DecodingRows, TokenBlock]) -> tuple[DecodingRows, TokenBlock]:
+        """Draws one token for each drawing row."""
         rows, block = state
         next_rows, tokens = decode_rows(run, params, rows, 1, _NO_TOP)
         # A row that waits writes its next slot again and again, until a token of the row overwrites

@@ -1,1 +1,1 @@
-"""SmolVLM: a SigLIP encoder of images, a connector, and a decoder."""
+"""SmolVLM: a SigLIP image encoder, a connector, and a decoder."""

@@ -1,4 +1,4 @@
-"""SmolVLM's configuration: its decoder's, its vision encoder's, and its config.json."""
+"""SmolVLM's configuration: decoder, image encoder, and config.json."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ _OF_OLD_TEXT = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiglipConfig:
-    """An encoder of images of the SigLIP kind. Hashable; sizes are in elements and pixels."""
+    """An image encoder of the SigLIP kind. Hashable; sizes are in elements and pixels."""
 
     hidden_size: int = 1152
     intermediate_size: int = 3072
@@ -51,7 +51,7 @@ class SiglipConfig:
 
     @property
     def side(self) -> int:
-        """The patches along a side of an image."""
+        """The number of patches along a side of an image."""
         return self.image_size // self.patch_size
 
 
@@ -96,7 +96,7 @@ class SmolVLMConfig:
 
     @property
     def image_form(self) -> ImageForm:
-        """The form that images are read in."""
+        """The form in which the model takes images."""
         return "tiles"
 
     @property
@@ -106,7 +106,7 @@ class SmolVLMConfig:
 
     @classmethod
     def from_hf(cls, config: Fields) -> "SmolVLMConfig":
-        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+        """Reads a config.json of transformers 4 or 5.
 
         Args:
           config: the parsed config.json.

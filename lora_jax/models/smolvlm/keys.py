@@ -1,4 +1,4 @@
-"""SmolVLM's key table: the rows of its encoder, its connector and its decoder."""
+"""SmolVLM's key table: the rows of its encoder, connector and decoder."""
 
 from lora_jax.hf.keys import Row
 from lora_jax.models.decoder.keys import text_table
@@ -15,6 +15,7 @@ def smolvlm_table(config: SmolVLMConfig) -> list[Row]:
 
 
 def _vision_table(config: SmolVLMConfig) -> KeyTable:
+    """Returns the rows of the image encoder."""
     vision = config.vision
     trunk = "model/vision_model"
     width = vision.hidden_size

@@ -25,7 +25,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class SmolVLM(CausalLM):
-    """A causal language model that reads images, called as ``Decoder`` is.
+    """A causal language model that reads images, with the interface of ``Decoder``.
 
     With ``pixel_values``, [batch, images, channels, image_size, image_size], each image becomes
     ``tokens_per_image`` vectors, which take the places of the row's tokens ``image_token_id``, in
@@ -49,7 +49,7 @@ class SmolVLM(CausalLM):
 
 
 class _Trunk(ModelPart):
-    """Everything but the head."""
+    """The module without the head."""
 
     config: SmolVLMConfig
     n_positions = None
@@ -96,7 +96,7 @@ class _Trunk(ModelPart):
 
 
 class _Connector(ModelPart):
-    """Joins a square of patches to one vector, and maps it to the decoder's width."""
+    """Merges a square of patches to one vector of the decoder's width."""
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ class _SiglipPart(ModelPart):
 
 
 class _Vision(_SiglipPart):
-    """SigLIP's encoder: patches with their positions, scanned layers and the last norm."""
+    """SigLIP's encoder: patches with positions, scanned layers and the final norm."""
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ class _Embeddings(_SiglipPart):
 
 
 class _Layer(_SiglipPart):
-    """Attention and MLP of the normalised input, each added to it: a scan's body."""
+    """Attention and MLP, each after a norm and with a residual; the body of a scan."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:

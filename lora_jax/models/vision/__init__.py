@@ -1,1 +1,1 @@
-"""Encoders of images: ViT and DINOv2, with their head for classes."""
+"""Image encoders: ViT and DINOv2, with a classification head."""

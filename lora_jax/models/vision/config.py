@@ -1,4 +1,4 @@
-"""A vision model's family, its options in the forward pass, and its config.json."""
+"""A vision model's family, its options, and its config.json."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from lora_jax.models.fields import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionFamily:
-    """The facts of one family.
+    """The declaration of one family.
 
     Attributes:
       class_name: the beginning of transformers' names of its classes.
@@ -110,7 +110,7 @@ _PAIRS = ("image_size", "patch_size")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """An encoder of images of the ViT and DINOv2 kind, with its head. Hashable.
+    """An image encoder of the ViT and DINOv2 kind, with its head. Hashable.
 
     Sizes are in elements; those of images and patches are (height, width) in pixels. ``head`` is
     "none" (final hidden states) or "classification" (logits of ``num_labels`` classes).
@@ -148,26 +148,26 @@ class VisionConfig:
 
     @property
     def family(self) -> VisionFamily:
-        """The facts of the model's family."""
+        """The declaration of the model's family."""
         return FAMILIES[self.model_type]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The rows and columns of patches that the table of positions is for."""
+        """The rows and columns of patches in the position table."""
         return self.grid_of(*self.image_size)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the rows and columns of patches of an image; a rest of pixels is left out."""
+        """Returns the rows and columns of patches of an image, without leftover pixels."""
         return height // self.patch_size[0], width // self.patch_size[1]
 
     @property
     def max_tokens(self) -> int:
-        """The tokens of an image of ``image_size``: its patches, and one for the whole."""
+        """The number of tokens of an image of ``image_size``: patches, and a class token."""
         return 1 + self.grid[0] * self.grid[1]
 
     @classmethod
     def from_hf(cls, config: Fields, **options: Any) -> "VisionConfig":
-        """Reads the dict of a config.json, as transformers 4 and 5 write it.
+        """Reads a config.json of transformers 4 or 5.
 
         Args:
           config: the parsed config.json. Its ``architectures`` tells the head.

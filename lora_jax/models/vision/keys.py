@@ -1,4 +1,4 @@
-"""The key table of vision models, and the names that files use beside it."""
+"""The key table of vision models, and alternative names in files."""
 
 import dataclasses
 import re
@@ -19,13 +19,13 @@ OTHER_PARTS = re.compile(
 
 
 def vision_name(name: str, config: VisionConfig) -> str:
-    """Returns the table's name of a file's tensor: a bare encoder's has no prefix ("vit.")."""
+    """Returns the table's name of a stored tensor; bare encoders lack the prefix ("vit.")."""
     match = _TRUNK.fullmatch(name)
     return _file_prefix(config) + match[1] if match else name
 
 
 def _file_prefix(config: VisionConfig) -> str:
-    """Returns the encoder's prefix in files: none for a bare encoder."""
+    """Returns the encoder's name prefix in files; "" for a bare encoder."""
     return "" if config.head == "none" else f"{config.family.prefix}."
 
 
@@ -72,7 +72,7 @@ def vision_table(config: VisionConfig) -> list[Row]:
 
 
 def _add_module_name(row: Row, config: VisionConfig) -> Row:
-    """Returns a row with its name in transformers 5's module, if that is not the file's."""
+    """Returns a row with transformers 5's module name, if it differs from the file's."""
     module_name = row.hf
     for file_part, module_part in config.family.in_module.items():
         module_name = module_name.replace(file_part, module_part)

@@ -1,4 +1,4 @@
-"""Encoders of images in Flax Linen: ViT (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024)."""
+"""Image encoders in Flax Linen: ViT (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024)."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lora_jax.models.vision.config import VisionConfig
 
 
 class VisionEncoder(ModelPart):
-    """An encoder of images with its head. Layers are scanned.
+    """An image encoder with its head. Layers are scanned.
 
     Parameters are a plain nested dict under the names in Hugging Face's files, less the layer
     number: ``vit/encoder/layer/attention/attention/query/kernel`` is [layers, d_model, d_model].
@@ -75,7 +75,7 @@ class _VisionPart(ModelPart):
 
 
 class _Trunk(_VisionPart):
-    """Embeddings, scanned layers and the last norm."""
+    """Embeddings, scanned layers and the final norm."""
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ class _Trunk(_VisionPart):
 
 
 class _Embeddings(_VisionPart):
-    """The image's own token and its patches, each with its position."""
+    """The class token and the patches of an image, each with its position."""
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ class _Patches(_VisionPart):
 
 
 class _Layer(_VisionPart):
-    """Attention and MLP of the normalised input, each added to it: a scan's body."""
+    """Attention and MLP, each after a norm and with a residual; the body of a scan."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: Mask) -> tuple[jax.Array, None]:
@@ -130,7 +130,7 @@ class _Layer(_VisionPart):
 
     @nn.nowrap  # adds no scope of its own to the program
     def _mlp(self, x: jax.Array) -> jax.Array:
-        """Applies the MLP: one module, or two that Hugging Face wraps each."""
+        """Applies the MLP: one module, or two wrapped modules as in Hugging Face's ViT."""
         cfg = self.config
         is_one_module = "mlp" in cfg.family.mlp[0]
         if is_one_module:
@@ -172,7 +172,7 @@ _A = -0.75  # torch's parameter of the cubic kernel (Keys 1981)
 
 
 def resample(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int]) -> jax.Array:
-    """Returns a table of positions for another grid of patches.
+    """Returns a position table resampled to another grid of patches.
 
     Args:
       table: [1, 1 + rows * columns, d_model]; the first position is that of the whole image.
@@ -193,7 +193,7 @@ def resample(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int])
 
 
 def cubic_weights(old_size: int, new_size: int) -> np.ndarray:
-    """Returns the weights of cubic interpolation along an axis, [new_size, old_size] fp32.
+    """Returns the cubic interpolation weights along an axis, [new_size, old_size] fp32.
 
     Source: torch's ``interpolate(mode="bicubic", align_corners=False)``, without antialiasing;
     indices beyond an edge repeat the edge.

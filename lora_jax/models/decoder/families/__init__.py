@@ -1,1 +1,1 @@
-"""The families of decoders: a file of facts for each, or for those of one maker."""
+"""The families of decoders: one declaration file for each family or vendor."""

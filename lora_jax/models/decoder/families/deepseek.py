@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and V3.1, by whose configuration Kimi K2's is read."""
+"""DeepSeek-V3 and V3.1; Kimi K2's configuration is read in the same way."""
 
 from lora_jax.models.decoder.families import glm
 from lora_jax.models.decoder.families.family import DecoderFamily

@@ -1,4 +1,4 @@
-"""A family of decoders: the facts by which its models and their files differ from Llama's."""
+"""A family of decoders: its differences from Llama in models and files."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ Get = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderFamily:
-    """The facts of one family.
+    """The declaration of one family.
 
     Attributes:
       model_type: Hugging Face's name.

@@ -14,6 +14,7 @@ _YARN = {
 
 
 def _read_experts(get: Get) -> tuple[int, int]:
+    """Returns the number of experts and their inner size."""
     n_chosen = get("num_experts_per_tok")
     n_chosen_again = get("experts_per_token")  # a second name of the same field
     if n_chosen_again not in (None, n_chosen):

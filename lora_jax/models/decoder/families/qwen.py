@@ -40,6 +40,7 @@ _ALL_SPARSE = "Either all layers of a model have experts, or none. Use another m
 
 
 def _read_experts(get: Get) -> tuple[int, int]:
+    """Returns the number of experts and their inner size; rejects dense layers."""
     sparse_step = get("decoder_sparse_step", 1)
     dense_layers = list(get("mlp_only_layers") or ())
     if sparse_step != 1:

@@ -4,6 +4,7 @@ from lora_jax.models.decoder.families.family import DecoderFamily, Get
 
 
 def _layers_without_rope(get: Get, n_layers: int) -> tuple[int, ...]:
+    """Returns the indices of the layers without RoPE."""
     layers = range(n_layers)
     has_rope = get("no_rope_layers")  # 1 for a layer with RoPE, and 0 for one without
     if not has_rope:

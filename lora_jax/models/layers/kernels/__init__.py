@@ -1,1 +1,1 @@
-"""Attention by kernels of accelerators."""
+"""Attention by accelerator kernels."""

@@ -1,4 +1,4 @@
-"""Attention by cuDNN, on NVIDIA's GPUs."""
+"""Attention by cuDNN, on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn(Implementation):
-    """Computes attention by cuDNN, on Hopper and later; see ``attend`` for the arguments.
+    """Computes attention by cuDNN, on Hopper or later; see ``attend`` for the arguments.
 
     The mask is an array of [batch, 1, queries, keys], in the dtype of the queries: the square of
     the length, but not for each head. cuDNN computes its gradient as well, which earlier GPUs may
@@ -34,7 +34,7 @@ class Cudnn(Implementation):
     fallback: Blockwise = ON_GPU
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Returns the reason why cuDNN cannot serve a call; None if it can."""
+        """Returns the reason why cuDNN cannot run a call; None if it can."""
         if call.cached:
             return "keys lie in a cache"
         if call.split:

@@ -1,4 +1,4 @@
-"""Attention by a kernel for NVIDIA's GPUs: no scores in memory, forward or backward.
+"""Attention by a Triton kernel for NVIDIA GPUs, without scores in memory.
 
 FlashAttention-2 (Dao 2023), compiled by Triton (see `flash_call`), under the masks of this package:
 a kernel visits blocks of queries and keys, and leaves out those in front of the first and behind
@@ -66,7 +66,7 @@ class Flash(Implementation):
             )
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Returns the reason why the kernel cannot serve a call; None if it can."""
+        """Returns the reason why the kernel cannot run a call; None if it can."""
         reason = call.kernel_refusal((jnp.bfloat16, jnp.float16, jnp.float32))
         if reason is not None:
             return reason
@@ -85,7 +85,7 @@ class Flash(Implementation):
         causal: bool = True,
         window: int | None = None,
     ) -> int:
-        """Returns the number of scores that a head computes for a row of one text.
+        """Returns the number of scores per head for a row with one text.
 
         Args:
           seq: the number of tokens.
@@ -104,7 +104,7 @@ class Flash(Implementation):
         return self.compute_with_sums(inputs)[0]
 
     def compute_with_sums(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
-        """Computes attention, and the logarithms of the sums of weights: both have derivatives.
+        """Computes attention and the log of its softmax sums, both differentiable.
 
         Results over parts of the keys are joined by them.
 
@@ -156,7 +156,7 @@ class Flash(Implementation):
         return out[:, :seq], sums[:, :seq]
 
     def _visited(self, queries: int, keys: int, mask: Mask) -> str:
-        """Returns the number of blocks that rows of one text visit, for plans; see ``Splash``."""
+        """Returns the number of visited blocks for a row with one text; see ``Splash``."""
         parts = mask.split.parts if mask.split else 1
         block_scores = self.queries * self.keys
         windows = [mask.window]
@@ -172,7 +172,7 @@ class Flash(Implementation):
 def _block_bounds(
     options: FlashOptions, tokens: FlashTokens, sizes: tuple[int, int], axis: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the first block to visit and the one behind the last, [batch, blocks] int32.
+    """Returns the first block to visit and the end of the range, [batch, blocks] int32.
 
     Args:
       options: the mask's facts.
@@ -208,14 +208,14 @@ def _block_bounds(
 def _attention(
     options: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: FlashTokens
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention, and the logarithm to base 2 of the sum of weights of each query."""
+    """Returns attention, and the base-2 logarithm of each query's softmax sum."""
     return _forward(options, q, k, v, tokens)[0]
 
 
 def _forward(
     options: FlashOptions, q: jax.Array, k: jax.Array, v: jax.Array, tokens: FlashTokens
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """Returns the results of ``_attention``, and what its gradient needs."""
+    """Returns the results of ``_attention``, and the residuals for its gradient."""
     query_bounds = _block_bounds(options, tokens, (options.queries, options.keys), 1)
     out, lse = run_program("flash_fwd", options, query_bounds, tokens, (q, k, v))
     out = checkpoint_name(out, KERNEL_OUTPUT)
@@ -226,7 +226,7 @@ def _forward(
 def _backward(
     options: FlashOptions, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
-    """Returns the gradients of q, k and v, computed from the logarithms of the forward pass."""
+    """Returns the gradients of q, k and v, from the log sums of the forward pass."""
     q, k, v, tokens, out, lse = residuals
     out_cotangent, lse_cotangent = cotangents
     # The mean cotangent of each query's weights, [batch, heads, queries].

@@ -1,4 +1,4 @@
-"""Calls of the programs of flash attention, which `jax_triton` compiles.
+"""Calls the programs of flash attention, which `jax_triton` compiles.
 
 A call is a primitive of its own. The first choice of an attention for a GPU lowers a program on
 trial; where `jax_triton` is missing, or does not lower it, attention runs in plain JAX.
@@ -30,7 +30,7 @@ _NOT_INSTALLED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashOptions:
-    """The static facts of a call: the mask's, the scores', and the sizes of blocks."""
+    """The static options of a call: mask, scores, and block sizes."""
 
     causal: bool
     branched: bool = False
@@ -56,7 +56,7 @@ def run_program(
     tokens: FlashTokens,
     arrays: Sequence[jax.Array],
 ) -> tuple[jax.Array, ...]:
-    """Runs a program on every block.
+    """Runs a program on every block of queries or keys.
 
     Args:
       name: the program:
@@ -76,7 +76,7 @@ def run_program(
 
 @functools.cache
 def missing_compiler() -> str | None:
-    """Returns the reason why no program is compiled for a GPU; None if they are.
+    """Returns the reason why programs cannot be compiled for GPUs; None if they can.
 
     The reason is logged, once in a process.
     """
@@ -95,7 +95,7 @@ def missing_compiler() -> str | None:
 
 
 def _try_lowering() -> str | None:
-    """Lowers the smallest call for a GPU, which need not be there; returns the error, or None."""
+    """Lowers a minimal call for a GPU, which need not exist; returns the error, or None."""
     q = jax.ShapeDtypeStruct((1, 16, 1, 16), jnp.bfloat16)
     bounds = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     segments = jax.ShapeDtypeStruct((1, 16), jnp.int32)
@@ -116,7 +116,7 @@ def _try_lowering() -> str | None:
 
 
 def _run_triton(*operands: jax.Array, name: str, options: FlashOptions) -> Any:
-    """Runs a program in Triton's language."""
+    """Runs a Triton program."""
     # It imports `triton`, which is optional, and takes a second.
     flash_triton = importlib.import_module(f"{__package__}.flash_triton")
     results = _result_shapes(name, *operands[_N_MASK_OPERANDS : _N_MASK_OPERANDS + 2])
@@ -158,7 +158,7 @@ def _lower(ctx: Any, *operands: Any, **options: Any) -> Any:
 def _batch_calls(
     operands: Sequence[Any], axes: Sequence[int | None], **options: Any
 ) -> tuple[Any, Any]:
-    """Runs a mapped call: its rows are further rows of one batch."""
+    """Runs a call under vmap, by merging the mapped axis into the batch."""
     n_calls = 0
     for operand, axis in zip(operands, axes, strict=True):
         if axis is not None:

@@ -1,4 +1,4 @@
-"""The programs of flash attention in Triton's language: each computes a block, and visits others.
+"""The programs of flash attention in Triton: each computes one block, and visits others.
 
 A program is given the first block to visit and the one behind the last, then the arrays of
 `FlashTokens`, then its own arrays and its results. The packages `triton` and `jax_triton` are
@@ -48,7 +48,7 @@ def run_triton(
 
 
 def program_of(name: str, options: FlashOptions, operands: Any) -> tuple[Any, tuple[int, ...], Any]:
-    """Returns a program, its grid, and its constants."""
+    """Returns a program with its grid and constants."""
     q, k = operands[6:8]
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -74,7 +74,7 @@ def program_of(name: str, options: FlashOptions, operands: Any) -> tuple[Any, tu
 
 @triton.jit
 def _load_rows(array, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Returns rows of a head, [rows, WIDTH], zero behind the head's own numbers."""
+    """Loads rows of a head, [rows, WIDTH], with zeros beyond the head's size."""
     columns = tl.arange(0, WIDTH)
     pointers = array + rows[:, None] * stride + columns[None, :]
     if HEAD_DIM == WIDTH:
@@ -86,7 +86,7 @@ def _load_rows(array, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _store_rows(array, rows, stride, block, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes rows of a head, [rows, WIDTH], without the columns behind the head's own numbers."""
+    """Stores rows of a head, [rows, WIDTH], without the padding columns."""
     columns = tl.arange(0, WIDTH)
     pointers = array + rows[:, None] * stride + columns[None, :]
     block = block.to(array.dtype.element_ty)
@@ -106,7 +106,7 @@ def _visible_keys(
     CAUSAL: tl.constexpr,
     BRANCHED: tl.constexpr,
 ):
-    """Returns [queries, keys]: whether a query of these slots and segments may look at a key."""
+    """Returns [queries, keys]: whether a query may see a key, by slots and segments."""
     distance = query_slots[:, None] - key_slots[None, :]
     visible = query_segments[:, None] == key_segments[None, :]
     if BRANCHED:
@@ -128,7 +128,7 @@ def _compute_scores(q, k, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def _weights_and_slopes(q, k, v, visible, out, lse, mean, SCALE: tl.constexpr, CAP: tl.constexpr):
-    """Returns a block's weights, and the gradient of its scores without their scale."""
+    """Returns a block's softmax weights, and the gradient of its unscaled scores."""
     scores = _compute_scores(q, k, SCALE, CAP)
     weights = tl.where(visible, tl.exp2(scores * _LOG2_E - lse[:, None]), 0.0)
     slopes = weights * (tl.dot(out, tl.trans(v)) - mean[:, None])
@@ -163,7 +163,7 @@ def flash_fwd(
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Computes a block of queries: a running maximum, a running sum, and the sum of values."""
+    """Computes the output of a block of queries, by the online softmax."""
     # The program's block of queries, head and row of the batch.
     i, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
@@ -293,7 +293,7 @@ def flash_dkv(
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Computes the gradients of a block of keys and of values, over the heads that look at them."""
+    """Computes the gradients of a block of keys and values, over the heads that use them."""
     i, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     rows = i * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -1,4 +1,4 @@
-"""Attention by JAX's kernel for TPUs, splash attention: no scores in memory, forward or backward.
+"""Attention by JAX's TPU kernel, splash attention, without scores in memory.
 
 The kernel visits blocks of queries and keys, and skips those that a mask hides completely. Tables,
 made for causal masks and windows, list the blocks to visit; within a block the kernel computes the
@@ -72,7 +72,7 @@ class Splash(Implementation):
             raise ValueError(f"{self} is not valid. Pass a block that is a multiple of {LANES}.")
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Returns the reason why the kernel cannot serve a call; None if it can."""
+        """Returns the reason why the kernel cannot run a call; None if it can."""
         reason = call.kernel_refusal((jnp.bfloat16, jnp.float32))
         if reason is None and call.branched:
             reason = _branches_refusal(call)
@@ -91,7 +91,7 @@ class Splash(Implementation):
         causal: bool = True,
         window: int | None = None,
     ) -> int:
-        """Returns the number of scores that a head computes for a row.
+        """Returns the number of scores per head for a row.
 
         Args:
           seq: the number of tokens.
@@ -132,7 +132,7 @@ class Splash(Implementation):
     def _kernel(
         self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
     ) -> tuple[Any, str]:
-        """Returns the kernel of a device's queries, and the number of blocks that it visits.
+        """Returns the kernel for a device's queries, and the number of blocks it visits.
 
         The kernel takes [heads, queries, head_dim]. The number is for plans: "blocks_3_of_4";
         "blocks_3_or_2_of_4" where a layer may have a window.
@@ -176,7 +176,7 @@ class Splash(Implementation):
         return kernel, visits_scope([n_visited_without_window, n_visited], n_blocks)
 
     def _blocks(self, band: _Band) -> tuple[int, int]:
-        """Returns the numbers of queries and of keys per block."""
+        """Returns the numbers of queries and keys in a block."""
         chunk = band.queries
         if band.split is not None:
             chunk = _queries_side_by_side(band.queries // band.split.parts, band.split)
@@ -187,7 +187,7 @@ class Splash(Implementation):
 
 
 def _branches_refusal(call: AttentionCall) -> str | None:
-    """Returns the reason why the kernel cannot serve a call with branches; None if it can."""
+    """Returns the reason why the kernel cannot run a call with branches; None if it can."""
     if call.sinks:
         return "the sums of two calls, for prompts and completions, would each have the sinks"
     if call.split:
@@ -196,12 +196,12 @@ def _branches_refusal(call: AttentionCall) -> str | None:
 
 
 def _queries_side_by_side(queries: int, split: Split) -> int:
-    """Returns the number of a device's queries that lie side by side in their row."""
+    """Returns the number of contiguous queries that a device has of a row."""
     return queries // 2 if split.paired else queries
 
 
 def _take_device_part(table: jax.Array, split: Split | None) -> jax.Array:
-    """Returns this device's part of a kernel's table, [1, blocks, …] or [queries]."""
+    """Returns this device's slice of a kernel's table, [1, blocks, …] or [queries]."""
     if split is None:
         return table
     axis = 1 if table.ndim == 3 else 0
@@ -212,7 +212,7 @@ def _take_device_part(table: jax.Array, split: Split | None) -> jax.Array:
 def _select_table(
     windowed: jax.Array, windowed_table: jax.Array, full_table: jax.Array
 ) -> jax.Array:
-    """Selects a table at run time; the smaller is padded with zeros, which are no visits."""
+    """Selects a table at run time, after padding both to one shape; padding means no visit."""
     shape = np.maximum(windowed_table.shape, full_table.shape)
     dtype = np.promote_types(windowed_table.dtype, full_table.dtype)
 
@@ -225,7 +225,7 @@ def _select_table(
 
 @dataclasses.dataclass(frozen=True)
 class _Band(kernels.Mask):
-    """A mask by the distance of a query's slot from a key's, as the kernel takes one.
+    """A mask by the distance between the slots of query and key, in the kernel's format.
 
     Attributes:
       queries, keys: the numbers of slots, on all devices together.
@@ -253,7 +253,7 @@ class _Band(kernels.Mask):
 
     @property
     def q_sequence(self) -> np.ndarray:
-        """The slot of each query, with the bit."""
+        """The slot of each query, with the window bit if this layer has the window."""
         return self.slots | np.int32(_WINDOWED) if self.has_window else self.slots
 
     @property
@@ -261,7 +261,7 @@ class _Band(kernels.Mask):
         return _VisibilityFunction(self.causal, self.window, self.has_window is not None)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        """Returns a block of the mask; one that is all True or all False costs nothing."""
+        """Returns a block of the mask; all-True and all-False blocks are cheap."""
         rows, columns = index
         slots = self.slots[rows]
         start, stop, _ = columns.indices(self.keys)
@@ -275,7 +275,7 @@ class _Band(kernels.Mask):
         return block
 
     def visits(self, size: int, key_size: int) -> tuple[int, int]:
-        """Returns the number of blocks that the kernel visits, and the number that there are."""
+        """Returns the number of blocks that the kernel visits, and the number of all blocks."""
         sizes, keys = (size, key_size), np.arange(self.keys)
         visits = visited_blocks(self.slots, keys, sizes, causal=self.causal, window=self._window)
         return int(np.sum(visits)), visits.size
@@ -287,7 +287,7 @@ class _Band(kernels.Mask):
 
 @dataclasses.dataclass(frozen=True)
 class _VisibilityFunction:
-    """The mask of queries and keys, for NumPy's arrays and in the kernel.
+    """A mask function that works on NumPy arrays and inside the kernel.
 
     Attributes:
       causal, window: see ``Mask``.

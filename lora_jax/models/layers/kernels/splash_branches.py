@@ -1,4 +1,4 @@
-"""Splash attention over prompts with several completions: two calls, joined by their sums.
+"""Splash attention over prompts with several completions: two calls, combined by softmax sums.
 
 The kernel tells tokens apart by segments alone, of which a token has one. So each token looks at
 its own branch, then each token of a completion at its prompt, and the two outputs are joined by the
@@ -23,14 +23,14 @@ _backward: Any = getattr(splash_attention_kernel, "_splash_attention_bwd", None)
 
 
 def missing_derivative() -> str | None:
-    """Returns the reason why this JAX lets nobody join calls of the kernel; None if it does."""
+    """Returns the reason why this JAX version cannot combine kernel calls, or None."""
     return None if _backward else f"JAX {jax.__version__} hides the kernel's backward pass"
 
 
 def attend_branches(
     kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, segment_sets: list[kernels.SegmentIds]
 ) -> jax.Array:
-    """Computes attention over several sets of keys, which are disjoint, by a call for each.
+    """Computes attention over disjoint sets of keys, by one call for each set.
 
     Args:
       kernel: a splash attention kernel without sinks, [heads, queries] by [heads, keys].
