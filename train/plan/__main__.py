@@ -143,9 +143,11 @@ def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan
 
     @functools.cache
     def plan_of_size(size: int) -> Plan:
+        """Returns the plan of a size, with the policy that --remat auto chooses for it."""
         resized_job, _ = make_job(_with_size(config, size))
 
         def make_plan(variant: PlanVariant) -> Plan:
+            """Compiles a variant, and prints the memory that it needs."""
             with progress.status(f"compiling {variant.name}, {size:,} {size_words}"):
                 variant_plan = plan(resized_job, variant, optim)
             if variant_plan.failed:
@@ -189,7 +191,7 @@ def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan
 
 
 def _with_size(config: PlanConfig, size: int) -> PlanConfig:
-    """Returns the options with another length of rows (--longest), or another batch size."""
+    """Returns the options with another row length (for --longest) or another batch size."""
     if config.longest:
         return dataclasses.replace(config, seq_len=size)
     return dataclasses.replace(config, batch_size=size)
@@ -435,7 +437,7 @@ def describe_job(config: PlanConfig, job: PlanJob) -> dict[str, Any]:
 
 
 def _rows_in_words(job: PlanJob) -> str:
-    """Returns the batch of a step in words."""
+    """Returns a description of a step's batch, such as its rows and their lengths."""
     n_rows = job.batch_size * job.grad_accum
     sequence_words = f"{job.seq_len} tokens"
     sharing_words = ", a prompt once" if job.share_prompt else ""

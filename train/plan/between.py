@@ -25,7 +25,7 @@ from train.run.costs import tree_bytes
 
 
 class Program(NamedTuple):
-    """A program of a run, traced.
+    """A traced and lowered program of a run.
 
     Attributes:
       traced: the program.
@@ -125,10 +125,11 @@ def _trace_sampler(
     group: int,
     replicated: Any,
 ) -> jax.stages.Traced:
-    """Traces `lora_jax.models.sample` for prompts; limits of what is drawn are its arguments."""
+    """Traces `lora_jax.models.sample` for prompts. Its sampling limits are arguments."""
     apply = lj.adapt(model.apply)
 
     def draw(params: Tree, ids: Any, mask: Any, keys: Any, top_p: Any, top_k: Any) -> Any:
+        """Draws completions, with all limits of the sampling as arguments."""
         return sample(
             model,
             params,
@@ -156,7 +157,7 @@ def _trace_sampler(
 
 
 def token_flops(model: Any, params: Tree, rows: int) -> int | None:
-    """Returns the FLOPs of a token of each row as traced; None where its jaxpr is not understood.
+    """Returns the FLOPs of one decoded token for each row; None if the jaxpr cannot be counted.
 
     Attention to earlier tokens is left out.
     """

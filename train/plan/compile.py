@@ -1,4 +1,4 @@
-"""Compiles one variant of training for a machine; reads what it needs, or why it is refused."""
+"""Compiles one training variant for a machine, and reads its needs or the reason of a refusal."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ _BYTE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The resources that one variant needs; None for what is not known.
+    """The resources that one variant needs; None for unknown ones.
 
     Attributes:
       name: the variant in words.
@@ -94,7 +94,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedStep:
-    """A lowered step, its model, the shapes of its arguments, and the programs between steps."""
+    """A lowered step with its model, its abstract arguments, and the programs between steps."""
 
     traced: jax.stages.Traced
     lowered: jax.stages.Lowered
@@ -160,7 +160,7 @@ def prepare(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> PreparedS
 
 
 def plan(job: PlanJob, variant: PlanVariant, optim: OptimConfig) -> Plan:
-    """Compiles the step for the job's machine.
+    """Compiles the step of a variant for the job's machine.
 
     Args:
       job: the model, the machine, and the batch.
@@ -329,7 +329,7 @@ def _estimated_step_seconds(
 
 
 def _needed_flops(job: PlanJob, params: Any) -> int | None:
-    """Returns the FLOPs that a step needs, on all devices; None for a model that reads images."""
+    """Returns the FLOPs that a step needs on all devices; None for a model that reads images."""
     config: Any = job.outline.config
     if isinstance(config, SmolVLMConfig):
         return None
@@ -351,7 +351,7 @@ def _needed_flops(job: PlanJob, params: Any) -> int | None:
 def compile_largest(
     lowered: jax.stages.Lowered, compilations: Sequence[dict[str, Any]]
 ) -> jax.stages.Compiled:
-    """Compiles a program with each of several options; returns the one with most temporaries.
+    """Compiles a program with each option; returns the one with the largest temporaries.
 
     A compilation that fails for another reason than memory does not count if another one works.
 
@@ -376,7 +376,7 @@ def compile_largest(
 def optimized_hlo_of(
     compiled: jax.stages.Compiled, lowered: jax.stages.Lowered, machine: Machine
 ) -> str | None:
-    """Returns the optimised HLO of a program; None where there is none.
+    """Returns the optimised HLO of a program; None if it cannot be read.
 
     The XLA of JAX 0.10 fails to write what runs on SparseCores: an embedding's look-up, on v5p and
     v6e. Then it is the HLO of the same program without them, which differs in that alone.
@@ -427,7 +427,7 @@ def _device_memory_bytes(
 def parse_refused_bytes(
     message: str, resident_bytes: dict[str, int], capacity: int
 ) -> dict[str, int | None]:
-    """Parses the bytes that a compiler's refusal names; None for a size that it does not name.
+    """Parses the bytes in a compiler's refusal; None if the message names no size.
 
     Args:
       message: the compiler's message.
@@ -462,6 +462,6 @@ def _parse_byte_size(text: str) -> int:
 
 
 def compiler_message(error: Exception) -> str:
-    """Returns the compiler's message, without its links."""
+    """Returns the compiler's message without its links."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines[:2] if line and not line.startswith("See "))[:500]

@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs as their compiler describes them, so that it compiles for cards that are not here.
+"""Describes NVIDIA GPUs for their compiler, so that plans need no GPU.
 
 XLA compiles for a GPU from a description of the card: its cores, its memories, its clock. Those of
 the cards of data centres are XLA's own (xla/backends/gpu/target_config/specs); those of the others
@@ -21,7 +21,7 @@ _MIB = 2**20
 
 
 class _Architecture(NamedTuple):
-    """The facts that all cards of one compute capability share; bytes are of shared memory."""
+    """The facts that all cards of one compute capability share; sizes are in bytes."""
 
     fpus_per_core: int
     threads_per_core: int
@@ -74,7 +74,7 @@ class Gpu:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Remarks of a plan on the card, in sentences."""
+        """The remarks about the card for a plan."""
         remarks: list[str] = []
         if self.from_data_sheet:
             remarks.append(
@@ -187,7 +187,7 @@ GPU_COMPILATIONS: tuple[dict[str, Any], ...] = ({}, {"xla_gpu_enable_triton_gemm
 
 
 def find_gpus(topology: str, kind: str, size: str) -> Sequence[Any]:
-    """Returns descriptions of the devices of a topology, which need not be there.
+    """Returns descriptions of a topology's devices. The devices need not be present.
 
     Args:
       topology: the topology as given, for errors.

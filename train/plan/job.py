@@ -1,4 +1,4 @@
-"""The subject of a plan: model, machine and batch, a variant, and the shapes of these."""
+"""The subject of a plan: a model, a machine, a batch and a variant, as abstract arrays."""
 
 import dataclasses
 from typing import Any
@@ -72,7 +72,7 @@ class PlanJob:
     images: int = 0
 
     def with_products(self, form: Form | None) -> "PlanJob":
-        """Returns the job with another form of products with sharded kernels; None for its own."""
+        """Returns the job with another form of sharded products; unchanged for None."""
         if form is None:
             return self
         layout = dataclasses.replace(self.layout, collective_matmul=form)
@@ -85,31 +85,31 @@ class PlanJob:
 
     @property
     def row_tokens(self) -> int:
-        """Returns the tokens of a row: those of a pair are of two sequences."""
+        """The tokens of a row. The row of a pair has two sequences."""
         if self.share_prompt:
             return self.prompt + self.completions * (self.seq_len - self.prompt)
         return self.task_facts.sequences * self.seq_len
 
     @property
     def rows(self) -> int:
-        """Returns the rows in memory at once, on all devices."""
+        """The rows in memory at once, on all devices."""
         has_all_completions = self.share_prompt and self.task_facts.draws
         return self.batch_size // self.group if has_all_completions else self.batch_size
 
     @property
     def completions(self) -> int:
-        """Returns the completions of a prompt."""
+        """The completions per prompt."""
         return self.group if self.task_facts.draws else self.task_facts.sequences
 
     @property
     def predicted_tokens(self) -> int:
-        """Returns the tokens of a row that the loss counts."""
+        """The tokens of a row that the loss counts."""
         n_completions = self.completions if self.share_prompt else self.task_facts.sequences
         return n_completions * (self.seq_len - self.prompt)
 
     @property
     def loss(self) -> Loss:
-        """Returns the function to minimise."""
+        """The loss function."""
         return self.task_facts.loss(**self.layout.chunks(self.loss_chunk))
 
     @property
@@ -129,7 +129,7 @@ class PlanJob:
 
     @property
     def attention_choice(self) -> AttentionChoice:
-        """Returns the implementation of attention that will run, and why.
+        """The implementation of attention that will run, and the reason.
 
         Raises:
           UserError: the one that was asked for does not run on this machine.
@@ -148,7 +148,7 @@ class PlanJob:
 
 @dataclasses.dataclass(frozen=True)
 class PlanVariant:
-    """A variant of training.
+    """One variant of training, such as an adapter or full fine-tuning.
 
     Attributes:
       adapter: the parameters that train.
@@ -182,13 +182,13 @@ class PlanVariant:
 
 
 def abstract_params(job: PlanJob, variant: PlanVariant) -> Any:
-    """Returns the adapted tree as shapes with shardings; fp32 in full fine-tuning."""
+    """Returns the abstract adapted tree with shardings; fp32 for full fine-tuning."""
     dtype = jnp.float32 if variant.adapter.full else jnp.dtype(job.dtype)
     return adapted_shapes(job.outline, variant.adapter, dtype, job.layout)
 
 
 def adapted_shapes(outline: ModelInfo, adapter: AdapterConfig, dtype: Any, layout: Layout) -> Any:
-    """Returns a model's adapted tree as shapes with shardings; --init-adapter's has its own.
+    """Returns a model's abstract adapted tree with shardings, with the adapter of --init-adapter.
 
     Raises:
       UserError: the rules or the adapter do not fit the model.
@@ -204,7 +204,7 @@ def adapted_shapes(outline: ModelInfo, adapter: AdapterConfig, dtype: Any, layou
 
 
 def placed_shapes(params: Any, layout: Layout) -> Any:
-    """Returns the shapes of an adapted tree, with its shardings."""
+    """Returns an abstract adapted tree with its shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
@@ -213,7 +213,7 @@ def placed_shapes(params: Any, layout: Layout) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes on one device of a tree of arrays or shapes; all where none is sharded."""
+    """Returns the bytes of a tree on one device. Arrays without a sharding count in full."""
 
     def shard_of(leaf: Shaped) -> jax.ShapeDtypeStruct:
         sharding: Any = getattr(leaf, "sharding", None)
@@ -224,7 +224,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
-    """Returns the shapes of a step's batch, with shardings; of several adapters, each has a part.
+    """Returns the abstract batch of a step with shardings; adapters add an axis in front.
 
     The arrays are those of `Packs`, `Preferences` and `train.live.prompts.PromptFeed`.
     """
@@ -243,6 +243,7 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
     batch_axes = (job.grad_accum, job.rows // (adapters or 1))
 
     def placed(row_shape: list[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Returns an abstract array of the batch from the shape of a row."""
         shape = (*batch_axes, *row_shape)
         sharding = job.layout.of_batch(shape, parts=True)
         if adapters is not None:
@@ -257,7 +258,7 @@ def batch_shapes(job: PlanJob, adapters: int | None = None) -> dict[str, Any]:
 
 
 def _int_row_shapes(job: PlanJob, has_all_completions: bool) -> dict[str, Any]:
-    """Returns the shape of a row in each array of integers of a batch.
+    """Returns the shape of a row in each integer array of a batch.
 
     Args:
       job: the model, the machine, and the batch.

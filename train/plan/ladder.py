@@ -1,4 +1,4 @@
-"""The search for the policy of --remat auto, as a plan makes and shows it."""
+"""Searches the policy of --remat auto for a plan, and shows the search."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ _REMARK = "A run compiles on its own devices, so it may choose another policy."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """The policies of --remat auto, and the plans of those that were compiled.
+    """The policies of --remat auto, with the plans of the compiled ones.
 
     Attributes:
       search: the search.
@@ -37,14 +37,14 @@ class Ladder:
 
     @property
     def remat(self) -> str:
-        """Returns the policy that the search ended with; the last one where none fits."""
+        """The policy that the search chose; the last one if none fits."""
         best = self.search.best(self.attempts)
         return (best or self.attempts[-1]).remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedRung:
-    """A policy of the ladder; None for what was not compiled, or what the compiler does not say.
+    """A policy of the ladder and its compiled step; None for unknown values.
 
     Attributes:
       remat: its name.
@@ -87,6 +87,7 @@ def search_policies(
     plans: dict[str, Plan] = {}
 
     def attempt(remat: str) -> Attempt:
+        """Compiles a policy, and returns the attempt for the search."""
         variant = PlanVariant(adapter, remat)
         plan = make_plan(variant)
         plans[remat] = plan
@@ -129,9 +130,10 @@ def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> R
 
 
 def planned_rungs(ladder: Ladder) -> list[PlannedRung]:
-    """Returns the policies with what their plans say, where they were compiled."""
+    """Returns all policies, with the results of those that were compiled."""
 
     def rung(remat: str) -> PlannedRung:
+        """Returns the record of one policy."""
         is_chosen = remat == ladder.remat
         plan = ladder.plans.get(remat)
         if plan is None:
@@ -150,7 +152,7 @@ def planned_rungs(ladder: Ladder) -> list[PlannedRung]:
 
 
 def print_ladder(console: Console, ladder: Ladder) -> None:
-    """Prints the policies as a table, and the choice with its reason."""
+    """Prints the policies as a table, and the chosen one with its reason."""
     rungs = planned_rungs(ladder)
     is_timed = any(rung.seconds is not None for rung in rungs)
     time_columns = ("ms", "MFU") if is_timed else ()

@@ -1,4 +1,4 @@
-"""Plans the step of a run for the devices that are here, before its weights are read."""
+"""Plans the step of a run for the present devices, before the run reads its weights."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ _MEASURE_SECONDS = 0.3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalNeeds:
-    """Memory of one device and work of a step.
+    """The memory of one device and the work of a step.
 
     Attributes:
       base, adapter, optimizer: bytes of arrays that stay.
@@ -62,7 +62,7 @@ class LocalNeeds:
 
     @property
     def total(self) -> int | None:
-        """Returns the bytes of a device during a step, or between steps where it needs more."""
+        """The bytes of a device during a step, or between steps if that is more."""
         program_bytes = [self.temporaries, *self.between.values()]
         known_bytes = [size for size in program_bytes if size is not None]
         if len(known_bytes) < len(program_bytes):
@@ -106,11 +106,11 @@ class LocalStep:
 
     @property
     def base_bytes(self) -> int:
-        """The bytes of a device that the base takes."""
+        """The bytes of the base on one device."""
         return bytes_per_device(self.base)
 
     def model(self, remat: str | None) -> Model:
-        """Returns the model, with a policy of rematerialisation by its name among the options."""
+        """Returns the model with a rematerialisation policy."""
         optim = dataclasses.replace(self.config.optim, remat=remat)
         return make_model(
             self.outline.config,
@@ -123,7 +123,7 @@ class LocalStep:
         )
 
     def trace(self, remat: str | None) -> jax.stages.Traced:
-        """Traces the step with a policy of rematerialisation."""
+        """Traces the step with a rematerialisation policy."""
         forward = self.setup.forward(model_in(self.space, self.model(remat)))
         return self.setup.trace(forward, self.loss, self.state, self.base, self.batch)
 
@@ -228,7 +228,7 @@ def _trace_programs_between(step: LocalStep, remat: str | None) -> dict[str, Pro
 
 
 def memory_capacity_of(device: Any) -> int | None:
-    """Returns the memory of a device, in bytes; None if it does not say.
+    """Returns the memory of a device in bytes; None if the device does not report it.
 
     The virtual devices of a CPU share the machine's memory.
     """
@@ -243,7 +243,7 @@ def memory_capacity_of(device: Any) -> int | None:
 
 
 def measure_flop_rate(dtype: str, devices: list[Any]) -> float:
-    """Measures the FLOP/s of a product of two matrices here, on all devices together.
+    """Measures the FLOP/s of a matrix product on all devices together.
 
     Takes the best of some products on one device; the devices of a CPU share its cores.
     """

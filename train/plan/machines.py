@@ -26,7 +26,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class MachineKind:
-    """A kind of TPU device, as JAX sees it.
+    """The data of a kind of TPU device.
 
     Attributes:
       capacity: bytes of device memory that the compiler allows a program.
@@ -73,7 +73,7 @@ _KNOWN_TOPOLOGIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices to compile for.
+    """The devices to compile for.
 
     Attributes:
       name: the topology, as given.
@@ -116,7 +116,7 @@ class Machine:
 
     @property
     def platform(self) -> str:
-        """The kind of device, whose compiler makes the plan: "cpu", "gpu" or "tpu"."""
+        """The platform of the devices, which determines the compiler: "cpu", "gpu" or "tpu"."""
         platform: str = self.devices[0].platform
         return platform
 
@@ -127,7 +127,7 @@ def find_machine(
     peak_tflops: float | None = None,
     mem_fraction: float | None = None,
 ) -> Machine:
-    """Returns the machine that a topology names.
+    """Returns the machine of a topology's name.
 
     Args:
       topology: a TPU slice such as "v5e:4x4", several such as "2xv5e:4x4", GPUs such as "h100:8",
@@ -171,7 +171,7 @@ def find_machine(
 
 
 def topology_of_devices(devices: Sequence[Any]) -> str | None:
-    """Returns the name of a machine's devices, as `find_machine` takes it; None for unknown ones.
+    """Returns the topology's name for some devices, as `find_machine` takes it, or None.
 
     Args:
       devices: the devices of one process, of one kind.
@@ -197,7 +197,7 @@ def topology_of_devices(devices: Sequence[Any]) -> str | None:
 def with_assumptions(
     machine: Machine, kernel_share: float | None, link_gbytes: float | None
 ) -> Machine:
-    """Returns a machine with other assumptions than its own; see `Machine`.
+    """Returns a machine with the assumed rates of the options; see `Machine`.
 
     Raises:
       UserError: its compiler estimates no time, so that neither has an effect.
@@ -242,7 +242,7 @@ def _cpu_machine(topology: str, size: str) -> Machine:
 
 
 def _gpu_machine(topology: str, kind: str, size: str, mem_fraction: float | None) -> Machine:
-    """Returns NVIDIA GPUs of a kind, of which programs may have a share of the memory."""
+    """Returns NVIDIA GPUs of one kind, with the share of memory that programs may use."""
     card = CARDS[kind]
     reserved_share = mem_fraction or DEFAULT_MEMORY_SHARE
     has_one_share = reserved_share == LARGEST_MEMORY_SHARE
@@ -290,7 +290,7 @@ def _tpu_machine(topology: str, name: str, n_slices: int, kind: MachineKind) -> 
 
 
 def _topology_problem(error: Exception) -> str:
-    """Explains in sentences why a topology has no description, and what to do."""
+    """Returns the reason why a topology has no description, and the remedy."""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     if "lockfile" in reason:

@@ -136,7 +136,7 @@ class PlanConfig:
 
     @property
     def drawn(self) -> tuple[int, int]:
-        """Returns the completions of a prompt, and the tokens of one."""
+        """Returns the number of completions per prompt, and the maximum tokens of one."""
         return self.group or RolloutDataConfig.group, self.max_new_tokens or Defaults.max_new_tokens
 
 
@@ -155,7 +155,7 @@ class PlanOptions:
 
 
 def check_options(options: PlanOptions) -> None:
-    """Raises a UserError for options that are wrong for any model and machine."""
+    """Raises a UserError for options that are invalid for any model and machine."""
     _check_numbers(options.plan)
     _check_task(options.plan)
     _check_dtype_and_shares(options.plan)
@@ -268,7 +268,7 @@ def _check_adapter(config: PlanConfig, adapter: AdapterConfig) -> None:
 
 
 def _check_several_adapters(config: PlanConfig, adapter: AdapterConfig) -> None:
-    """Raises a UserError for --adapters beside options of one run, and for two searches at once."""
+    """Raises a UserError for --adapters with options of a single run, and for two searches."""
     if config.longest and config.largest_batch:
         raise UserError(
             "--longest and --largest-batch do not work together. Use one of the two options."

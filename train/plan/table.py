@@ -24,7 +24,7 @@ def print_plans(
     plans: Sequence[Plan],
     estimates: Sequence[Mapping[str, float | None]],
 ) -> None:
-    """Prints a table of memory, a table of work and time, and notes.
+    """Prints a table of memory, a table of work and time, and notes on both.
 
     Args:
       console: the console to print to.
@@ -135,7 +135,7 @@ def _work_table(
 
 
 def _traced_mark(plan: Plan) -> str:
-    """Returns a mark for FLOPs that do not come from the compiled step."""
+    """Returns a mark for FLOPs that were counted in the jaxpr, not in the compiled step."""
     return _TRACED if plan.flops_source == JAXPR else ""
 
 

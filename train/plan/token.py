@@ -1,4 +1,4 @@
-"""A token of decoding, of some rows at once: what a device reads for it, and the time it takes."""
+"""Plans a decoding step of some rows: the bytes that a device reads, and the time."""
 
 import dataclasses
 from typing import Any
@@ -29,7 +29,7 @@ from train.plan.job import PlanJob, PlanVariant, abstract_params, bytes_per_devi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token of each of some rows; None for what is not known.
+    """A decoding step, with one token per row; None for unknown values.
 
     Attributes:
       rows: the number of rows.
@@ -57,7 +57,7 @@ class Token:
 
 
 def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | None = None) -> Token:
-    """Compiles the decoding of a token, for the machine of a plan.
+    """Compiles a decoding step for the machine of a plan.
 
     Args:
       job: the model and the machine; `seq_len` is the length of the cache.
@@ -101,7 +101,7 @@ def plan_token(job: PlanJob, variant: PlanVariant, rows: int, adapters: int | No
 
 
 def param_shapes_for_rows(job: PlanJob, variant: PlanVariant, adapters: int) -> Tree:
-    """Returns the shapes of the tree that rows of so many adapters run on; see `plan_token`."""
+    """Returns the abstract tree of a decoding step with a number of adapters; see `plan_token`."""
     params = abstract_params(job, variant)
     if adapters == 0:
         return lj.strip(params)
@@ -111,7 +111,7 @@ def param_shapes_for_rows(job: PlanJob, variant: PlanVariant, adapters: int) -> 
 
 
 def _bank_shapes(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) -> Tree:
-    """Returns the shapes of a bank's tree, the base's slot among them, out of an adapted tree's.
+    """Returns the abstract tree of an adapter bank, with one slot for the base.
 
     Raises:
       UserError: a node is more than factors.
@@ -119,6 +119,7 @@ def _bank_shapes(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) ->
     nodes = nodes_of(params)
 
     def with_slots(path: str, leaf: Leaf) -> Leaf:
+        """Returns a leaf with slots for the factors of all adapters."""
         node = nodes.get(path)
         if node is None:
             return leaf
@@ -138,7 +139,7 @@ def _bank_shapes(params: Tree, n_slots: int, sharding: jax.sharding.Sharding) ->
 
 
 def _base_of(params: Tree) -> Tree:
-    """Returns the base of an adapted tree, or of a bank's."""
+    """Returns the base of an adapted tree or of a bank's tree."""
     return lj.strip(map_slots(lambda _, slots: slots.base, params))
 
 
@@ -147,7 +148,7 @@ def _quantized_leaves(params: Tree) -> list[Any]:
 
 
 def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
-    """Returns the reason why no kernel reads the codes; None if there are no codes."""
+    """Returns the reason why no kernel reads the quantized weights; None without such weights."""
     formats = sorted({leaf.format.name for leaf in _quantized_leaves(_base_of(params))})
     if not formats:
         return None
@@ -160,7 +161,7 @@ def _reason_without_kernel(job: PlanJob, params: Tree, rows: int) -> str | None:
 
 
 def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lowered, Cache]:
-    """Lowers the decoding of a token without sampling, as `train.serve` and `generate` have it.
+    """Lowers a decoding step without sampling, as `train.serve` and `generate` run it.
 
     Args:
       job: see `plan_token`.
@@ -207,7 +208,7 @@ def lower_token(job: PlanJob, params: Tree, rows: int) -> tuple[jax.stages.Lower
 
 
 def print_token(console: Console, token: Token) -> None:
-    """Prints the time of a token, beside the shortest time that the memory's rate allows."""
+    """Prints the time of a decoding step, and the minimum time at the memory's rate."""
     rows = "one row" if token.rows == 1 else f"{token.rows} rows"
     adapters = {0: ", the base alone", 1: ""}.get(
         token.adapters, f", {token.adapters} adapters mixed"
@@ -246,7 +247,7 @@ def _format_scaled(value: float | None, factor: float) -> str:
 
 
 def _bytes_read_per_token(job: PlanJob, params: Tree, rows: int) -> int:
-    """Returns the bytes of an adapted tree that a device reads for a token."""
+    """Returns the bytes of an adapted tree that a device reads in a decoding step."""
     kinds = job.outline.kinds
     n_active_experts = job.outline.active_experts
     n_experts = getattr(job.outline.config, "num_experts", 0)

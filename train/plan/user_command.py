@@ -79,7 +79,7 @@ def run_function_plan(args: Sequence[str] | None) -> None:
 
 
 def _make_step(spec: str, mesh: Mesh) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-    """Calls the user's make_step; returns the function, its arguments and options.
+    """Calls the user's make_step, and returns the function with its arguments and options.
 
     Args:
       spec: the value of --function, ``file.py:make_step``.
@@ -128,7 +128,7 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _user_errors(file: str, problem: str) -> Iterator[None]:
-    """Raises a UserError for an exception of the user's code, with the last line of its file."""
+    """Turns an exception of the user's code into a UserError that names the line."""
     try:
         yield
     except Exception as error:  # whatever the user's code raises

@@ -1,4 +1,4 @@
-"""Plans a function that a user wrote: memory, FLOPs, time and traffic, on machines not here.
+"""Plans a function that a user wrote: memory, FLOPs, time and traffic on any machine.
 
     from train import plan
     plan.function(step, adapter, opt_state, base, batch, topology="v5e:2x2", mesh={"fsdp": 4},
@@ -137,7 +137,7 @@ def plan_function(
 
 
 def mesh_of(mesh: Mapping[str, int] | Mesh | None, machine: Machine) -> Mesh:
-    """Returns a mesh of a machine's devices: with automatic axes, or like the mesh that is given.
+    """Returns a mesh of a machine's devices, with automatic axes or the axes of a given mesh.
 
     Raises:
       UserError: the mesh has another number of devices than the machine, or none is given for
@@ -176,7 +176,7 @@ def _as_positions(positions: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _abstract_arg(arg: Any, mesh: Mesh | None) -> Any:
-    """Returns an argument with the shape and dtype of each array in its place.
+    """Returns an argument with abstract arrays in place of its arrays.
 
     Args:
       arg: a pytree. Leaves that are no arrays stay.
@@ -187,6 +187,7 @@ def _abstract_arg(arg: Any, mesh: Mesh | None) -> Any:
     """
 
     def as_struct(leaf: Any) -> Any:
+        """Returns the abstract array of a leaf; leaves that are not arrays stay unchanged."""
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return leaf
         sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
@@ -258,7 +259,7 @@ def _jit(
 
 
 def _check_devices_share(name: str, compiled: Any, mesh: Mesh) -> None:
-    """Raises a UserError if every one of several devices has all of each argument."""
+    """Raises a UserError if all arguments are replicated on several devices."""
     in_shardings = jax.tree.leaves(compiled.input_shardings)
     is_shared = any(not sharding.is_fully_replicated for sharding in in_shardings)
     if mesh.size > 1 and not is_shared:
@@ -271,9 +272,10 @@ def _check_devices_share(name: str, compiled: Any, mesh: Mesh) -> None:
 
 
 def _place_on_mesh(shardings: Any, mesh: Mesh) -> Any:
-    """Returns a tree of shardings on a mesh: of specs, or of shardings on other devices."""
+    """Returns the shardings on a mesh for specs, or for shardings on other devices."""
 
     def place(sharding: Any) -> Sharding:
+        """Returns a sharding on the mesh; raises a UserError if it belongs to another mesh."""
         if sharding is None:
             return NamedSharding(mesh, PartitionSpec())
         if isinstance(sharding, PartitionSpec):
@@ -373,7 +375,7 @@ def _largest_arrays(jaxpr: Any) -> tuple[LargeArray, ...]:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Yields the equations of a jaxpr that compute something, and those of the jaxprs inside."""
+    """Yields the equations of a jaxpr and of its inner jaxprs that compute something."""
     inner, _ = jaxpr_and_consts(jaxpr)
     for eqn in inner.eqns:
         bodies = list(inner_jaxprs(eqn))
@@ -395,7 +397,7 @@ def _callback_notes(jaxpr: Any) -> tuple[str, ...]:
 
 
 def _unused_donations(lowered: Any, compiled: Any) -> dict[str, int]:
-    """Returns the bytes of a device of each donated input that no output replaces, by path.
+    """Returns the bytes per device of each donated input that no output replaces, by path.
 
     An output can replace an input of its dtype, its shape on one device, and its sharding.
     """
@@ -420,5 +422,5 @@ def _unused_donations(lowered: Any, compiled: Any) -> dict[str, int]:
 
 
 def _replaceable(info: Any, sharding: Any) -> tuple[Any, ...]:
-    """Returns the dtype and the shape on one device of an array."""
+    """Returns the properties that an output must share to replace a donated input."""
     return (info.dtype, tuple(sharding.shard_shape(info.shape)))

@@ -34,7 +34,7 @@ class LargeArray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionPlan:
-    """The resources that a function needs on a machine; None for what is not known.
+    """The resources that a function needs on a machine; None for unknown ones.
 
     Attributes:
       name: name of the function.
@@ -77,7 +77,7 @@ class FunctionPlan:
         _print_function_plan(self)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the plan as JSON's values."""
+        """Returns the plan as values for JSON."""
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -112,7 +112,7 @@ def _print_function_plan(plan: FunctionPlan) -> None:
 
 
 def _memory_table(plan: FunctionPlan) -> Table:
-    """Returns the table of a device's memory by use."""
+    """Returns the table of a device's memory, by use."""
     capacity = _gib(plan.memory["capacity"])
     table = Table(title=f"Memory per device, in GiB (of {capacity})")
     for share in plan.fits_share:
@@ -141,7 +141,7 @@ def _work_table(plan: FunctionPlan) -> Table:
 
 
 def _remarks(plan: FunctionPlan) -> list[str]:
-    """Returns lines about a failure, donations that are lost, kernels and figures."""
+    """Returns lines about a failure, lost donations, kernels and figures."""
     lines: list[str] = []
     if plan.refused:
         lines.append(f"The compiler refused it for want of memory: {plan.refused}")

@@ -1,4 +1,4 @@
-"""The groups of a step's work: what an instruction is part of, by the scopes in its `op_name`."""
+"""Assigns each instruction to a group of a step's work, by the scopes in its `op_name`."""
 
 import re
 from typing import NamedTuple
@@ -28,7 +28,7 @@ _MOVES |= {"broadcast", "convert", "fusion", "custom-call"}
 
 
 class Group(NamedTuple):
-    """A group of instructions.
+    """A group of instructions that belong to one part of the model and one phase.
 
     Attributes:
       name: one of `GROUPS`.
@@ -40,7 +40,7 @@ class Group(NamedTuple):
 
 
 def group_of(module: HloModule, op: Instruction, computation: Computation) -> Group:
-    """Returns the group of an instruction: that of its largest product, or else of its scopes."""
+    """Returns the group of an instruction, by the scope of its largest product or its own scope."""
     call = kernel_call(op, computation)
     if call:
         kernel = kernel_of(call)
@@ -72,7 +72,7 @@ def phase_of(scope: str) -> str:
 
 
 def scope_of(module: HloModule, op: Instruction) -> str:
-    """Returns the `op_name` of an instruction, or the last one with scopes inside of it, or ""."""
+    """Returns the `op_name` of an instruction or of an inner one, or "" if none has scopes."""
     if "/" in op.op_name:
         return op.op_name
     inner_names = [inner.op_name for inner, _ in module.inside(op) if "/" in inner.op_name]
@@ -99,7 +99,7 @@ def _flops_and_scopes_of_products(
 
 
 def _only_moves_data(module: HloModule, op: Instruction, computation: Computation) -> bool:
-    """Returns True if an instruction, and all inside of it, move or cast arrays alone."""
+    """Returns True if an instruction and its inner ones only move or cast arrays."""
     return all(
         inner.opcode in _MOVES
         for inner, _ in ((op, computation), *module.inside(op))

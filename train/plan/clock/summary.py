@@ -1,4 +1,4 @@
-"""The work of a program by groups, for tables and JSON: seconds on TPUs, FLOPs and bytes on all."""
+"""Summarizes a program's work by groups: FLOPs and bytes, and seconds if the machine is a TPU."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from train.plan.machines import Machine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupWork:
-    """The work of a group on one device; seconds are None where the compiler estimates none.
+    """The work of a group on one device; `seconds` is None without the compiler's estimate.
 
     Attributes:
       group, phase: see `train.plan.clock.groups`.
@@ -30,7 +30,7 @@ class GroupWork:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clock:
-    """The estimate of a program on one device; seconds are None where nothing estimates them.
+    """The time estimate of a program on one device; seconds are None without an estimate.
 
     Attributes:
       seconds: fusions, kernels and uncovered together.

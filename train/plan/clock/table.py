@@ -1,4 +1,4 @@
-"""Tables of where the time of a step goes."""
+"""Tables of the time that the parts of a step take."""
 
 from collections.abc import Sequence
 

@@ -58,7 +58,7 @@ def _read_bytes(module: HloModule, computation: Computation, name: str) -> int:
 
 
 def _written_bytes(computation: Computation, result: Instruction) -> int:
-    """Returns the bytes that a computation writes for its result; none for what it passes on."""
+    """Returns the bytes that a computation writes, without inputs that it returns unchanged."""
     if result.opcode == "tuple":
         return sum(_written_bytes(computation, computation[name]) for name in result.operands)
     if result.opcode == "bitcast":

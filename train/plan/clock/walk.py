@@ -1,4 +1,4 @@
-"""Walks a scheduled module: seconds, FLOPs and bytes of each group, and where links are waited for.
+"""Walks a scheduled HLO module, and sums the seconds, FLOPs and bytes of each group of work.
 
 The compiler writes the cycles that it expects of an instruction into the HLO; `while` bodies count
 by their trips. An asynchronous collective runs beside what stands between its start and its done:
@@ -49,7 +49,7 @@ SentBytes = Counter[tuple[str, bool]]  # (kind of collective, whether it leaves 
 
 
 class DeviceRates(NamedTuple):
-    """Speeds of a device, which turn work into seconds.
+    """The speeds of a device, by which work is converted to seconds.
 
     Attributes:
       clock: cycles that the compiler counts.
@@ -78,7 +78,7 @@ class Cost(NamedTuple):
     bytes: int = 0
 
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
-        """Returns the sum with another cost, so many times."""
+        """Returns the sum of this cost and `times` times another cost."""
         return Cost(
             self.seconds + times * other.seconds,
             self.flops + times * other.flops,
@@ -116,7 +116,7 @@ class Walk:
         n_slices: int,
         slices: Sequence[int] = (),
     ) -> None:
-        """Makes a walk.
+        """Prepares a walk, which counts no computation yet.
 
         Args:
           module: the module.
@@ -179,14 +179,14 @@ class Walk:
         return 1
 
     def _is_counted_work(self, op: Instruction, computation: Computation) -> bool:
-        """Returns True if an instruction has FLOPs, or sends data."""
+        """Returns True if an instruction has FLOPs or sends data."""
         is_collective = op.opcode.removesuffix("-start") in KINDS_SENT
         return is_collective or is_product(op) or kernel_call(op, computation) is not None
 
     def _add_slice_transfer(
         self, op: Instruction, computation: Computation, timeline: "_Timeline"
     ) -> None:
-        """Adds the bytes that a send hands to other slices; a recv sends nothing."""
+        """Adds the bytes that a send transfers to other slices; a recv adds nothing."""
         transfer = slice_transfer(op.text)
         if transfer is None or op.opcode == "recv":
             return
@@ -200,7 +200,7 @@ class Walk:
     def _add_instruction(
         self, op: Instruction, name: str, computation: Computation, timeline: "_Timeline"
     ) -> None:
-        """Adds an instruction that calls no schedule of its own.
+        """Adds an instruction that does not call a scheduled computation.
 
         Args:
           op: the instruction.
@@ -278,7 +278,7 @@ class Walk:
         timeline.spend(group_of(self.module, op, computation), cost)
 
     def _bytes_sent_by(self, op: Instruction, name: str, computation: Computation) -> SentBytes:
-        """Returns the bytes that an instruction sends; empty where it is no collective."""
+        """Returns the bytes that an instruction sends; empty for other than collectives."""
         sent = SentBytes()
         collectives = [
             _PlacedInstruction(op, name, computation, caller=""),
@@ -292,7 +292,7 @@ class Walk:
         return sent
 
     def _inner_instructions(self, op: Instruction) -> "list[_PlacedInstruction]":
-        """Returns the instructions inside of a fusion, or of an asynchronous computation."""
+        """Returns the instructions inside a fusion or an asynchronous computation."""
         if op.opcode not in ("fusion", "async-start"):
             return []
         inside: list[_PlacedInstruction] = []
@@ -314,7 +314,7 @@ class Walk:
 
 
 class _PlacedInstruction(NamedTuple):
-    """An instruction, its computation, and the name of the instruction that calls this."""
+    """An instruction with its computation, and the name of the computation's caller."""
 
     op: Instruction
     computation_name: str
@@ -323,7 +323,7 @@ class _PlacedInstruction(NamedTuple):
 
 
 class _Timeline:
-    """The state of a walk along a schedule.
+    """The state of a walk at one point of a schedule.
 
     Attributes:
       costs: the cost of each group so far.
@@ -335,6 +335,7 @@ class _Timeline:
     """
 
     def __init__(self) -> None:
+        """Creates a timeline at second 0 without costs."""
         self.costs: dict[Group, Cost] = {}
         self.now = 0.0
         self.links_free = 0.0
@@ -346,12 +347,12 @@ class _Timeline:
         self.unknown = Counter[str]()
 
     def spend(self, group: Group, cost: Cost, times: int = 1) -> None:
-        """Adds a cost to a group, whose seconds pass."""
+        """Adds a cost to a group, and advances the time by its seconds."""
         self.costs[group] = self.costs.get(group, Cost()).plus(cost, times)
         self.now += times * cost.seconds
 
     def add(self, tally: Tally, times: int = 1) -> None:
-        """Adds a computation that runs so many times."""
+        """Adds a computation that runs `times` times."""
         start = self.now
         for group, cost in tally.costs.items():
             self.spend(group, cost, times)
@@ -363,24 +364,24 @@ class _Timeline:
         self.unknown.update({kind: times * count for kind, count in tally.unknown.items()})
 
     def count_unknown(self, op: Instruction) -> None:
-        """Counts an instruction that has no estimate, by its name without a number."""
+        """Counts an instruction without an estimate, by its name without a number."""
         name = op.name if op.opcode in ("fusion", "custom-call") else op.opcode
         self.unknown[re.sub(r"[.\d]+$", "", name)] += 1
 
     def transfer(self, seconds: float, n_bytes: int) -> float:
-        """Sends bytes once the links are free; returns when they have arrived."""
+        """Starts a transfer when the links are free, and returns the time of its arrival."""
         self.links += seconds
         self.links_free = max(self.links_free, self.now) + seconds
         self.spend(_LINKS, Cost(bytes=n_bytes))
         return self.links_free
 
     def wait(self, arrival: float) -> None:
-        """Waits for what the links still carry."""
+        """Advances the time to the arrival of a transfer."""
         if arrival > self.now:
             self.spend(_LINKS, Cost(seconds=arrival - self.now))
 
     def flight_of(self, op: Instruction, computation: Computation) -> str | None:
-        """Returns the start of the collective that an instruction runs beside, or ends."""
+        """Returns the start of the collective that overlaps or ends at an instruction, or None."""
         runs_beside = any(called.startswith(LATER_PARTS) for called in op.called)
         if not (runs_beside or _ends_collective(op)):
             return None
@@ -391,7 +392,7 @@ class _Timeline:
         return None
 
     def _flight_start(self, name: str, computation: Mapping[str, Instruction]) -> str | None:
-        """Returns the start of the collective that an operand comes from, or None."""
+        """Returns the name of the collective's start that an operand comes from, or None."""
         while computation[name].opcode == "get-tuple-element":
             name = computation[name].operands[0]
         return name if name in self.arrivals else self.flight_of_fusion.get(name)
@@ -414,7 +415,7 @@ def _ends_collective(op: Instruction) -> bool:
 
 
 def _estimated_cycles(module: HloModule, op: Instruction) -> int | None:
-    """Returns the cycles of an instruction, or of those that it calls; None if nothing tells."""
+    """Returns the estimated cycles of an instruction or of its inner ones, or None."""
     match = _CYCLES.search(op.text)
     if match:
         cycles = int(match[1])

@@ -31,7 +31,7 @@ _MIN_FLOPS_RATIO = 0.9  # times the jaxpr's FLOPs: below, some products were not
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """The work of a compiled step; None for what is not known.
+    """The work of a compiled step; None for unknown quantities.
 
     Attributes:
       source: "hlo" or "jaxpr"; None if neither was understood.
@@ -54,7 +54,7 @@ class StepWork:
 
 
 def hlo_text_of(compiled: jax.stages.Compiled) -> str | None:
-    """Returns the optimised HLO of a program; None where XLA cannot write what it has compiled."""
+    """Returns the optimised HLO of a program; None if XLA cannot write it as text."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -110,9 +110,10 @@ def step_work(
 
 
 def combine_works(works: Sequence[tuple[int, StepWork]]) -> StepWork:
-    """Returns the work of several programs, each so many times; None for what one does not know."""
+    """Returns the sum of several programs' work; None for quantities that one program lacks."""
 
     def total(field: str) -> int | None:
+        """Returns the weighted sum of a field of all programs; None if one program lacks it."""
         flops = 0
         for times, work in works:
             program_flops = getattr(work, field)
@@ -162,7 +163,7 @@ def count_traced(jaxpr: Any) -> Count | None:
 
 
 def _traced_work(counted: Count | None, n_devices: int, hlo_problem: str | None) -> StepWork:
-    """Returns the work as traced, with a note on what it leaves out.
+    """Returns the work counted in the jaxpr, with a note on its omissions.
 
     Args:
       counted: the count of the jaxpr; None if it was not understood.
@@ -196,7 +197,7 @@ def _traced_work(counted: Count | None, n_devices: int, hlo_problem: str | None)
 
 
 def _count_notes(work: HloWork, counted: Count | None, n_devices: int) -> tuple[str, ...]:
-    """Returns notes on kernels that are not counted, and on counts that are too far apart."""
+    """Returns notes on uncounted kernels, and on counts that differ too much."""
     unknown_kernels = unlisted_kernels(work.kernels)
     if unknown_kernels:
         names = ", ".join(unknown_kernels)

@@ -1,4 +1,4 @@
-"""The FLOPs of a function's products, counted in its jaxpr, to compare with those of its HLO.
+"""Counts the FLOPs of a function's products in its jaxpr, as a check of those in its HLO.
 
 A jaxpr is the function as traced, before compilation: its shapes are global, and it has no work
 added by the partitioner.
@@ -62,7 +62,7 @@ def count_flops(jaxpr: AnyJaxpr, scope: str = "") -> Count:
 
 
 def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
-    """Counts the FLOPs of an equation, and of the jaxprs inside it; see `count_flops`."""
+    """Counts the FLOPs of an equation and of its inner jaxprs; see `count_flops`."""
     name = eqn.primitive.name
     scope = f"{scope}/{scope_of(eqn)}"
     if name in _FLOPS_OF_PRIMITIVE:
@@ -93,7 +93,7 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
 
 
 def _kernel_call(name: str, scope: str, eqn: JaxprEqn) -> KernelCall:
-    """Returns a kernel's call as its table takes it."""
+    """Returns the record of a kernel's call for the table of kernels."""
     avals: list[Any] = [atom.aval for atom in eqn.invars]
     operands = tuple((_hlo_dtype(aval.dtype.name), aval.shape) for aval in avals)
     return KernelCall(name, scope, operands)
@@ -137,7 +137,7 @@ def _ragged_dot_flops(eqn: JaxprEqn) -> int:
 
 
 def _product_flops(eqn: JaxprEqn, shared_axes: Sequence[int]) -> int:
-    """Counts a product's FLOPs: the left operand's size times the right one's unshared axes."""
+    """Counts a product's FLOPs: 2 × the left operand's size × the right operand's free axes."""
     left_shape, right_shape = (_shape_of(operand) for operand in eqn.invars[:2])
     result_sizes = [size for axis, size in enumerate(right_shape) if axis not in shared_axes]
     return 2 * math.prod(left_shape) * math.prod(result_sizes)

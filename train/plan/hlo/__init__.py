@@ -1,1 +1,1 @@
-"""Optimised HLO as text: its computations, its products, and how often each part runs."""
+"""Parses optimised HLO: its computations, its products, and the number of their executions."""

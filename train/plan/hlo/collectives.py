@@ -1,4 +1,4 @@
-"""The collectives of a compiled step: kinds, devices that take part, and the bytes that each sends.
+"""The collectives of a compiled step: their kinds, their device groups, and the bytes sent.
 
 HLO names the groups of devices that exchange data. Pairs of sources and targets count as groups.
 """
@@ -33,7 +33,7 @@ _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 
 def collective_kind(op: Instruction, computation: str, caller: str) -> str | None:
-    """Returns the kind of a collective, None for other instructions.
+    """Returns the kind of a collective; None for other instructions.
 
     Args:
       op: the instruction.
@@ -91,7 +91,7 @@ def ring_bytes(kind: str, array: int, participants: int) -> int:
 
 
 def device_groups(text: str) -> Sequence[Sequence[int]]:
-    """Returns the groups of devices that exchange data; none where all devices are one group.
+    """Returns the groups of devices that exchange data; [] if all devices form one group.
 
     Args:
       text: the operands and attributes of a collective.
@@ -115,7 +115,7 @@ def device_groups(text: str) -> Sequence[Sequence[int]]:
 
 
 def _groups_along_axes(mesh: str, device_order: str | None, axes: str) -> Sequence[Sequence[int]]:
-    """Returns the groups of devices that differ along given axes of a mesh alone.
+    """Returns the groups of devices that differ only along some axes of a mesh.
 
     Args:
       mesh: its axes, such as `'data'=2,'fsdp'=4`.
@@ -142,7 +142,7 @@ def _groups_along_axes(mesh: str, device_order: str | None, axes: str) -> Sequen
 
 
 def _parse_device_order(text: str) -> np.ndarray:
-    """Returns devices from their list, or from a range that is reshaped and transposed, flat."""
+    """Returns the devices in a list, or in a reshaped and transposed range, as a flat array."""
     device_range = _RESHAPED.fullmatch(text)
     if device_range is None:
         return np.array([int(device) for device in text.split(",")])
@@ -152,5 +152,5 @@ def _parse_device_order(text: str) -> np.ndarray:
 
 
 def _parse_integers(text: str) -> list[int]:
-    """Parses integers that commas separate."""
+    """Parses integers separated by commas."""
     return [int(digits) for digits in text.split(",") if digits]

@@ -1,4 +1,4 @@
-"""The FLOPs of kernels, by name: neither XLA nor a jaxpr states the work of a kernel.
+"""The FLOPs of kernels by name, because neither XLA nor a jaxpr states them.
 
 A kernel is a `pallas_call` in a jaxpr, and a custom call in HLO. `KERNELS` is the table; a kernel
 that it does not list counts nothing, and plans name it.
@@ -50,7 +50,7 @@ class KernelWork(NamedTuple):
 
 
 def kernel_of(call: KernelCall) -> KernelWork | None:
-    """Returns the entry of a call's kernel: the longest name that its own begins with."""
+    """Returns the table entry with the longest name that the called kernel's name starts with."""
     prefixes = [prefix for prefix in KERNELS if call.name.startswith(prefix)]
     return KERNELS[max(prefixes, key=len)] if prefixes else None
 
@@ -62,7 +62,7 @@ def kernel_flops(call: KernelCall) -> int:
 
 
 def kernel_lines(calls: Iterable[KernelCall]) -> tuple[str, ...]:
-    """Returns the kernels of a program in words: "splash (fwd, dq, dkv)".
+    """Returns the kernels of a program as text, such as "splash (fwd, dq, dkv)".
 
     A kernel that the table does not list has its own name.
     """
@@ -83,7 +83,7 @@ def kernel_lines(calls: Iterable[KernelCall]) -> tuple[str, ...]:
 
 
 def unlisted_kernels(calls: Iterable[KernelCall]) -> tuple[str, ...]:
-    """Returns the names of kernels whose FLOPs are not known."""
+    """Returns the names of kernels with unknown FLOPs."""
     return kernel_lines(call for call in calls if kernel_of(call) is None)
 
 
@@ -94,7 +94,7 @@ _WINDOWED = re.compile(r"windowed_(\d+)_of_(\d+)")
 
 
 def _attention_flops(n_products: int, token_axis: int = -2) -> Callable[[KernelCall], int]:
-    """Returns the count of a kernel that does so many products of each block of scores.
+    """Returns the FLOP counter of an attention kernel with `n_products` products per block.
 
     Its first two floating operands are queries and keys, with their tokens on the axis
     `token_axis`. The scope says how many of all blocks the mask leaves (see
@@ -111,7 +111,7 @@ def _attention_flops(n_products: int, token_axis: int = -2) -> Callable[[KernelC
 
 
 def _visited_block_share(scope: str) -> float:
-    """Returns the share of blocks that a mask leaves; 1 if the scope does not say."""
+    """Returns the share of blocks that a mask does not skip; 1 if the scope has no share."""
     blocks = _VISITED.search(scope)
     if blocks is None:
         return 1.0
@@ -136,7 +136,7 @@ def _floating_shapes(operands: Sequence[Array]) -> list[tuple[int, ...]]:
 
 
 def _ragged_dot_flops(call: KernelCall) -> int:
-    """Counts each row once, with its own group; a tile that two groups share runs for both.
+    """Counts the FLOPs of a grouped product, in which each row belongs to one group.
 
     The last operands are rows, [m, k], and kernels, [groups, …], or, for their gradient, the rows
     of a cotangent, [m, n].
@@ -152,7 +152,7 @@ def _ragged_dot_flops(call: KernelCall) -> int:
 
 
 def _shapes_of_rows_and_codes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of rows, [rows, in], and of codes, [layers, in, out]."""
+    """Returns the shapes of rows, [rows, in], and of quantized kernels, [layers, in, out]."""
     shapes = [shape for _, shape in call.operands]
     row_shapes = [shape for shape in shapes if len(shape) == 2]
     stack_shapes = [shape for shape in shapes if len(shape) == 3]
@@ -166,14 +166,14 @@ def _rows_flops(call: KernelCall) -> int:
 
 
 def _bytes_of_other_layers(call: KernelCall) -> int:
-    """Returns the bytes of the layers of a stack that a call does not read."""
+    """Returns the bytes of the stacked layers that a call does not read."""
     stacks = [(dtype, shape) for dtype, shape in call.operands if len(shape) == 3]
     layers = [(dtype, shape[1:]) for dtype, shape in stacks]
     return bytes_of_arrays(stacks) - bytes_of_arrays(layers)
 
 
 def _cycles_for_weights(cycles_per_1024: float) -> Callable[[KernelCall], float]:
-    """Returns the count of a kernel that forms W, by cycles for 1,024 weights."""
+    """Returns the cycle counter of a kernel that dequantizes W, from cycles per 1,024 weights."""
 
     def cycles(call: KernelCall) -> float:
         _, stack_shape = _shapes_of_rows_and_codes(call)
@@ -188,7 +188,7 @@ _TABLE_CYCLES = 3.8
 
 
 def _coded_rows_kernel(part: str, cycles_per_1024: float) -> KernelWork:
-    """Returns the entry of a kernel of few rows by codes."""
+    """Returns the table entry of a kernel that multiplies few rows by a quantized kernel."""
     return KernelWork(
         label="few rows by codes",
         part=part,

@@ -30,7 +30,7 @@ Array = tuple[str, Shape]  # (dtype, shape), the dtype as HLO writes it: "bf16"
 
 
 class NotUnderstood(ValueError):
-    """The HLO does not state its work in a form known to these modules."""
+    """The error for HLO that does not state its work in a known form."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """The names of the computations that it calls, but for a loop's condition."""
+        """The names of the computations that it calls, except a loop's condition."""
         names: list[str] = []
         for braced_names, single_name in _CALLED.findall(self.text):
             names += [name.strip().lstrip("%") for name in (braced_names or single_name).split(",")]
@@ -59,13 +59,13 @@ class Instruction:
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The scopes and the primitive that it comes from; "" if it does not say."""
+        """The scopes and the primitive of the instruction; "" without metadata."""
         match = _OP_NAME.search(self.text)
         return match[1] if match else ""
 
     @functools.cached_property
     def target(self) -> str:
-        """The target of a custom call; "" of any other instruction."""
+        """The target of a custom call; "" for other instructions."""
         match = _TARGET.search(self.text) if self.opcode == "custom-call" else None
         return match[1] if match else ""
 
@@ -83,7 +83,7 @@ class HloModule:
     """
 
     def __init__(self, text: str) -> None:
-        """Parses a module; raises NotUnderstood if it has no entry."""
+        """Parses a module; raises NotUnderstood if it has no entry computation."""
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         self.devices = math.prod(int(count) for count in _DEVICES.findall(text.partition("\n")[0]))
@@ -127,7 +127,7 @@ class HloModule:
         raise NotUnderstood(f"the HLO does not say how often the loop {loop.name} runs")
 
     def inside(self, op: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """Yields the instructions of the computations that one calls, and their own, with these."""
+        """Yields all instructions that one calls, at any depth, with their computations."""
         for name in op.called:
             computation = self.computations[name]
             for inner in computation.values():
@@ -136,7 +136,7 @@ class HloModule:
 
 
 def root_of(computation: Computation) -> Instruction:
-    """Returns the instruction whose result is the computation's."""
+    """Returns the root instruction of a computation, which computes its result."""
     roots = [op for op in computation.values() if op.root]
     if len(roots) != 1:
         raise NotUnderstood(f"a computation has {len(roots)} roots: {', '.join(computation)[:200]}")
@@ -144,22 +144,22 @@ def root_of(computation: Computation) -> Instruction:
 
 
 def is_scalar(op: Instruction) -> bool:
-    """Returns True if no array of a result has more than one element."""
+    """Returns True if each array of an instruction's result has at most one element."""
     return all(math.prod(shape) <= 1 for _, shape in op.shapes)
 
 
 def bytes_of_arrays(arrays: Sequence[Array]) -> int:
-    """Returns the bytes of arrays."""
+    """Returns the total bytes of arrays."""
     return int(sum(_BYTES.get(kind, 1) * math.prod(shape) for kind, shape in arrays))
 
 
 def operand_arrays(op: Instruction, computation: Computation) -> tuple[Array, ...]:
-    """Returns the arrays that an instruction is given, in order."""
+    """Returns the arrays of an instruction's operands, in order."""
     return tuple(array for name in op.operands for array in computation[name].shapes)
 
 
 def _only_constant_operand(op: Instruction, computation: Computation) -> int | None:
-    """Returns the only constant among the operands; None if there is none, or several."""
+    """Returns the single constant operand; None unless there is exactly one."""
     constants: list[int] = []
     for name in op.operands:
         operand = _copy_source(computation[name], computation)
@@ -178,14 +178,14 @@ def _match_group(pattern: str, text: str) -> str:
 
 
 def _copy_source(op: Instruction, computation: Computation) -> Instruction:
-    """Returns the instruction that this one is a copy of, or itself."""
+    """Returns the instruction whose result this one copies, or this one itself."""
     while op.opcode in ("copy", "bitcast", "convert"):
         op = computation[op.operands[0]]
     return op
 
 
 def _parse_computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instruction]]]:
-    """Yields the computations of a module: whether it is the entry, its name, its instructions."""
+    """Yields for each computation whether it is the entry, its name, and its instructions."""
     name = ""
     is_entry = False
     instructions: dict[str, Instruction] = {}
@@ -208,7 +208,7 @@ def _parse_computations(text: str) -> Iterator[tuple[bool, str, dict[str, Instru
 
 
 def _parse_instruction(name: str, definition: str, is_root: bool) -> Instruction:
-    """Parses the right side of an instruction: its shapes, its opcode, its operands."""
+    """Parses the right side of an instruction: its shapes, opcode and operands."""
     if definition.startswith("("):  # the shapes of a tuple
         shapes_end = _closing_bracket(definition) + 1
     else:
@@ -226,7 +226,7 @@ def _parse_instruction(name: str, definition: str, is_root: bool) -> Instruction
 
 
 def _closing_bracket(text: str) -> int:
-    """Returns the index of the bracket that closes the first one of a text."""
+    """Returns the index of the bracket that closes the first bracket of a text."""
     depth = 0
     for index, character in enumerate(text):
         if character == "(":
@@ -239,7 +239,7 @@ def _closing_bracket(text: str) -> int:
 
 
 def _parse_arrays(text: str) -> tuple[Array, ...]:
-    """Parses the dtypes and shapes of a result: "bf16[8,128]" and others."""
+    """Parses the dtypes and shapes of a result, such as "bf16[8,128]"."""
     arrays: list[Array] = []
     for dtype, sizes in _ARRAY.findall(text):
         shape = tuple(int(size) for size in sizes.split(",") if size)

@@ -1,4 +1,4 @@
-"""The collectives of a compiled step that leave a slice.
+"""The transfers of a compiled step between TPU slices or hosts of GPUs.
 
 TPU slices have a program each, whose collectives stay within the slice. What goes to other slices
 is handed to the host by a `send`, and its result comes back by the `recv` of the same transfer: the
@@ -35,7 +35,7 @@ class SliceTransfer(NamedTuple):
 
 
 def slices_in_hlo(mesh: Mesh) -> tuple[int, ...]:
-    """Returns the slice of each device, by its number in the HLO; () for devices of one slice."""
+    """Returns the slice of each device, in the HLO's device order; () for a single slice."""
     slices = [slice_of(device) for device in mesh.devices.flat]
     if mesh.devices.flat[0].platform == "tpu":  # the HLO numbers devices slice by slice
         slices.sort()
@@ -44,7 +44,7 @@ def slices_in_hlo(mesh: Mesh) -> tuple[int, ...]:
 
 
 def slice_transfer(text: str) -> SliceTransfer | None:
-    """Returns the transfer of a send or a recv; None for one that stays on a device's host."""
+    """Returns the transfer of a send or a recv; None for a transfer to the device's own host."""
     kind_match = _KIND.search(text)
     name_match = _TRANSFER.search(text)
     if kind_match is None or name_match is None:
