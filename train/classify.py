@@ -13,7 +13,7 @@ from train.settings.defaults import fill_defaults
 
 
 def complete(config: options.Config, defaults: Defaults) -> options.Config:
-    """Fills in the defaults, which depend on the parameters that train."""
+    """Fills in defaults, some of which depend on the parameters that train."""
     return fill_defaults(*options.fill_head_options(config, defaults))
 
 

@@ -61,7 +61,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def list_commands() -> str:
-    """Returns a line for each command, and how to call one."""
+    """Returns the usage line and a line for each command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {about}" for name, about in COMMANDS.items()]
     return "\n".join(

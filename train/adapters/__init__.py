@@ -1,1 +1,1 @@
-"""Adapters as the scripts find them in folders."""
+"""Finds and loads adapters from folders of runs, of this library, or of PEFT."""

@@ -43,7 +43,7 @@ _MAX_SHOWN_PROBLEMS = 3  # problems of a file that a message names
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSource:
-    """An adapter's folder, of this library or of PEFT.
+    """The folder of an adapter in the format of this library or of PEFT.
 
     Attributes:
       given: the option that names it, for messages: "--adapter runs/sql".
@@ -75,13 +75,13 @@ class AdapterSource:
 
     @property
     def chat_template(self) -> Path | None:
-        """The file of the chat template that the adapter was trained with, if it has one."""
+        """The chat template file that the adapter was trained with, or None."""
         file = self.folder / TEMPLATE_FILE
         return file if file.is_file() else None
 
     @property
     def tokenizer(self) -> str | None:
-        """The --tokenizer that the adapter was trained with; None for its base's own.
+        """The --tokenizer that the adapter was trained with; None for the base's tokenizer.
 
         Raises:
           UserError: the tokenizer was in a folder that is not on this machine.
@@ -90,7 +90,7 @@ class AdapterSource:
 
     @property
     def quantize(self) -> str | None:
-        """The --quantize of the adapter's run; None if the run left it to the base's files."""
+        """The --quantize of the adapter's run; None if the base's files determined it."""
         return None if self.is_peft else self.base_info.get("quantize")
 
     @property
@@ -100,7 +100,7 @@ class AdapterSource:
 
     @property
     def images(self) -> bool:
-        """True where the adapter was trained on a model with its encoder of images."""
+        """True if the adapter was trained on a model that includes an image encoder."""
         return (
             self._has_tensor_named(".visual.") if self.is_peft else bool(self.base_info.get(IMAGES))
         )
@@ -123,12 +123,12 @@ class AdapterSource:
 
     @property
     def is_subspace(self) -> bool:
-        """True where a subspace was trained, by --intrinsic, rather than an adapter."""
+        """True if the run trained a random subspace (--intrinsic), not an adapter."""
         return not self.is_peft and subspace.FACTS in self.base_info
 
     @property
     def num_labels(self) -> int | None:
-        """The number of a classifier's classes; None for other adapters.
+        """The number of classes of a classifier; None for other adapters.
 
         Raises:
           UserError: the files cannot be read.
@@ -289,7 +289,7 @@ class AdapterSource:
             )
 
     def _check_head(self, outline: Any, adapter_paths: set[str]) -> None:
-        """Raises a UserError if neither base nor adapter holds a part of the model, such as a head.
+        """Raises a UserError if neither base nor adapter contains a required part, such as a head.
 
         This library's adapters store a fingerprint of their base. It covers a freshly initialised
         part, too, unless the adapter trains it.
@@ -304,7 +304,7 @@ class AdapterSource:
                 )
 
     def _image_mismatch(self, name: str, config: Any) -> str:
-        """Returns the problem if only training, or only this command, reads images; else ""."""
+        """Returns the problem if only the run or only this command reads images; else ""."""
         if self.images and not reads_images(config):
             return (
                 f"was trained on {name} with its images, but this command reads only texts. Use "
@@ -364,7 +364,7 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     """
     option_text = f"{option} {name}"
     with as_user_errors(BucketError, prefix=f"{option} "):
-        folder = path_to_read(name, _is_no_state).expanduser()
+        folder = path_to_read(name, _is_outside_checkpoints).expanduser()
     if not folder.exists():
         if not _HUB_NAME.fullmatch(name):
             raise UserError(f"{option_text}: There is no such folder. Check the path.")
@@ -400,13 +400,13 @@ def find_adapter(name: str, option: str = "--adapter") -> AdapterSource:
     )
 
 
-def _is_no_state(file: str) -> bool:
-    """Returns False for a file of a run's checkpoints, which hold no adapter to load."""
+def _is_outside_checkpoints(file: str) -> bool:
+    """Returns True for a file outside a run's checkpoints, which hold no loadable adapter."""
     return "checkpoints" not in file.split("/")
 
 
 def _newest_best_adapter(folder: Path) -> list[Path]:
-    """Returns the newest of the best adapters that a run keeps, or no path.
+    """Returns the newest best adapter (--keep-best) of a run in a list; [] if there is none.
 
     Args:
       folder: the folder of a run, or its folder of best adapters; see `training.run.best`.

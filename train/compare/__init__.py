@@ -1,1 +1,1 @@
-"""LoRA beside full fine-tuning, on measurements: `python -m train.compare`."""
+"""Compares LoRA with full fine-tuning by measurements: `python -m train.compare`."""

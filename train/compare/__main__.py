@@ -128,7 +128,7 @@ def _show_help_or_raise(args: Sequence[str]) -> NoReturn:
 def _fill_quick_options(
     script: ComparedScript, config: CompareOptions, set_options: set[str]
 ) -> CompareOptions:
-    """Returns the options with those of a first look, where the user has set none.
+    """Returns the options with the values of --quick for options that the user did not set.
 
     Args:
       script: the training script.
@@ -144,7 +144,7 @@ def _fill_quick_options(
 
 
 def _check_methods(script: ComparedScript, compare_config: CompareConfig) -> None:
-    """Raises a UserError for methods of another script."""
+    """Raises a UserError for methods that the script does not support."""
     for method in compare_config.methods:
         if method in OF_CLASSIFIER and script.kind != "classify":
             raise UserError(
@@ -245,7 +245,7 @@ def _make_outside_loss(
     tokenizer: Tokenizer,
     console: Console,
 ) -> Callable[[Tree, Forward], float] | None:
-    """Returns the loss on text outside the task, of a tree and its function; None for none.
+    """Returns a function that computes a model's loss on text outside the task, or None.
 
     Args:
       outside_text: the text and its name; None for none.
@@ -279,7 +279,7 @@ def _print_recommendation(
 
 
 def _options_with_base(script: ComparedScript, config: CompareOptions, session: Session) -> Any:
-    """Returns the options of a script with the model that its task begins with.
+    """Returns the options of the script, with the model that the task trains first if it has one.
 
     A task that makes a model does so now. An adapter to begin with is not made: all methods begin
     at the base.
@@ -297,7 +297,7 @@ def _options_with_base(script: ComparedScript, config: CompareOptions, session: 
 
 
 def _check_demonstrations(compare_config: CompareConfig) -> None:
-    """Raises a UserError where sft has nothing to learn from."""
+    """Raises a UserError for methods of sft without --demonstrations."""
     if compare_config.demonstrations is not None:
         return
     for method in compare_config.methods:
@@ -309,7 +309,7 @@ def _check_demonstrations(compare_config: CompareConfig) -> None:
 
 
 class _RewardMeasures(NamedTuple):
-    """The scripts of a comparison, with the measures that only one by rewards has.
+    """The scripts of a comparison, with measures that only a comparison by rewards has.
 
     Attributes:
       script: the script that is compared.
@@ -327,7 +327,7 @@ class _RewardMeasures(NamedTuple):
     def read(
         cls, script: ComparedScript, options: Any, compare_config: CompareConfig, session: Session
     ) -> "_RewardMeasures":
-        """Reads the held-out prompts where --kl or --demonstrations needs them."""
+        """Reads the held-out prompts if --kl or --demonstrations needs them."""
         demonstrations = compare_config.demonstrations
         if not compare_config.kl and demonstrations is None:
             return cls(script)
@@ -353,7 +353,7 @@ class _RewardMeasures(NamedTuple):
         )
 
     def read_base(self, inputs: Inputs, console: Console) -> None:
-        """Lets the base complete the held-out prompts, where its divergence is asked for.
+        """Generates the base's completions of the held-out prompts if --kl is given.
 
         Raises:
           UserError: there are none.
@@ -375,7 +375,7 @@ class _RewardMeasures(NamedTuple):
         tell(console, f"--kl is measured on completions of {self.divergence.measured_on}")
 
     def with_prompts(self, comparison: result.Comparison) -> result.Comparison:
-        """Returns a comparison whose facts name the prompts of the divergence, if there is one."""
+        """Returns the comparison with the name of the prompts whose divergence was measured."""
         prompts_name = None if self.divergence is None else self.divergence.measured_on
         facts = dataclasses.replace(comparison.facts, diverging_on=prompts_name)
         return dataclasses.replace(comparison, facts=facts)

@@ -27,7 +27,7 @@ _DIMENSIONS = (100, 1000, 10_000)
 
 
 class ScriptDefaults(NamedTuple):
-    """The settings that a script would choose by itself.
+    """The settings that a script uses by default.
 
     Attributes:
       alpha: a multiple of the rank.
@@ -89,7 +89,7 @@ def _make_adapter_arms(method: str, compare: CompareConfig, basis: ScriptDefault
 
 
 def _default_ranks(variant_ranks: tuple[int, ...] | None, is_quick: bool) -> tuple[int, ...]:
-    """Returns the ranks to try: a variant's own ones, if it has any, and one in a first look."""
+    """Returns the ranks to try: the variant's own, or the usual ones; only one for --quick."""
     if is_quick:
         return (variant_ranks or _QUICK_RANKS)[-1:]
     return variant_ranks or _RANKS
@@ -129,6 +129,7 @@ def _make_full_arms(method: str, compare: CompareConfig, basis: ScriptDefaults) 
 def _make_arm_without_adapter(
     method: str, *, learning_rate: float, batch_size: int, dimension: int | None = None
 ) -> Arm:
+    """Returns an arm without rank, targets and alpha."""
     return Arm(
         method=method,
         rank=None,

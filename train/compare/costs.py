@@ -1,4 +1,4 @@
-"""Costs of the best arms: a step's memory and time, an answer's time, and a machine's price.
+"""Measures the costs of the best arms: memory and time of a step, answer times, and prices.
 
 A step is timed by the script itself, in a process of its own: what other runs left in memory does
 not count, and neither does what trains beside them.
@@ -102,7 +102,7 @@ def measure_step_cost(trial: Trial, folder: Path, session: Session) -> dict[str,
 def plan_for_topology(
     trial: Trial, topology: str, price: float | None, tokens_a_row: int
 ) -> tuple[PlanResult, str]:
-    """Plans a run for a machine that is not there; see `train.plan`.
+    """Plans a run for another machine; see `train.plan`.
 
     Args:
       trial: the run.
@@ -226,7 +226,7 @@ def _make_answer_inputs(config: Any, decodes: bool) -> tuple[np.ndarray, str]:
 
 
 def compare_times(seconds: Sequence[float], base_seconds: Sequence[float]) -> Ratio:
-    """Returns the ratio of times to those of the base in the same rounds."""
+    """Returns the ratio of times to the base's times in the same rounds."""
     ratios = [time / base_time for time, base_time in zip(seconds, base_seconds, strict=True)]
     return Ratio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
 

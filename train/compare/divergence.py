@@ -46,7 +46,7 @@ class _PromptRows(NamedTuple):
 
 @dataclasses.dataclass
 class BaseDivergence:
-    """The base's completions, from which divergences are measured; empty before `read`.
+    """The base's completions, on which divergences are measured; empty before `read`.
 
     Attributes:
       batches: the completions.
@@ -58,7 +58,7 @@ class BaseDivergence:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that the divergence is averaged over."""
+        """The number of tokens over which the divergence is averaged."""
         return int(sum(batch.is_completion.sum() for batch in self.batches))
 
     def read(
@@ -123,7 +123,7 @@ class BaseDivergence:
             )
 
     def divergence(self, evaluated: EvaluatedModel) -> dict[str, float]:
-        """Returns the divergence of a model from the base by its name; {} where none was read."""
+        """Returns the divergence of a model from the base as a metric; {} before `read`."""
         if not self.tokens:
             return {}
         total = 0.0
@@ -132,7 +132,7 @@ class BaseDivergence:
         return {KL: total / self.tokens}
 
     def measured_in(self, task: Task) -> Task:
-        """Returns the task with an evaluation that also measures the divergence."""
+        """Returns the task with the divergence added to its evaluation."""
 
         def evaluation(context: EvaluationContext) -> Evaluation | None:
             task_evaluation = task.evaluation(context)
@@ -145,13 +145,13 @@ class BaseDivergence:
 
 @dataclasses.dataclass
 class _DivergingEvaluation:
-    """Scores as another evaluation does, with the divergence from the base beside them."""
+    """Adds the divergence from the base to the scores of another evaluation."""
 
     plain: Evaluation
     base: BaseDivergence
 
     def before(self, evaluated: EvaluatedModel) -> None:
-        """Evaluates the base, which does not diverge from itself."""
+        """Evaluates the base, whose divergence from itself is zero."""
         self.plain.before(evaluated)
 
     def reuse_base_scores(self, other: Evaluation) -> bool:
@@ -160,7 +160,7 @@ class _DivergingEvaluation:
         return self.plain.reuse_base_scores(plain)
 
     def score(self, evaluated: EvaluatedModel, progress: Progress) -> dict[str, float]:
-        """Returns the scores of an adapted tree, and its divergence."""
+        """Returns the scores and the divergence of an adapted tree."""
         return self.plain.score(evaluated, progress) | self.base.divergence(evaluated)
 
     def after(self, evaluated: EvaluatedModel) -> dict[str, float]:

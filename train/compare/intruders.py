@@ -80,7 +80,7 @@ def _choose_matrices(nodes: Mapping[str, Tree]) -> dict[str, list[tuple[int, ...
 
 
 def count_intruders(base_vectors: np.ndarray, trained: np.ndarray) -> int:
-    """Counts the leading singular vectors of a trained matrix that the base's does not have.
+    """Counts a trained matrix's leading singular vectors that the base's matrix does not have.
 
     Args:
       base_vectors: `right_vectors` of the base's matrix.
@@ -117,7 +117,7 @@ def right_vectors(matrix: np.ndarray, limit: int | None = None) -> np.ndarray:
 
 
 def _largest_eigenvectors(matrix: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the `limit` largest eigenvalues, or all, in rising order, and their vectors."""
+    """Returns the `limit` largest eigenvalues (None for all) in ascending order, with vectors."""
     if limit is None:
         values, vectors = np.linalg.eigh(matrix)  # divides and conquers: quicker for all of them
         return values, vectors

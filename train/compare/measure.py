@@ -155,7 +155,7 @@ def _describe_devices() -> str:
 
 
 def _run_result(trial: Trial, sweep: Sweep, base_outside: float | None) -> RunResult:
-    """Returns the result of a run, as far as it went.
+    """Returns the result of a run, which may have stopped early.
 
     Args:
       trial: the run.

@@ -22,7 +22,7 @@ IN_FULL = ("full", "sft-full")
 
 
 class TrainingMethod(NamedTuple):
-    """A way to train.
+    """A method of training that a comparison can include.
 
     Attributes:
       name: the method, as people write it.
@@ -76,7 +76,7 @@ _ABOUT_RATES = arg(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The comparison: each method with all combinations of its settings, each with all seeds."""
+    """The options of a comparison: methods, their settings, and seeds."""
 
     TRAITS = HIDDEN  # of all fields
 
@@ -143,7 +143,7 @@ _OF_GRID = ("methods", "target_sets", *_RATES, *_COUNTS)
 
 
 def check_options(compare: CompareConfig, options: Options, given: Collection[str]) -> None:
-    """Raises a UserError for options of a comparison that make no sense.
+    """Raises a UserError for invalid options of a comparison.
 
     Args:
       compare: what to compare.
@@ -191,7 +191,7 @@ def check_options(compare: CompareConfig, options: Options, given: Collection[st
 
 
 def _option_values(compare: CompareConfig, field: str) -> tuple[Any, ...]:
-    """Returns the values of an option that takes several, or the one value if it is set."""
+    """Returns an option's values as a tuple, also for a single value or None."""
     value = getattr(compare, field)
     if isinstance(value, tuple):
         return value

@@ -19,7 +19,7 @@ _PROBED_CHARACTERS = 10_000  # to see whether a tokenizer knows them
 
 
 def read_text(source: str | None) -> tuple[str, str] | None:
-    """Returns the text to measure on, and what it is, in words; None for none.
+    """Returns the text for measuring forgetting, and its description; None for --outside off.
 
     Args:
       source: a file, "off", or None for Python's own documentation.
@@ -44,7 +44,7 @@ def knows(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def unknown(name: str) -> str:
-    """Returns the reason why a model has no loss on a text, by its name, and what to do."""
+    """Returns the message for a text whose letters the tokenizer does not know."""
     return f"the tokenizer does not know the letters of {name}; name a text with --outside"
 
 

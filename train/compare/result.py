@@ -1,4 +1,4 @@
-"""The measurements of a comparison, as `compare.json` holds them: all that the report shows."""
+"""The measurements of a comparison, as `compare.json` contains them."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ Status = Literal["done", "stopped early", "failed", "waiting"]
 
 
 class Arm(NamedTuple):
-    """A configuration, which has one run for each seed.
+    """A configuration, which is trained once for each seed.
 
     Attributes:
       method: "lora", a variant of it such as "dora", "said" or "did" for a random subspace, or
@@ -42,12 +42,12 @@ class Arm(NamedTuple):
     dimension: int | None = None
 
     def rate_group(self) -> "Arm":
-        """Returns the arm without its learning rate: one for all arms that differ in it alone."""
+        """Returns the arm without its learning rate, equal for all arms that differ only in it."""
         return self._replace(learning_rate=0.0)
 
 
 class Point(NamedTuple):
-    """A measurement on the way: the step after which it was made, and its value."""
+    """A measurement during training: the step after which it was made, and its value."""
 
     step: int
     value: float
@@ -62,7 +62,7 @@ class Forgetting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """A run: an arm with a seed.
+    """The result of a run: an arm with a seed.
 
     Attributes:
       name: name of the run's folder in `runs`.
@@ -136,7 +136,7 @@ class RunResult:
 
 
 class Ratio(NamedTuple):
-    """The ratio of two times that were measured in turns, in several rounds.
+    """The ratio of two times, measured alternately in several rounds.
 
     Attributes:
       median, low, high: the median of the rounds' ratios, the smallest, and the largest.
@@ -148,7 +148,7 @@ class Ratio(NamedTuple):
 
     @property
     def is_told_apart(self) -> bool:
-        """Returns True if all rounds agree on which of the two is larger."""
+        """True if all rounds agree on which of the two is larger."""
         return not self.low <= 1 <= self.high
 
 
@@ -193,7 +193,7 @@ class PlanResult(NamedTuple):
 
 
 class Rung(NamedTuple):
-    """A decision of the rule that stops hopeless runs.
+    """A decision of the early-stopping rule.
 
     Attributes:
       share: the arms were compared after this share of their steps.
@@ -261,7 +261,7 @@ class ComparisonFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All that a comparison measured."""
+    """All measurements of a comparison."""
 
     facts: ComparisonFacts
     runs: tuple[RunResult, ...]
@@ -274,7 +274,7 @@ Kind = TypeVar("Kind")
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Writes `compare.json` into a folder; the file appears whole or not at all."""
+    """Writes `compare.json` into a folder atomically."""
     write_record(comparison, folder / JSON)
 
 
@@ -288,7 +288,7 @@ def read(folder: Path) -> Comparison:
 
 
 def write_record(record: object, path: Path) -> None:
-    """Writes a dataclass, or a tuple with field names, as JSON, whole or not at all.
+    """Writes a dataclass or a named tuple as JSON atomically.
 
     Every tuple with field names is an object there. Numbers that JSON lacks are the strings
     "NaN", "Infinity" and "-Infinity".
@@ -326,11 +326,11 @@ _EXPECTED = {int: "an integer", str: "a string", bool: "true or false"}
 
 
 class _Mismatch(Exception):
-    """A value of a file is not what its field takes; the message names the field."""
+    """The error for a file's value that does not fit its field. The message names the field."""
 
 
 def _to_json(value: Any) -> object:
-    """Returns a value as JSON has it; the inverse of `_parse_value`."""
+    """Returns a value as JSON represents it; the inverse of `_parse_value`."""
     field_names = _fields_of_record(value.__class__)
     if field_names:
         return {name: _to_json(getattr(value, name)) for name in field_names}
@@ -344,7 +344,7 @@ def _to_json(value: Any) -> object:
 
 
 def _parse_value(value: Any, kind: Any, field: str) -> Any:
-    """Returns a value of JSON as a field's annotated type has it.
+    """Converts a JSON value to a field's annotated type.
 
     Args:
       value: the value.
@@ -396,7 +396,7 @@ def _parse_generic(value: Any, origin: Any, arguments: tuple[Any, ...], field: s
 def _parse_record(
     record: Mapping[str, Any], kind: Any, is_required: Mapping[str, bool], prefix: str
 ) -> Any:
-    """Returns an object of JSON as a record.
+    """Converts a JSON object to a record.
 
     Args:
       record: the object.
@@ -428,7 +428,7 @@ def _fields_of_record(kind: Any) -> dict[str, bool]:
 
 
 def _check_value(is_valid: bool, field: str, expected: str, value: object) -> None:
-    """Raises a `_Mismatch` where a value is not what its field takes."""
+    """Raises a `_Mismatch` if a value does not fit its field."""
     if is_valid:
         return
     text = json.dumps(value)

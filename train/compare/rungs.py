@@ -1,4 +1,4 @@
-"""The rule that stops hopeless arms: successive halving, each method on its own.
+"""The rule that stops unpromising arms early: successive halving within each method.
 
 Jamieson and Talwalkar, *Non-stochastic Best Arm Identification* (2016); Li et al., *Hyperband*
 (2018).
@@ -13,7 +13,7 @@ from train.compare.result import Arm, Rung
 
 
 class Stage(NamedTuple):
-    """A stage of all runs, after which some arms stop.
+    """A stage of training, after which some arms stop.
 
     Attributes:
       share: share of a run's steps, at which it ends.
@@ -63,20 +63,20 @@ def end_step_of_stage(stage: Stage, n_steps: int, interval: int, warmup: int = 0
 
 
 def stops_arms(stage: Stage, arms: Collection[Arm]) -> bool:
-    """Returns True if a stage stops any of these arms. It never stops a method's only arm."""
+    """Returns True if a stage stops any of these arms. The only arm of a method never stops."""
     arm_counts = Counter(arm.method for arm in arms)
     return any(_count_kept_arms(stage, n_arms) < n_arms for n_arms in arm_counts.values())
 
 
 def _count_kept_arms(stage: Stage, n_arms: int) -> int:
-    """Returns the number of a method's arms that go on after a stage."""
+    """Returns the number of a method's arms that continue after a stage."""
     return max(1, math.ceil(stage.kept * n_arms))
 
 
 def decide_after_stage(
     stage: Stage, values: Mapping[Arm, float], share: float, *, larger: bool = False
 ) -> Rung:
-    """Returns the decision after a stage: the arms that go on, and those that stop.
+    """Returns the decision after a stage: the arms that continue, and those that stop.
 
     Args:
       stage: the stage.

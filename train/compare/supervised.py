@@ -1,4 +1,4 @@
-"""Runs of `train.sft` beside those of `train.grpo`: right answers to learn from, the same rewards.
+"""Runs of `train.sft` on right answers, compared by rewards with runs of `train.grpo`.
 
 Such a run trains on the rows of --demonstrations, and is scored as the others are: by the rewards
 of its greedy completions of the held-out prompts.
@@ -35,7 +35,7 @@ _OPTIONS_NOT_TAKEN = (  # of `train.sft`, which a run by rewards does not set
 
 
 class HeldOutPrompts:
-    """The held-out prompts of a comparison, which all of its runs complete.
+    """The held-out prompts of a comparison, which all its runs complete.
 
     Attributes:
       config: the options of a run by rewards.
@@ -54,7 +54,7 @@ class HeldOutPrompts:
         self.read: RunData = read_inputs(self.config, task)
 
     def steps(self, batch_size: int) -> int:
-        """Returns the number of steps of a run by rewards, with so many completions at once."""
+        """Returns the steps of a run by rewards, from its completions per batch."""
         optim = self.config.optim
         if optim.steps is not None:
             return optim.steps
@@ -64,7 +64,7 @@ class HeldOutPrompts:
         return order.steps(optim.epochs) * optim.updates
 
     def evaluation(self, context: EvaluationContext) -> Evaluation | None:
-        """Returns the evaluation of a run of any script by these prompts."""
+        """Returns the evaluation of any script's run by the rewards on these prompts."""
         config = replace_options(self.config, {"output": context.config.run.output})
         prompts_context = dataclasses.replace(
             context, config=config, rows=self.read.rows, data=self.read.data
@@ -75,7 +75,7 @@ class HeldOutPrompts:
 def supervised_script(
     rows: str, prompts: HeldOutPrompts, measured_in: Callable[[Task], Task]
 ) -> ComparedScript:
-    """Returns `train.sft` as a comparison by rewards uses it.
+    """Returns `train.sft` as a script that a comparison by rewards can run.
 
     Args:
       rows: the demonstrations, as --dataset of `train.sft` names them.
@@ -87,6 +87,7 @@ def supervised_script(
 
     @functools.cache
     def task() -> Task:
+        """Returns the task of the demonstrations, evaluated by the rewards."""
         rewarded_task = dataclasses.replace(
             sft.task_of(config),
             score=prompts.task.score,

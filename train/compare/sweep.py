@@ -1,4 +1,4 @@
-"""Trains the runs of a comparison: adapters side by side, everything else one after another.
+"""Trains the runs of a comparison: adapters together in shared steps, other runs one by one.
 
 Runs go stage by stage (see `train.compare.rungs`): each is trained to the end of a stage, saved,
 and goes on in the next one if its arm is kept. What was done stands in `sweep.json`; a run that was
@@ -83,7 +83,7 @@ class SweepRecord:
     rungs: tuple[Rung, ...] = ()
 
     def progress(self, name: str) -> RunProgress:
-        """Returns the progress of a run, a new one at first."""
+        """Returns the progress of a run, which is new at first."""
         return self.runs.setdefault(name, RunProgress())
 
 
@@ -99,7 +99,7 @@ def read_progress(folder: Path, date: str) -> SweepRecord:
 
 @dataclasses.dataclass(kw_only=True)
 class Sweep:
-    """The runs of a comparison on their way.
+    """Trains the runs of a comparison.
 
     Attributes:
       kind: the script that is compared, as the command line names it: "sft".
@@ -127,7 +127,7 @@ class Sweep:
     console: Console
 
     def run(self) -> None:
-        """Trains all runs, stage by stage, until each run ends or is stopped.
+        """Trains all runs stage by stage until each has finished or is stopped.
 
         Raises:
           Interrupted: after a signal, once what is on its way is saved.
@@ -157,7 +157,7 @@ class Sweep:
     def _runs_to_skip(
         self, stages: Sequence[Stage], index: int, trials: Sequence[Trial], stops_arms: bool
     ) -> Sequence[Trial]:
-        """Returns the runs that may skip a stage, because nothing is decided at its end.
+        """Returns the runs that can skip a stage, because no decision follows it.
 
         Args:
           stages: all stages.
@@ -179,7 +179,7 @@ class Sweep:
         ]
 
     def stopped_arms(self) -> set[Arm]:
-        """Returns the arms that the rule has stopped."""
+        """Returns the arms that were stopped early."""
         return {arm for rung in self.record.rungs for arm, _ in rung.stopped}
 
     def is_over(self, trial: Trial) -> bool:
@@ -202,7 +202,7 @@ class Sweep:
         )
 
     def _train_group(self, group: Sequence[Trial], index: int, stage: Stage) -> None:
-        """Trains a group to the end of a stage, and records what came of it."""
+        """Trains a group to the end of a stage, and records the outcome."""
         start_time = time.monotonic()
         is_last = stage is rungs.LAST
         until = None if is_last else functools.partial(_end_step_of_run, stage)
@@ -244,7 +244,7 @@ class Sweep:
             progress.intruders = self.intruders(run, tree)
 
     def _train_side_by_side(self, group: Sequence[Trial], context: RunContext) -> None:
-        """Trains adapters in shared steps, and records errors and scores."""
+        """Trains adapters in shared steps, and records their errors and scores."""
         runs = [
             RequestedRun(
                 name=trial.name,
@@ -278,7 +278,7 @@ class Sweep:
         progress.score = scores.get(trial.task.score or "", progress.score)
 
     def _stop_arms(self, stage: Stage) -> None:
-        """Chooses the arms that go on, and records them."""
+        """Chooses and records the arms that continue."""
         stopped_arms = self.stopped_arms()
         seed_values: dict[Arm, list[float]] = {}
         for trial in self.trials:
@@ -301,7 +301,7 @@ class Sweep:
                 self._delete_checkpoints(trial)
 
     def _newest_value(self, trial: Trial) -> float:
-        """Returns the newest held-out loss, or score, of a run; NaN for one that failed."""
+        """Returns the newest held-out loss or score of a run; NaN for a failed run."""
         if self.record.progress(trial.name).error is not None:
             return math.nan
         metric = trial.measured
@@ -311,7 +311,7 @@ class Sweep:
         return values[-1] if values else math.nan
 
     def _delete_checkpoints(self, trial: Trial) -> None:
-        """Deletes the checkpoints and the full model of a run that is over."""
+        """Deletes the checkpoints and the full model of a run that needs no more training."""
         for name in (CHECKPOINTS, START):
             shutil.rmtree(trial.folder / name, ignore_errors=True)
         if trial.arm.method in IN_FULL and not self.config.keep_weights:
@@ -319,7 +319,7 @@ class Sweep:
 
 
 def _end_step_of_run(stage: Stage, n_steps: int, config: Options) -> int:
-    """Returns the step that ends a stage of a run, by its number of steps and its options."""
+    """Returns a run's last step in a stage, from the run's number of steps and options."""
     warmup = warmup_steps(config.optim, n_steps)
     interval = config.run.eval_every or config.run.score_every
     return rungs.end_step_of_stage(stage, n_steps, interval, warmup)
@@ -330,10 +330,10 @@ def _end_step(stage: Stage, trial: Trial) -> int:
 
 
 def _share_of_steps(stage: Stage, trials: Sequence[Trial]) -> float:
-    """Returns the largest share of its steps that a run has done at the end of a stage."""
+    """Returns the share of its steps that a run has done after a stage; the largest of all runs."""
     return max(_end_step(stage, trial) / trial.steps for trial in trials)
 
 
 def _options_with_resume(trial: Trial) -> Options:
-    """Returns a run's options, with --resume where it has begun."""
+    """Returns a run's options, with --resume if the run has begun."""
     return replace_options(trial.config, {"resume": (trial.folder / CONFIG).exists()})

@@ -1,4 +1,4 @@
-"""The runs of a comparison, checked against model and data before anything is trained."""
+"""Makes the runs of a comparison, and checks them against the model and the data."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ _CLASSIFIER_EVAL_ROWS = 512  # of a classifier's test rows, to measure the loss 
 
 
 class ComparedScript(NamedTuple):
-    """A training script, as a comparison uses it.
+    """A training script that can be compared.
 
     Attributes:
       name: name of its module: "train.sft".
@@ -65,7 +65,7 @@ class ComparedScript(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Returns the word on the command line: "sft"."""
+        """The word for the script on the command line: "sft"."""
         return self.name.removeprefix("train.")
 
     @property
@@ -78,14 +78,14 @@ class ComparedScript(NamedTuple):
         return type(self.plain)(**{name: getattr(config, name) for name in vars(self.plain)})
 
     def completed(self, options: Options, **changes: object) -> Options:
-        """Returns options of a run, changed, with the task's defaults."""
+        """Returns the options of a run with changes and the task's defaults."""
         changed = replace_options(options, changes)
         return self.with_defaults(changed, self.task_of(changed).defaults)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run to come.
+    """A planned run.
 
     Attributes:
       name: name of its folder.
@@ -118,7 +118,7 @@ class Trial:
 
     @property
     def measured(self) -> str:
-        """The metric by which the rule of early stopping decides."""
+        """The metric that decides early stopping."""
         return f"{SCORE}{self.task.score}" if self.by_score else f"{HELD_OUT}loss"
 
     @property
@@ -227,7 +227,7 @@ def group_trials(trials: Sequence[Trial], at_once: int) -> list[list[Trial]]:
 
 
 def _sharing_key(trial: Trial) -> tuple[object, ...]:
-    """Returns the key that sorts runs by what they can share.
+    """Returns a sort key that places runs that can share steps together.
 
     In one step, adapters of one method, rank and selection share a stack, in which smaller batches
     are filled up to the largest.
@@ -304,7 +304,7 @@ def _make_trial(
 
 
 def _count_trained_parameters(arm: Arm, config: Options, inputs: Inputs) -> int:
-    """Counts the numbers that a run trains: the dimension of a subspace, or those of its tree."""
+    """Returns the number of trained parameters: a subspace's dimension, or the tree's count."""
     if arm.dimension is not None:
         return arm.dimension
     outline = inputs.read.outline
@@ -314,7 +314,7 @@ def _count_trained_parameters(arm: Arm, config: Options, inputs: Inputs) -> int:
 
 
 def _check_held_out(script: ComparedScript, arm: Arm, config: Any, inputs: Inputs) -> None:
-    """Raises a UserError where nothing is held out to measure a run on."""
+    """Raises a UserError if no rows are held out for measuring a run."""
     if not script.uses_score:
         has_held_out = inputs.read.data.held_out is not None
     elif arm.method in OF_EXAMPLES:

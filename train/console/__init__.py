@@ -1,1 +1,1 @@
-"""Progress on stderr, results on stdout or in a file: shared by scripts that read and answer."""
+"""Prints progress to stderr, and results to stdout or a file, for all scripts."""

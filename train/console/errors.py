@@ -26,7 +26,7 @@ _QUOTED_PATH = re.compile(r"""(["'])(/(?:(?!\1).)+)\1""")
 
 
 class UserError(TrainingError):
-    """A request that cannot be met; the message says what to do instead."""
+    """The error for a request that cannot be met. The message says what to do instead."""
 
 
 def read_user_file(path: str | Path, problem: str) -> str:
@@ -119,7 +119,7 @@ def _file_and_reason(text: str) -> str:
 
 
 def flag(name: str, *value: Any) -> str:
-    """Returns an option as a command line has it: "--steps", "--steps 3", or "--resume" if set."""
+    """Returns an option as on a command line: "--steps", "--steps 3", or "--resume" for True."""
     values = [str(item) for item in value if item is not True]
     return " ".join([f"--{name.replace('_', '-')}", *values])
 

@@ -32,7 +32,7 @@ _DEFAULT = "By default "  # a text with it tells the default itself
 
 
 class HelpPage(NamedTuple):
-    """The facts of a command's help that its options do not tell: the attribute `HELP` of a class.
+    """The facts of a command's help besides its options: the attribute `HELP` of a class.
 
     Attributes:
       first: names of the options that most people need, ten at most, in the order of the page,
@@ -53,7 +53,7 @@ class _Row(NamedTuple):
 
 
 def asks_for_help(args: Sequence[str]) -> bool:
-    """Returns True if a command line asks for help, in the place of any work."""
+    """Returns True if a command line asks for help."""
     return not {*HELP, HELP_ALL}.isdisjoint(args)
 
 
@@ -108,7 +108,7 @@ def help_text(kind: type, script: str, everything: bool, columns: int, default: 
 
 
 def _shorten_text(text: str) -> str:
-    """Returns a text's first sentences, and those about defaults."""
+    """Returns a text's first sentences, and the sentences about defaults."""
     first_sentence, *sentences = re.split(r"(?<=[.)]) (?=[A-Z(])", text)
     short_text = [first_sentence]
     n_chars = len(first_sentence)
@@ -129,7 +129,7 @@ def _format_section(title: str, rows: Sequence[_Row], columns: int) -> str:
 
 
 def _format_option(row: _Row, columns: int) -> Iterator[str]:
-    """Yields the lines of an option: its head, and its text beside or below it."""
+    """Yields the lines of an option: its head, with its text beside or below it."""
     indent = " " * _TEXT_COLUMN
     fold = functools.partial(
         textwrap.wrap, width=columns, break_on_hyphens=False, break_long_words=False
@@ -195,7 +195,7 @@ def _option_rows(kind: type, default: Any) -> Iterator[_Row]:
 
 
 def _first_annotation(annotations: Sequence[Any], attribute: str) -> str | None:
-    """Returns an attribute of the first annotation that has a value for it; None for none."""
+    """Returns an attribute of the first annotation that defines it, or None."""
     for annotation in annotations:
         value: str | None = getattr(annotation, attribute, None)
         if value:
@@ -204,7 +204,7 @@ def _first_annotation(annotations: Sequence[Any], attribute: str) -> str | None:
 
 
 def _shown_default(text: str, value: Any, is_changed: bool) -> str:
-    """Returns an option's default in parentheses; "" where its text tells it or there is none."""
+    """Returns an option's default in parentheses; "" if its text names it or it has none."""
     if value is dataclasses.MISSING:
         return " (required)"
     if isinstance(value, bool) or value in (None, (), ""):
@@ -217,7 +217,7 @@ def _shown_default(text: str, value: Any, is_changed: bool) -> str:
 
 
 def _unwrap_annotation(kind: Any) -> tuple[Any, list[Any]]:
-    """Returns a type without None and annotations, and these annotations."""
+    """Returns a type without None and annotations, and the removed annotations."""
     annotations: list[Any] = []
     while True:
         origin = typing.get_origin(kind)
@@ -245,7 +245,7 @@ def _form(kind: Any) -> str:
 
 
 def _text_below(kind: type, name: str) -> str:
-    """Returns the string below a field; below that of a class above, where it has none."""
+    """Returns the string below a field, which a base class may declare."""
     for owner in kind.__mro__:
         text = _texts(owner).get(name)
         if text:
@@ -272,7 +272,7 @@ def _texts(kind: type) -> dict[str, str]:
 
 @functools.cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
-    """Returns the classes of a module, by name; none where its source is not there."""
+    """Returns the classes in a module's source by name; {} without the source."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError):

@@ -8,7 +8,7 @@ _MARKUP = re.compile(r"([\\`*{}\[\]<>#|~$&]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table in GitHub's Markdown; the cells are Markdown already."""
+    """Returns a table in GitHub's Markdown, from cells that are Markdown."""
     lines = [_table_line(header), "|---" * len(header) + "|"]
     lines += [_table_line(row) for row in rows]
     return "\n".join(lines)
@@ -20,6 +20,6 @@ def _table_line(cells: Sequence[str]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Returns a text as one line of Markdown that shows just it: no markup, HTML or new line."""
+    """Returns text as one line of Markdown, with all markup and HTML escaped."""
     line = _MARKUP.sub(r"\\\1", " ".join(text.split()))
     return re.sub(r"^([-+]|\d+[.)])(?= )", r"\\\1", line)

@@ -1,4 +1,4 @@
-"""Results in a file that appears whole, or on standard output; lines and tables for people."""
+"""Writes results to a file atomically or to standard output, and lines and tables for people."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from train.console.errors import UserError
 
 @contextmanager
 def opened(out: str | None, overwrite: bool, option: str = "--out") -> Iterator[TextIO]:
-    """Opens the output; a file is written beside its place, and put there in the end.
+    """Opens the output. A file is written under a temporary name, and renamed at the end.
 
     Args:
       out: the file; None for standard output.
@@ -48,7 +48,7 @@ def opened(out: str | None, overwrite: bool, option: str = "--out") -> Iterator[
 
 
 def check_other(output: str | None, source: str | None, option: str, source_option: str) -> None:
-    """Raises a UserError if a command would write the very file that it reads.
+    """Raises a UserError if a command would overwrite the file that it reads.
 
     Args:
       output, source: the files; None for none.
@@ -66,7 +66,7 @@ def check_other(output: str | None, source: str | None, option: str, source_opti
 
 
 def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
-    """Raises a UserError if a file is there and must not be replaced, or is a folder."""
+    """Raises a UserError if a file exists and must not be replaced, or is a folder."""
     path = Path(out).expanduser()
     if path.is_dir():
         raise UserError(f"{option} {out} is a folder. Pass a file.")
@@ -77,19 +77,19 @@ def check_free(out: str, overwrite: bool, option: str = "--out") -> None:
 
 
 def shorten(text: str, max_chars: int) -> str:
-    """Returns a text in one line of at most so many characters."""
+    """Returns a text as one line with a maximum number of characters."""
     line = " ".join(text.split())
     return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
 def tell(console: Console, *lines: str) -> None:
-    """Prints lines on a console as they are: without markup or colours, and however long."""
+    """Prints lines on a console without markup, colours and wrapping."""
     for line in lines:
         console.print(replace_copy_paths(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:
-    """Prints a line for people, beside what a program may read on standard output."""
+    """Prints a line for people on stderr, because programs may read standard output."""
     print(replace_copy_paths(text), file=sys.stderr, flush=True)
 
 

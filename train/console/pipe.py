@@ -1,4 +1,4 @@
-"""A standard output whose reader, such as `head`, has closed it."""
+"""Handles a closed standard output, such as a pipe to `head`."""
 
 import os
 import select
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def closed_pipe() -> Iterator[None]:
-    """Ends quietly, with code 1, once the reader of standard output has closed it."""
+    """Exits quietly with code 1 if the reader of standard output has closed it."""
     try:
         try:
             yield
@@ -30,7 +30,7 @@ def _flush() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Returns True if standard output is a pipe that nobody reads any more."""
+    """Returns True if standard output is a pipe without a reader."""
     try:
         output = sys.stdout.fileno()
     except (AttributeError, OSError, ValueError):  # there is none, or it is no file: a notebook's

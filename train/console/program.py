@@ -1,4 +1,4 @@
-"""The words that start a command, as this process was started: `lora-jax sft`, for example."""
+"""The command that started this process, such as `lora-jax sft`, for messages and help."""
 
 import shlex
 import sys
@@ -29,7 +29,7 @@ def program(script: str, *arguments: str) -> str:
 
 
 def about(text: str | None, script: str) -> str:
-    """Returns a script's docstring, whose commands start the script as this process was started."""
+    """Returns a script's docstring with the command that started this process."""
     return (text or "").replace(f"python -m {script}", program(script))
 
 

@@ -1,4 +1,4 @@
-"""A bar; where there is no terminal to draw it, a line now and then."""
+"""Shows progress as a bar in a terminal, and as occasional lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ def progress_of(
     hidden: bool = False,
     console: Console | None = None,
 ) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of a long work; yields a function that takes the number done so far.
+    """Shows the progress of some work; yields a function that takes the number of finished items.
 
     Args:
       n_total: the number of things to do.
@@ -46,6 +46,7 @@ def progress_of(
     start_time = last_line_time = time.monotonic()
 
     def progress(n_done: int) -> None:
+        """Updates the bar, and prints a line from time to time without a terminal."""
         nonlocal last_line_time
         bar.update(task, completed=n_done)
         now = time.monotonic()

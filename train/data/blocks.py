@@ -1,4 +1,4 @@
-"""Data sets in blocks, each of which is read without reading those before it."""
+"""Data sets in blocks, which can be read independently of each other."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ class FilePart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BytePosition:
-    """The place of a line in a file, by its first byte.
+    """The position of a line in a file, by its first byte.
 
     Only `str` counts the lines before it, which means to read the file that far.
     """
@@ -60,6 +60,7 @@ class BytePosition:
     byte: int
 
     def __str__(self) -> str:
+        """Returns the position as a line number and a byte."""
         line = 1
         remaining = self.byte
         with self.path.open("rb") as file:
@@ -73,7 +74,7 @@ class BytePosition:
 
 
 class DatasetBlocks:
-    """The blocks of one or several data sets, one after the other."""
+    """The blocks of several data sets in order."""
 
     def __init__(self, parts: Sequence[FilePart]) -> None:
         self.parts = parts
@@ -81,7 +82,7 @@ class DatasetBlocks:
         self._ends = np.cumsum([len(part.sizes) for part in parts])
 
     def read(self, block: int) -> tuple[int, list[NumberedRow]]:
-        """Returns the index of a block's data set, and its rows with their numbers there."""
+        """Returns the index of a block's data set, and its rows with their row numbers."""
         part = int(np.searchsorted(self._ends, block, side="right"))
         first_block = int(self._ends[part]) - len(self.parts[part].sizes)
         return part, self.parts[part].read(block - first_block)
@@ -168,7 +169,7 @@ def _read_lines(path: Path, block_bytes: int, block: int) -> list[NumberedRow]:
 
 
 def _lines_beginning_between(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yields each line that begins at a byte from `start` on and before `end`, with that byte."""
+    """Yields the lines that begin in a range of bytes, with their first byte."""
     with path.open("rb") as file:
         byte = start
         if start > 0:  # a line that begins before `start` belongs to an earlier block
@@ -205,6 +206,7 @@ def _split_parquet_into_blocks(path: Path) -> FilePart:
         starts = np.cumsum([0, *(group.num_rows for group in groups)])
 
     def read(block: int) -> list[NumberedRow]:
+        """Reads the rows of a row group, with their row numbers."""
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = file.read_row_group(block).to_pylist()
         first_number = int(starts[block]) + 1
@@ -219,7 +221,7 @@ def _split_parquet_into_blocks(path: Path) -> FilePart:
 
 
 def _split_arrow_into_blocks(name: str, dataset: Any) -> FilePart:
-    """Splits a data set of the `datasets` library into blocks that load when they are read."""
+    """Splits a data set of the `datasets` library into blocks, which are loaded when read."""
     n_rows = len(dataset)
     row_bytes = max(1, (dataset.data.nbytes or n_rows) // max(n_rows, 1))
     rows_of_blocks = [min(_BLOCK_ROWS, n_rows - i) for i in range(0, n_rows, _BLOCK_ROWS)]

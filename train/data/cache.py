@@ -1,4 +1,4 @@
-"""Tokenised rows, kept for later runs in a folder of the user's."""
+"""Caches tokenised rows for later runs, in a folder of the user."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def token_file_path(
 
 
 def has_tokens(token_cache: str | None, key: str) -> bool:
-    """Returns True if an earlier run cached the tokens of these rows, so all rows are valid."""
+    """Returns True if an earlier run cached the tokens of these rows, which makes them valid."""
     return token_cache != OFF and any(_token_folder(token_cache).glob(f"{_row_hash(key)}-*.tokens"))
 
 

@@ -1,4 +1,4 @@
-"""Tokenises chats, or finds their tokens of an earlier run; each process does its part."""
+"""Tokenises chats, or reads their cached tokens. Each process does a part of the work."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,6 +73,7 @@ def _map_with_progress(console: Console, n: int) -> MapFunction:
     """Returns `map_over_processes` with a progress bar over `n` rows."""
 
     def mapped(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Maps a function over items, in all processes and with a progress bar."""
         with progress_of(n, "tokenising", "tokenised", "rows", console=console) as progress:
 
             def counted(item: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The rows of a data set, with their fields renamed; read only if their tokens are not kept."""
+"""The rows of a data set with renamed fields, which are read only if no tokens are cached."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ def rename_fields(rows: list[Row], pairs: Pairs, source: str) -> list[Row]:
 
 @dataclasses.dataclass(eq=False)
 class Dataset:
-    """The source of rows, and a hash of them that needs no parsing.
+    """A source of rows, with a hash that is known without parsing the rows.
 
     Attributes:
       name: the name of the rows in messages.
@@ -99,7 +99,7 @@ class Dataset:
         return self.read() if self._rows is None else self._rows
 
     def check(self, *, again: bool = False) -> None:
-        """Reads and checks the rows; skips rows that an earlier run has cached, unless `again`.
+        """Reads and checks the rows; skips rows with cached tokens unless `again` is True.
 
         Raises:
           TrainingError: a row cannot be read or used; names it.
@@ -158,6 +158,7 @@ def find_dataset(
     pairs = parse_fields(fields)
 
     def read() -> list[Row]:
+        """Reads the rows, renames their fields, and checks them."""
         table = read_rows(name, split=split, subset=subset)[:rows]
         row_pairs = pairs
         if used is not None:

@@ -233,6 +233,7 @@ def read_file(path: Path) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
+    """Reads the rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -274,6 +275,7 @@ def _split_from_path(path: Path) -> str:
 
 
 def _load_saved(folder: Path, split: str) -> Any:
+    """Loads the split of a dataset that `datasets` saved in a folder."""
     import datasets
 
     problem = f"--dataset {folder} cannot be read as a saved dataset. Save the folder again. "
@@ -289,6 +291,7 @@ def _load_saved(folder: Path, split: str) -> Any:
 
 
 def _load_hub(name: str, split: str, subset: str | None) -> Any:
+    """Loads a split of a dataset on the hub, or of its cached copy if the hub is unreachable."""
     import datasets
     import huggingface_hub
 
@@ -360,7 +363,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 class NamedDataset(NamedTuple):
-    """A data set's name or path, and its weight; None where none was given."""
+    """A data set's name or path, and its weight, which may be None."""
 
     name: str
     weight: float | None

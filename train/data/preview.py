@@ -1,4 +1,4 @@
-"""Examples as the model sees them: decoded tokens, with a mark on what the loss counts."""
+"""Decodes examples as the model sees them, and marks the tokens that the loss counts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Span(NamedTuple):
 
 
 class PreviewRow(NamedTuple):
-    """One sequence in words: what it is, and its text."""
+    """One sequence as text, with a title."""
 
     title: str
     spans: list[Span]

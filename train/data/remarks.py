@@ -49,6 +49,7 @@ def turn_remarks(rows: Sequence[Any], source: str, template: str) -> list[str]:
 
 
 def _named_rows(rows: Sequence[Any], source: str) -> Iterator[tuple[str, Row]]:
+    """Yields rows that are mappings, each with its name for messages."""
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Dataset):
             yield from _named_rows(row.peek(), row.name)

@@ -1,4 +1,4 @@
-"""The costs of an adapter beside those of full fine-tuning: which is ahead in each, and in all."""
+"""Compares the costs of an adapter with those of full fine-tuning."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -75,7 +75,7 @@ def knows_costs(costs: Sequence[CostComparison]) -> bool:
 
 
 def cost_clause(method: str, costs: Sequence[CostComparison]) -> str:
-    """Returns a clause of a headline: the costs in which a method is ahead, and those behind.
+    """Returns a headline's clause about the costs in which a method is ahead or behind.
 
     Args:
       method: the adapter's method, in words.
@@ -105,7 +105,7 @@ def _cost_range(row: ArmRow, field: str, seed_spread: Spread) -> tuple[float, fl
 
 
 def _cheaper_side(lora_range: tuple[float, float], full_range: tuple[float, float]) -> int:
-    """Returns 1 if the adapter's range is below the other one, -1 if it is above, else 0."""
+    """Returns 1 if the adapter's range is below full fine-tuning's, -1 if it is above, else 0."""
     lora_low, lora_high = lora_range
     full_low, full_high = full_range
     if lora_high < full_low:
@@ -114,7 +114,7 @@ def _cheaper_side(lora_range: tuple[float, float], full_range: tuple[float, floa
 
 
 def _join_names(names: Sequence[str]) -> str:
-    """Returns names as a list in words: "memory, time and files"."""
+    """Returns names as an enumeration: "memory, time and files"."""
     if len(names) == 1:
         return names[0]
     return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,4 +1,4 @@
-"""The intrinsic dimension d90 of a comparison: the fewest trained numbers for 90% of the score.
+"""The intrinsic dimension d90: the smallest dimension that reaches 90% of the full score.
 
 Aghajanyan et al., arXiv 2012.13255: the smallest dimension of a random subspace in which training
 reaches 90% of full fine-tuning's score.
@@ -17,7 +17,7 @@ TARGET_SHARE = 0.9  # of full fine-tuning's score
 
 
 class Dimension(NamedTuple):
-    """The numbers that a method needs to reach `TARGET_SHARE` of full fine-tuning's score.
+    """The dimension that a method needs for `TARGET_SHARE` of full fine-tuning's score.
 
     Attributes:
       method: "said" or "did".

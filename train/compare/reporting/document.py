@@ -52,7 +52,7 @@ class Code(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Pictures, side by side where there is room."""
+    """Pictures, which are placed in rows."""
 
     pictures: Sequence[Picture]
 
@@ -84,6 +84,7 @@ def page(title: str, blocks: Sequence[Block], folder: Path) -> str:
 
 
 def _markdown_block(block: Block) -> str:
+    """Returns a block in Markdown."""
     match block:
         case Heading(text, level):
             return f"{'#' * level} {escape_markdown(text)}"
@@ -107,7 +108,7 @@ def _markdown_picture(picture: Picture) -> str:
 
 
 def _markdown_table(grid: Grid) -> str:
-    """Returns a table in Markdown; the row that stands out is bold."""
+    """Returns a table in Markdown, with the marked row in bold."""
     ruler = [":---", *["---:"] * (len(grid.header) - 1)]
     rows = [[escape_markdown(name) for name in grid.header], ruler]
     for index, cells in enumerate(grid.body):
@@ -119,6 +120,7 @@ def _markdown_table(grid: Grid) -> str:
 
 
 def _html_block(block: Block, folder: Path) -> str:
+    """Returns a block in HTML."""
     match block:
         case Heading(text, level):
             return f"<h{level}>{_safe(text)}</h{level}>"
@@ -137,12 +139,13 @@ def _html_block(block: Block, folder: Path) -> str:
 
 
 def _safe(text: str) -> str:
-    """Returns plain text as HTML; names of options and numbers like 3e-05 stay on one line."""
+    """Returns plain text as HTML, without line breaks in option names and numbers like 3e-05."""
     option_or_number = r"--[a-z][a-z-]*|\b\d[\d.]*e-\d+"
     return re.sub(option_or_number, r'<span class="whole">\g<0></span>', html.escape(text))
 
 
 def _figure(picture: Picture, folder: Path) -> str:
+    """Returns an HTML figure that embeds a picture, with its title and caption."""
     png = base64.b64encode((folder / picture.file).read_bytes()).decode()
     title = html.escape(picture.title)
     caption = _safe(picture.said)

@@ -65,7 +65,7 @@ def write_report(comparison: Comparison, folder: Path) -> Recommendation:
 def report_of(
     comparison: Comparison, recommendation: Recommendation, pictures: Sequence[Picture]
 ) -> list[Block]:
-    """Returns the report: what to use and why, then all that was measured."""
+    """Returns the report: the recommendation and its reasons, and then all measurements."""
     figures = Figures(comparison)
     blocks: list[Block] = [
         Heading("LoRA or full fine-tuning?", 1),
@@ -91,7 +91,7 @@ def _task(facts: ComparisonFacts) -> str:
 
 
 def _recommended(recommendation: Recommendation) -> list[Block]:
-    """Returns the verdict, its reasons and its rule, and what would decide an open question."""
+    """Returns the verdict with its reasons and its rule, and how to decide an open question."""
     blocks: list[Block] = [
         Paragraph(recommendation.headline, "verdict"),
         Lines(recommendation.reasons),
@@ -153,7 +153,7 @@ def _quality(figures: Figures, recommendation: Recommendation) -> list[Block]:
 
 
 def _marked_row(figures: Figures, recommendation: Recommendation) -> tuple[int | None, str]:
-    """Returns the index of the row that stands out, None for none, and a sentence about it."""
+    """Returns the index of the marked row (or None), and a sentence that explains the mark."""
     is_undecided = recommendation.verdict == "undecided"
     rows = figures.rows
     marked_arm = recommendation.arm
@@ -332,6 +332,7 @@ def _ratio(value: float | None, rounds: Ratio | None) -> str:
 
 
 def _storage(figures: Figures) -> list[Block]:
+    """Returns the table of disk space by the number of tasks."""
     body = [
         [f"{tasks:,}", words.size(full), words.size(adapters), words.rough(full / adapters)]
         for tasks, full, adapters in tables.storage(figures.comparison)
@@ -348,6 +349,7 @@ def _forgetting(figures: Figures) -> list[Block]:
 
 
 def _divergence(figures: Figures) -> list[Block]:
+    """Returns the table of divergences from the base, by arm."""
     prompts = figures.comparison.facts.diverging_on or "the held-out prompts"
     text = (
         "How far a run has moved from the base: KL(base ‖ run) of the next token, over the whole "
@@ -357,6 +359,7 @@ def _divergence(figures: Figures) -> list[Block]:
 
 
 def _intruders(figures: Figures) -> list[Block]:
+    """Returns the table of intruder dimensions, by arm."""
     text = (
         f"Of the {N_LEADING_VECTORS} strongest singular vectors of a trained matrix, those that "
         f"have a cosine below {MIN_COSINE:g} with each of the base's (Shuttleworth et al., arXiv "
@@ -428,7 +431,7 @@ def _other_runs(row: ArmRow) -> str:
 
 
 def _spread(spread: Spread | None) -> list[str]:
-    """Returns the cells of `_SPREAD`."""
+    """Returns the table cells of a spread: mean, deviation, lowest, highest and number of seeds."""
     if spread is None:
         return [*[words.NOTHING] * 4, "0"]
     return [

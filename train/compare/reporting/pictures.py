@@ -36,7 +36,7 @@ STYLE: Any = {
 
 
 class Picture(NamedTuple):
-    """A PNG.
+    """A PNG file with its title and caption.
 
     Attributes:
       file: its name.
@@ -53,6 +53,7 @@ class _Plot(Figures):
     """Holds the rows of a comparison and the style of each row, which all pictures share."""
 
     def __init__(self, comparison: Comparison) -> None:
+        """Assigns a colour to each method, and a style to each group of rows."""
         super().__init__(comparison)
         drawn_rows = tables.series_and_stopped(self.rows)
         # Other alphas and batch sizes stand in one picture alone: they come last.
@@ -77,7 +78,7 @@ class _Plot(Figures):
         return self._colours[method]
 
     def style(self, row: ArmRow) -> dict[str, Any]:
-        """Returns colour, marker and dashes of a row: alike where the rate alone differs."""
+        """Returns a row's colour, marker and dashes, which do not depend on its learning rate."""
         return self._styles[row.arm.rate_group()]
 
     def name(self, row: ArmRow) -> str:
@@ -87,7 +88,7 @@ class _Plot(Figures):
     def draw_line(
         self, axes: Axes, rows: Sequence[ArmRow], x: Sequence[float], name: str | None = None
     ) -> None:
-        """Draws the quality of rows, a line with bars; of a single one, a mark.
+        """Draws the quality of rows as a line with error bars; of a single row, as a point.
 
         Args:
           axes: the axes to draw on.
@@ -131,11 +132,11 @@ def draw(comparison: Comparison, folder: Path) -> tuple[Picture, ...]:
 
 
 def _curves(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws a curve of each against the step, with a band over seeds.
+    """Draws each row's curve over the steps, with a band over the seeds.
 
     It is that of the held-out loss, else of the score, else of the loss in training.
     """
-    rows = _few(tables.series_and_stopped(drawing.rows))
+    rows = _select_few_rows(tables.series_and_stopped(drawing.rows))
     field, name = _curve_field(drawing.comparison.facts, rows)
     axes = figure.subplots()
     for row in rows:
@@ -176,7 +177,7 @@ def _curve_field(facts: ComparisonFacts, rows: Sequence[ArmRow]) -> tuple[str, s
 
 
 def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws the quality against the learning rate, a line for each adapter and full.
+    """Draws the quality over the learning rate, with a line for each adapter and for full.
 
     Where settings were stopped early, few are left at the end: their loss when all were compared.
     """
@@ -200,7 +201,7 @@ def _rates(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 
 def _first_rung(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws the values by which settings were first stopped, against the learning rate."""
+    """Draws the values at the first early-stopping decision over the learning rate."""
     rung = drawing.comparison.rungs[0]
     values = {arm: value for arm, value in (*rung.kept, *rung.stopped) if math.isfinite(value)}
     axes = figure.subplots()
@@ -225,7 +226,7 @@ def _first_rung(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 
 def _sizes(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws the quality against the number of trained parameters, a line for each method."""
+    """Draws the quality over the number of trained parameters, with a line for each method."""
     rows = [row for row in drawing.series if row.quality and row.trained_parameters]
     if len(rows) < 2:
         return None
@@ -248,7 +249,7 @@ def _parameter_count(row: ArmRow) -> int:
 
 
 def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws the score against the dimension of random subspaces, with full fine-tuning's."""
+    """Draws the score over the dimension of random subspaces, beside full fine-tuning's score."""
     dimensions = dimension.dimensions(drawing.comparison)
     if not dimensions:
         return None
@@ -271,8 +272,8 @@ def _dimension(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 
 def _costs(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws bars of time, memory and files, a panel each."""
-    rows = _few(drawing.series)
+    """Draws bars of time, memory and files, with one panel for each cost."""
+    rows = _select_few_rows(drawing.series)
     panels: list[_CostPanel] = []
     for title, field, format_value in (
         ("step time", "step_seconds", words.seconds),
@@ -297,7 +298,7 @@ def _costs(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
 
 
 class _CostPanel(NamedTuple):
-    """The bars of one cost: its title, the value of each row, and the form of a value."""
+    """The panel of one cost: its title, the value of each row, and the number format."""
 
     title: str
     values: list[float]
@@ -305,7 +306,7 @@ class _CostPanel(NamedTuple):
 
 
 def _draw_bars(drawing: _Plot, axes: Axes, rows: Sequence[ArmRow], panel: _CostPanel) -> None:
-    """Draws a bar for each row, from the top down, with its value behind it."""
+    """Draws a horizontal bar for each row, with its value at the end."""
     y = range(len(rows))
     colours = [drawing.colour(row.arm.method) for row in rows]
     axes.barh(y, panel.values, color=colours, height=0.7)
@@ -323,7 +324,7 @@ def _draw_bars(drawing: _Plot, axes: Axes, rows: Sequence[ArmRow], panel: _CostP
 
 
 def _storage(drawing: _Plot, figure: Figure) -> tuple[str, str] | None:
-    """Draws the bytes on disk against the number of tasks."""
+    """Draws the bytes on disk over the number of tasks."""
     disk_uses = tables.storage(drawing.comparison)
     if not disk_uses:
         return None
@@ -376,8 +377,8 @@ def errors(spreads: Sequence[Spread]) -> list[list[float]]:
     return [lower, upper]
 
 
-def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
-    """Returns few enough rows to tell apart: the smallest, the largest, and some between."""
+def _select_few_rows(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
+    """Returns a few rows to draw, evenly chosen by size, and all rows of full fine-tuning."""
     full_rows = [row for row in series if row.is_full]
     other_rows = [row for row in series if not row.is_full]
     n_others = min(len(other_rows), _MOST_LINES - len(full_rows))
@@ -386,7 +387,7 @@ def _few(series: Sequence[ArmRow]) -> Sequence[ArmRow]:
 
 
 def _label(figure: Figure, axes: Axes, horizontal: str, vertical: str) -> None:
-    """Names the axes, and the lines in a legend below them."""
+    """Sets the names of the axes, and adds a legend below them."""
     axes.set(xlabel=horizontal, ylabel=plain(vertical))
     figure.set_figheight(3.3 + add_legend(figure, [axes]))
 
@@ -407,12 +408,12 @@ def add_legend(figure: Figure, panels: Sequence[Axes]) -> float:
 
 
 def plain(text: str) -> str:
-    """Returns text in which a dollar begins no formula."""
+    """Returns text in which no dollar sign starts a formula."""
     return text.replace("$", r"\$")
 
 
 def _seed_curves(curves: Iterable[Sequence[Point]]) -> tuple[list[int], Any, Any, Any]:
-    """Returns steps that all seeds measured, and lowest, mean and highest value at each."""
+    """Returns the steps that all seeds measured, with the lowest, mean and highest values."""
     value_of_step: list[dict[int, float]] = []  # for each seed
     for curve in curves:
         if curve:

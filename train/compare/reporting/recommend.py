@@ -1,4 +1,4 @@
-"""The recommendation, by the measurements of a comparison alone."""
+"""Makes the recommendation from the measurements of a comparison."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ UNSEEN = (
 
 
 class Doubt(NamedTuple):
-    """A reason why a comparison does not decide.
+    """A reason why a comparison is undecided.
 
     Attributes:
       headline_clause: a clause for the headline.
@@ -77,7 +77,7 @@ _NO_HELD_OUT = Doubt(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """A method to use, and why.
+    """The recommended method and its reasons.
 
     Attributes:
       verdict: the method; "undecided" if the measurements cannot tell.
@@ -146,7 +146,7 @@ def recommend(comparison: Comparison) -> Recommendation:
 def _doubts_of_wide_spread(
     gap: Gap, costs: Sequence[CostComparison], lora: ArmRow, full: ArmRow, figures: Figures
 ) -> list[Doubt]:
-    """Returns the doubts that a wide spread leaves: it may hide that full fine-tuning is better."""
+    """Returns the doubts due to a spread so wide that full fine-tuning may be better."""
     if gap.decides:
         return []
     if gap.value < 0 and not gap.seeds:
@@ -171,7 +171,7 @@ def _doubts_of_wide_spread(
 def _doubts_for_more_measurements(
     doubt_clause: str, gap: Gap, n_seeds: int, figures: Figures
 ) -> list[Doubt]:
-    """Returns the doubts that more questions, or else more seeds, would settle.
+    """Returns the doubts that more questions, or otherwise more seeds, would resolve.
 
     Args:
       doubt_clause: the doubt, as a clause.
@@ -219,6 +219,7 @@ def _doubts_for_more_measurements(
 
 
 def _make_question_doubt(doubt_clause: str, n_questions: int, promise: str) -> Doubt:
+    """Returns the doubt that more questions would resolve."""
     return Doubt(
         headline_clause="more questions are needed",
         sentence=f"{doubt_clause}: ask {n_questions:,} questions (--eval-questions); {promise}.",
@@ -230,7 +231,7 @@ def _make_question_doubt(doubt_clause: str, n_questions: int, promise: str) -> D
 def _make_seed_doubt(
     doubt_clause: str, n_further_seeds: int, figures: Figures, promise: str
 ) -> Doubt:
-    """Returns the doubt that so many seeds beside those of the comparison would settle."""
+    """Returns the doubt that a number of further seeds would resolve."""
     seeds = sorted({run.seed for run in figures.comparison.runs})
     first_further_seed = seeds[-1] + 1
     further_seeds = range(first_further_seed, first_further_seed + n_further_seeds)
@@ -243,7 +244,7 @@ def _make_seed_doubt(
 
 
 def _command_to_decide(command: str, doubts: Sequence[Doubt]) -> str | None:
-    """Returns a command with options that would settle the doubts, into another folder.
+    """Returns a command that would resolve the doubts, with another output folder.
 
     Args:
       command: the command of the comparison.
@@ -269,7 +270,7 @@ def _command_to_decide(command: str, doubts: Sequence[Doubt]) -> str | None:
 
 
 def _set_option(command_words: list[str], option: str, values: list[str]) -> None:
-    """Gives an option of a command other values, in place; adds it if it is missing."""
+    """Sets the values of an option in a command, in place."""
     if option not in command_words:
         command_words += [option, *values]
         return
@@ -287,7 +288,7 @@ def _format_option_value(value: float | str) -> str:
 def _recommend_without_a_rival(
     lora: ArmRow | None, full: ArmRow | None, figures: Figures
 ) -> Recommendation:
-    """Returns the recommendation where an adapter or full fine-tuning has no value, or both."""
+    """Returns the recommendation if the adapter or full fine-tuning has no value."""
     rows = figures.rows
     missing_method = "full fine-tuning" if full is None else "an adapter"
     missing_rows = [row for row in rows if (row.is_full if full is None else row.is_adapter)]
@@ -326,7 +327,7 @@ def _recommend_without_a_rival(
 def _describe_quality(
     lora: ArmRow, full: ArmRow, gap: Gap, figures: Figures
 ) -> tuple[str, list[str]]:
-    """Returns a comparison of the qualities: a clause of a headline, and sentences with both."""
+    """Returns a headline's clause that compares the qualities, and sentences with both values."""
     sides: list[str] = []
     for row in (lora, full):
         assert row.quality
@@ -341,7 +342,7 @@ def _describe_quality(
 
 
 def _quality_clause(leader: str, gap: Gap) -> str:
-    """Returns a clause of the headline: the result that seeds and questions show."""
+    """Returns a headline's clause about the difference that seeds and questions show."""
     if gap.decides:
         return f"{leader} is better"
     if not gap.seeds:
@@ -354,7 +355,7 @@ def _quality_clause(leader: str, gap: Gap) -> str:
 
 
 def _gap_sentence(leader: str, size: str, clause: str, gap: Gap) -> str:
-    """Returns a sentence on the gap beside its spread.
+    """Returns a sentence about the gap and its spread.
 
     Args:
       leader: the method that is ahead.
@@ -382,7 +383,7 @@ def _gap_sentence(leader: str, size: str, clause: str, gap: Gap) -> str:
 
 
 def _question_sentences(gap: Gap) -> list[str]:
-    """Returns a sentence on the questions; none where the interval says it all."""
+    """Returns a sentence about the spread over questions; [] if the interval includes it."""
     questions = gap.questions
     if questions is None:
         return ["The results of single questions are not known: the seeds alone decide."]
@@ -400,7 +401,7 @@ def _format_seed_count(quality: Spread) -> str:
 
 
 def _describe_smaller_adapter(lora: ArmRow, figures: Figures) -> list[str]:
-    """Names the smallest adapter that is within the spread of the best one, in a sentence."""
+    """Returns a sentence about the smallest adapter within the spread of the best one."""
     best_size = lora.trained_parameters or 0
     for row in sorted(figures.rows, key=lambda row: row.trained_parameters or 0):
         size = row.trained_parameters
@@ -417,7 +418,7 @@ def _describe_smaller_adapter(lora: ArmRow, figures: Figures) -> list[str]:
 
 
 def _doubts_about_best_row(side: ArmRow, figures: Figures) -> list[Doubt]:
-    """Returns reasons why a method may do better than its best row here, and what would show it."""
+    """Returns doubts whether a method's best row is really its best."""
     return [
         *_rate_doubts(side, figures),
         *_failed_run_doubts(side, figures),
@@ -455,7 +456,7 @@ def _rate_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
 
 
 def _failed_run_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
-    """Returns a doubt for each better setting of the method some of whose runs have no value."""
+    """Returns a doubt for each better setting of the method that has failed runs."""
     method = words.method(side.arm.method)
     doubts: list[Doubt] = []
     for row in figures.rows:
@@ -474,7 +475,7 @@ def _failed_run_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
 
 
 def _rank_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
-    """Returns a doubt if the best rank is the largest that was tried, and a larger one is small."""
+    """Returns a doubt if the best rank is the largest one tried, unless it is large already."""
     rank = side.arm.rank
     if rank is None:
         return []

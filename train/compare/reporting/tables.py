@@ -16,7 +16,7 @@ TASKS = (1, 10, 100, 1000)  # how many tasks are stored
 
 
 class Criterion(NamedTuple):
-    """A value of runs that arms are compared by.
+    """A measured value by which arms are compared.
 
     Attributes:
       kind: which value of a run it is.
@@ -29,7 +29,7 @@ class Criterion(NamedTuple):
     larger: bool
 
     def value(self, run: RunResult) -> float | None:
-        """Returns the value of a run that ended; None for others, and where it is not finite."""
+        """Returns the value of a finished run; None for other runs and non-finite values."""
         value = getattr(run, _FIELDS[self.kind]) if run.status == "done" else None
         return value if value is not None and math.isfinite(value) else None
 
@@ -62,7 +62,7 @@ class Spread(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArmRow:
-    """An arm over its seeds.
+    """An arm with its runs of all seeds.
 
     Attributes:
       arm: the arm.
@@ -76,34 +76,34 @@ class ArmRow:
 
     @functools.cached_property
     def quality(self) -> Spread | None:
-        """The spread of the measure; runs that ended count alone."""
+        """The spread of the criterion over the finished runs."""
         return spread(map(self.measure.value, self.runs))
 
     @property
     def trained_parameters(self) -> int | None:
-        """The number of parameters that a run trained; None if no run says so."""
+        """The number of trained parameters; None if no run reports it."""
         counts = [run.trained_parameters for run in self.runs if run.trained_parameters]
         return counts[0] if counts else None
 
     def spread_of(self, field: str) -> Spread | None:
-        """Returns the spread of a field of `RunResult` over the runs that ended."""
+        """Returns the spread of a field of `RunResult` over the finished runs."""
         return spread(getattr(run, field) for run in self.runs if run.status == "done")
 
     def mean(self, field: str) -> float | None:
-        """Returns the mean of a field of `RunResult` over the runs that ended."""
+        """Returns the mean of a field of `RunResult` over the finished runs."""
         values = self.spread_of(field)
         return None if values is None else values.mean
 
     @property
     def order(self) -> tuple[bool, float, int]:
-        """A key that sorts the best row first; of equals, that with fewer parameters."""
+        """A sort key: the best row first, and among equals the one with fewer parameters."""
         value = 0.0 if self.quality is None else self.quality.mean
         sign = -1 if self.measure.larger else 1
         return self.quality is None, sign * value, self.trained_parameters or 0
 
     @property
     def is_whole(self) -> bool:
-        """Returns True if every run ended with a finite value."""
+        """Returns True if every run finished with a finite value."""
         return self.quality is not None and self.quality.n == len(self.runs)
 
     @property
@@ -113,7 +113,7 @@ class ArmRow:
 
     @property
     def is_adapter(self) -> bool:
-        """Returns True if the arm has an adapter to recommend.
+        """Returns True if the arm trains an adapter that can be recommended.
 
         One that trains a head alone has none; beside rewards, one of examples is no rival.
         """
@@ -121,7 +121,7 @@ class ArmRow:
 
 
 class Figures:
-    """Holds the figures of a comparison, and names its arms by the settings that differ.
+    """The figures of a comparison, with names for its arms.
 
     Attributes:
       comparison: the measurements.
@@ -139,16 +139,16 @@ class Figures:
         self.arms = [row.arm for row in self.rows]
 
     def label(self, arm: Arm) -> str:
-        """Names an arm."""
+        """Returns the name of an arm."""
         return words.label(arm, self.arms)
 
     def adapter(self, arm: Arm) -> str:
-        """Names an arm without its learning rate."""
+        """Returns the name of an arm without its learning rate."""
         return words.adapter(arm, self.arms)
 
 
 class Rates(NamedTuple):
-    """The learning rates of arms that differ in nothing else.
+    """The rows that differ only in their learning rates.
 
     Attributes:
       tried: the rows, by rate upwards.
@@ -160,7 +160,7 @@ class Rates(NamedTuple):
 
     @property
     def edge(self) -> Literal["smallest", "largest", "only"] | None:
-        """Names the end at which the best rate lies; None if it has neighbours on both sides."""
+        """The end of the rates at which the best one lies; None if it lies between others."""
         if len(self.tried) == 1:
             return "only"
         if self.best == 0:
@@ -169,7 +169,7 @@ class Rates(NamedTuple):
 
 
 class DiskUse(NamedTuple):
-    """The size of a number of tasks on disk, in bytes."""
+    """The disk space of a number of tasks, in bytes."""
 
     tasks: int
     full: float
@@ -177,7 +177,7 @@ class DiskUse(NamedTuple):
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Returns mean and spread of the values that are there and finite; None without any."""
+    """Returns the mean and the spread of the finite values; None if there are none."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite:
         return None
@@ -207,7 +207,7 @@ def criteria(facts: ComparisonFacts) -> dict[str, Criterion]:
 
 
 def decided_by(facts: ComparisonFacts) -> str:
-    """Returns the name of the value by which hopeless runs are stopped early."""
+    """Returns the name of the value by which unpromising runs are stopped early."""
     measures = criteria(facts)
     return measures["score" if facts.by_score else "held out"].name
 
@@ -229,7 +229,7 @@ def criterion_of(comparison: Comparison) -> Criterion:
 
 
 def rows(comparison: Comparison, measure: Criterion | None = None) -> tuple[ArmRow, ...]:
-    """Returns a row for each arm, the best first and those without a value last.
+    """Returns a row for each arm in order of quality, with rows without a value last.
 
     Args:
       comparison: the measurements.
@@ -247,20 +247,20 @@ def arm_rows(comparison: Comparison, measure: Criterion) -> tuple[ArmRow, ...]:
 
 
 def best(among: Iterable[ArmRow]) -> ArmRow | None:
-    """Returns the best row: of those whose every seed ended, if there are any."""
+    """Returns the best row, if possible one whose runs all finished."""
     measured_rows = [row for row in among if row.quality]
     whole_rows = [row for row in measured_rows if row.is_whole]
     return min(whole_rows or measured_rows, key=_row_order, default=None)
 
 
 def best_sides(among: Iterable[ArmRow]) -> tuple[ArmRow | None, ArmRow | None]:
-    """Returns the best row of an adapter, and the best of full fine-tuning."""
+    """Returns the best row of the adapters, and the best row of full fine-tuning."""
     among = list(among)
     return best(row for row in among if row.is_adapter), best(row for row in among if row.is_full)
 
 
 def best_of_each(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> tuple[ArmRow, ...]:
-    """Returns the best row of each group, in the order of the groups' first rows.
+    """Returns the best row of each group, in the order in which groups first appear.
 
     Args:
       among: the rows.
@@ -271,12 +271,12 @@ def best_of_each(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> tup
 
 
 def series(among: Iterable[ArmRow]) -> tuple[ArmRow, ...]:
-    """Returns the best row of each method and size; by rank or dimension, full last."""
+    """Returns the best row of each method and size, sorted by size, with full fine-tuning last."""
     return tuple(sorted(best_of_each(among, _method_and_size), key=_series_key))
 
 
 def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
-    """Returns `series`, with the arm of most progress where no run of a method and size ended."""
+    """Returns `series`, with the longest-trained row of each method and size that none finished."""
     row_of_kind = {_method_and_size(row.arm): row for row in series(among)}
     for row in sorted(among, key=_progress_key):
         if any(run.held_out or run.scores or run.losses for run in row.runs):
@@ -285,7 +285,7 @@ def series_and_stopped(among: Sequence[ArmRow]) -> tuple[ArmRow, ...]:
 
 
 def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
-    """Returns the rates of arms that differ in nothing else; adapters by rank, full last.
+    """Returns the groups of rows that differ only in the learning rate, sorted by rank, full last.
 
     Runs that were stopped early or diverged count as tried, and are never the best.
     """
@@ -299,7 +299,7 @@ def rates(among: Iterable[ArmRow]) -> tuple[Rates, ...]:
 
 
 def is_tried(row: ArmRow) -> bool:
-    """Returns True if a run of the row ended, was stopped early, or diverged."""
+    """Returns True if a run of the row finished, was stopped early, or diverged."""
     for run in row.runs:
         if run.status in ("done", "stopped early"):
             return True
@@ -324,7 +324,7 @@ def rate_ratio(among: Iterable[ArmRow]) -> float | None:
 
 
 def storage(comparison: Comparison) -> tuple[DiskUse, ...]:
-    """Returns the disk use of N tasks: N full models, or one base and N of the best adapter.
+    """Returns the disk space of N tasks: N full models, or one base and N of the best adapter.
 
     The base counts as it is when saved in the form of a full model. Where that was not measured, it
     counts as a full model, which has the same arrays. Empty if the bytes of either side were not
@@ -343,7 +343,7 @@ def storage(comparison: Comparison) -> tuple[DiskUse, ...]:
 
 
 def groups(among: Iterable[ArmRow], key: Callable[[Arm], Hashable]) -> Iterable[list[ArmRow]]:
-    """Returns rows in groups, in the order of the groups' first rows."""
+    """Returns rows in groups, in the order in which groups first appear."""
     rows_by_key: dict[Hashable, list[ArmRow]] = {}
     for row in among:
         rows_by_key.setdefault(key(row.arm), []).append(row)
@@ -360,7 +360,7 @@ def _series_key(row: ArmRow) -> tuple[bool, bool, int]:
 
 
 def _progress_key(row: ArmRow) -> tuple[float, float]:
-    """Returns the negative number of steps, and the last held-out loss; means over seeds.
+    """Returns a sort key by the negative number of steps, and by the last loss or negative score.
 
     Of runs that are compared by their score, it is the negative score.
     """

@@ -1,4 +1,4 @@
-"""Arms and figures in words, as tables, pictures and sentences have them."""
+"""Formats arms and figures as text for tables, pictures and sentences."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def method(name: str) -> str:
-    """Returns a method's name as people write it."""
+    """Returns the usual name of a method."""
     return METHODS[name].name if name in METHODS else name
 
 
@@ -47,12 +47,12 @@ def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
 
 
 def label(arm: Arm, others: Iterable[Arm] = ()) -> str:
-    """Returns an arm in words: "LoRA r=8, lr 0.001"; see `adapter`."""
+    """Returns the name of an arm: "LoRA r=8, lr 0.001"; see `adapter`."""
     return f"{adapter(arm, others)}, lr {arm.learning_rate:g}"
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """Returns a number with so many significant digits."""
+    """Returns a number with a number of significant digits."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -77,7 +77,7 @@ def beside(value: float | None, spread: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """Returns a whole number with its thousands apart: "1,234"."""
+    """Returns a whole number with commas between thousands: "1,234"."""
     return NOTHING if value is None else f"{value:,.0f}"
 
 
