@@ -1,4 +1,4 @@
-"""Trains runs over one base, from their options to their reports: the whole life of a run.
+"""Trains runs over one base, from their options to their reports.
 
 It reads from top to bottom: a run is asked for, opened, begun, compiled, trained and measured, and
 each stage is a type of `train.stages.types`. A run of a table has what it has alone: folder, lock,
@@ -88,7 +88,7 @@ def train_runs(
     arrangement: Arrangement,
     context: RunContext,
 ) -> list[RunEnding]:
-    """Trains runs over one base, to their ends or as far as the context says.
+    """Trains runs over one base, to their ends or to the step at which the context pauses them.
 
     Args:
       script: the command, for the hint how to go on: "train.sft".
@@ -150,7 +150,7 @@ def _tell_ending(
     seconds: float,
     is_whole: bool,
 ) -> None:
-    """Prints the ending of a single run, its costs, and the commands that use it.
+    """Prints the result of a single run, its costs, and the commands that use it.
 
     Args:
       ending: the run.

@@ -76,7 +76,7 @@ _ABOUT_RATES = arg(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The options of a comparison: methods, their settings, and seeds."""
+    """The comparison: each method with all combinations of its settings, each with all seeds."""
 
     TRAITS = HIDDEN  # of all fields
 

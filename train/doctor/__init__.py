@@ -1,1 +1,1 @@
-"""Reports on this machine and its troubles, with remedies, also where JAX does not start."""
+"""Reports this machine's troubles with remedies, even if JAX does not start."""

@@ -90,7 +90,7 @@ class DoctorOptions:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line. Exits with code 1 if something that was asked for cannot work."""
+    """Runs the command line. Exits with code 1 if something that the user asked for cannot work."""
     with closed_pipe():
         options = parse(sys.argv[1:] if args is None else args)
         report = examine(options)
@@ -99,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def parse(args: Sequence[str]) -> DoctorOptions:
-    """Parses a command line, by Python's own means."""
+    """Parses a command line with argparse."""
     show_help(DoctorOptions, args, _SCRIPT)
     parser = argparse.ArgumentParser(prog=program(_SCRIPT), add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(DoctorOptions):
@@ -111,7 +111,7 @@ def parse(args: Sequence[str]) -> DoctorOptions:
 
 
 def examine(options: DoctorOptions) -> DoctorReport:
-    """Looks at everything, what is quick first."""
+    """Examines the machine, beginning with the quick checks."""
     report = DoctorReport()
     versions, troubles = packages.examine_packages()
     report.add("versions", versions, troubles)

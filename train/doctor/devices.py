@@ -1,4 +1,4 @@
-"""The devices that JAX computes on, and why it has no others, as a process of its own finds them.
+"""Finds JAX's devices in a separate process, and the reasons why JAX misses other devices.
 
 Such a process may fail, hang or end for the sake of JAX.
 """
@@ -29,7 +29,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # of `train` and `lora_jax`
 
 
 class ChildEnding(NamedTuple):
-    """The output, the errors and the exit code of a process; no code if it took too long."""
+    """The output, the errors and the exit code of a process; `code` is None after a timeout."""
 
     output: str
     errors: str
@@ -37,7 +37,7 @@ class ChildEnding(NamedTuple):
 
     @property
     def last_error(self) -> str:
-        """Returns the last line of the errors that says anything, without the error's module."""
+        """Returns the last line of the errors that is not blank."""
         lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
         return lines[-1] if lines else f"it ended with code {self.code} and said nothing"
 
@@ -45,7 +45,7 @@ class ChildEnding(NamedTuple):
 def run_module(
     module: str, args: Sequence[str], seconds: float, variables: Mapping[str, str] | None = None
 ) -> ChildEnding:
-    """Runs the `main` of a module of this project, whatever the working folder holds.
+    """Runs the `main` of a module of this project in a process, from any working folder.
 
     Args:
       module: the module: "train.doctor.probe".
@@ -74,7 +74,7 @@ def _decoded_output(part: bytes | str) -> str:
 
 
 class Circumstances(NamedTuple):
-    """The facts that a diagnosis goes by.
+    """The facts on which a diagnosis is based.
 
     Attributes:
       hardware: the accelerators that the system has.
@@ -90,18 +90,18 @@ class Circumstances(NamedTuple):
 
     @property
     def found(self) -> dict[str, Any] | None:
-        """Returns the facts that the process found; None if it failed."""
+        """The facts that the process found; None if it failed."""
         lines = self.ending.output.strip().splitlines()
         return json.loads(lines[-1]) if self.ending.code == 0 and lines else None
 
     @property
     def asked(self) -> str:
-        """Returns the platforms that the user allows JAX: "" for any."""
+        """The platforms that the user allows JAX, or "" for any platform."""
         return self.variables.get("JAX_PLATFORMS", "")
 
     @property
     def plugin(self) -> str | None:
-        """Returns JAX's plugin for NVIDIA's GPUs that is installed: "cuda12" or "cuda13"."""
+        """The installed JAX plugin for NVIDIA GPUs: "cuda12" or "cuda13"."""
         for name in _DRIVERS:
             if f"jax-{name}-plugin" in self.versions:
                 return name
@@ -109,12 +109,12 @@ class Circumstances(NamedTuple):
 
 
 def ask_jax() -> ChildEnding:
-    """Asks JAX for its devices in a process of its own; see `train.doctor.probe`."""
+    """Finds JAX's devices in a separate process; see `train.doctor.probe`."""
     return run_module("train.doctor.probe", (), _MAX_SECONDS, _PROBE_VARIABLES)
 
 
 def describe(now: Circumstances) -> dict[str, Any]:
-    """Returns the facts of a report about devices."""
+    """Returns the facts about devices for the report."""
     jax_devices = now.found or {}
     hardware = now.hardware
     n_of_all_processes = jax_devices.get("of_all_processes")
@@ -131,7 +131,7 @@ def describe(now: Circumstances) -> dict[str, Any]:
 
 
 def describe_kernels(now: Circumstances) -> dict[str, Any]:
-    """Returns the facts of a report about what runs on the devices."""
+    """Returns the facts about the attention kernels for the report."""
     found = now.found or {}
     return {
         "of 2,048 tokens": found.get("attention"),
@@ -171,7 +171,7 @@ def diagnose(now: Circumstances) -> list[Trouble]:
 
 
 def _broken_plugins(errors: str) -> list[Trouble]:
-    """Returns JAX's plugins that raised an error, after which JAX goes on without them."""
+    """Returns a trouble for each JAX plugin that raised an error."""
     _, *pieces = re.split(r"Exception when calling (jax_plugins\.[\w.]+)\.initialize", errors)
     plugin_names = pieces[::2]
     plugin_logs = pieces[1::2]
@@ -253,6 +253,7 @@ def _is_locked(errors: str) -> bool:
 
 
 def _locked(now: Circumstances) -> Trouble:
+    """Returns the trouble that another process holds the TPU."""
     if holders := now.hardware.tpu_holders:
         numbers = " and ".join(map(str, holders))
         return Trouble(f"process {numbers} holds the TPU", f"wait for it, or kill {numbers}")
@@ -272,14 +273,14 @@ def _install_hint(now: Circumstances) -> str:
 
 
 def _install(driver: str | None, update: str = "") -> str:
-    """Returns the command that installs JAX for a driver of NVIDIA's."""
+    """Returns the command that installs JAX for a version of NVIDIA's driver."""
     version = int(driver.split(".")[0]) if driver else max(_DRIVERS.values())
     extra = next((name for name, oldest in _DRIVERS.items() if version >= oldest), "cuda12")
     return f'pip install {update}"lora_jax[{extra}]"'
 
 
 def _reason(errors: str) -> str:
-    """Returns the line in which JAX says why, of all that it and its plugins log."""
+    """Returns the line of JAX's log that most likely names the reason of a failure."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     pattern = re.compile(r"unable to init|error|fail|incompatible|not (found|supported)", re.I)
     telling = [line for line in lines if pattern.search(line)]

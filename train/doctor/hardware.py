@@ -56,7 +56,7 @@ def _driver(root: Path) -> str | None:
 
 
 def _ask_nvidia_smi() -> tuple[str | None, tuple[str, ...]]:
-    """Returns the driver's version and the cards, as far as `nvidia-smi` is there and tells."""
+    """Returns the driver's version and the cards; (None, ()) if `nvidia-smi` gives no answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None, ()
@@ -77,7 +77,7 @@ def _is_tpu(vendor: Path) -> bool:
 
 
 def _holders(root: Path) -> list[int]:
-    """Returns the processes that have a TPU's device or the file of libtpu's lock open."""
+    """Returns the processes that have opened a TPU's device or libtpu's lock file."""
     holders = set()
     for process in root.glob("proc/[0-9]*"):
         for file in _open_files(process):
@@ -87,7 +87,7 @@ def _holders(root: Path) -> list[int]:
 
 
 def _open_files(process: Path) -> Iterator[str]:
-    """Yields the files that a process has open; none if it has ended or is another user's."""
+    """Yields the files that a process has open; none if they cannot be listed."""
     with suppress(OSError):
         for link in (process / "fd").iterdir():
             with suppress(OSError):  # closed meanwhile

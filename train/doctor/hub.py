@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it answers, and whether it takes the user's token."""
+"""Checks that the Hugging Face hub answers and accepts the user's token."""
 
 import socket
 import threading
@@ -17,7 +17,7 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 class HubAnswer(NamedTuple):
-    """The hub's status of an answer; None with the reason where it did not answer."""
+    """The HTTP status of the hub's answer; None, with a reason, if there was no answer."""
 
     status: int | None
     why: str = ""
@@ -82,7 +82,7 @@ def read_token(variables: Mapping[str, str]) -> str | None:
 
 
 def ask_hub(endpoint: str, token: str | None, seconds: float) -> HubAnswer:
-    """Asks the hub who the user is, or without a token for anything.
+    """Requests the user's name from the hub, or its start page without a token.
 
     Args:
       endpoint: its address.
@@ -101,6 +101,7 @@ def ask_hub(endpoint: str, token: str | None, seconds: float) -> HubAnswer:
 
 
 def _request(endpoint: str, token: str | None, seconds: float) -> HubAnswer:
+    """Sends the request and returns the answer, or the reason why there is none."""
     path, headers = ("/api/whoami-v2", {"Authorization": f"Bearer {token}"}) if token else ("", {})
     try:
         request = urllib.request.Request(f"{endpoint}{path}", headers=headers)

@@ -33,13 +33,13 @@ def version_of(name: str) -> str | None:
 
 
 def examine_packages() -> tuple[dict[str, Any], list[Trouble]]:
-    """Returns the versions of Python and the packages, and what is wrong with them."""
+    """Returns the versions of Python and the packages, and the troubles with them."""
     facts = {"Python": platform.python_version(), **installed()}
     return facts, [*requirement_troubles("lora_jax"), *plugin_troubles(facts)]
 
 
 def requirement_troubles(package: str) -> list[Trouble]:
-    """Returns the packages that the scripts of a package need, and that are missing or too old."""
+    """Returns a trouble for each required package that is missing or too old."""
     wrong = []
     if importlib.util.find_spec("packaging") is None:  # reads requirements; comes with the scripts'
         wrong.append("packaging (not installed)")
@@ -54,7 +54,7 @@ def requirement_troubles(package: str) -> list[Trouble]:
 
 
 def plugin_troubles(versions: dict[str, str]) -> list[Trouble]:
-    """Returns the troubles of JAX's plugins: each needs the version of jaxlib."""
+    """Returns a trouble for each JAX plugin whose version differs from jaxlib's."""
     troubles = []
     plugins = [name for name in versions if name.startswith("jax-") and name.endswith("-plugin")]
     jaxlib = versions.get("jaxlib")
@@ -82,7 +82,7 @@ def _minor(version: str) -> list[str]:
 
 
 def _requirements(package: str, extras: tuple[str, ...]) -> Iterator[str]:
-    """Yields the requirements of a package with its extras, those of its own extras resolved."""
+    """Yields the requirements of a package with its extras, including extras of extras."""
     from packaging.requirements import Requirement
 
     try:

@@ -1,4 +1,4 @@
-"""The devices that JAX finds: a process of its own, since JAX may fail, hang, or end it."""
+"""Prints JAX's devices. It runs as a separate process, because JAX may fail, hang or exit."""
 
 import json
 import sys
@@ -18,13 +18,13 @@ LENGTH, HEAD = 2048, 128  # of the rows and heads that the choice of attention i
 
 
 def main() -> None:
-    """Prints the facts as a line of JSON, the last of standard output."""
+    """Prints the facts as a line of JSON, the last line on standard output."""
     facts = find_devices()
     sys.stdout.write("\n" + json.dumps(facts) + "\n")
 
 
 def find_devices() -> dict[str, Any]:
-    """Returns the devices of JAX's default backend, and what runs on them."""
+    """Returns the devices of JAX's default backend, and the kernels that run on them."""
     devices = jax.local_devices()
     first = devices[0]
     platform = platform_of(first)

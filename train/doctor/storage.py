@@ -1,4 +1,4 @@
-"""Memory of the host, disks, and the caches of compiled programs and of the hub."""
+"""Examines the memory of the host, the disks, and the caches."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ _SECONDS = 2.0  # to add up the sizes of a folder's files
 
 
 def describe_memory(device: int | None) -> dict[str, Any]:
-    """Returns the memory of a device, if it tells, and of the host."""
+    """Returns the memory of a device, if it is known, and of the host."""
     host = {name: gib_text(size) for name, size in host_memory().items()}
     return {"a device": device and gib_text(device), "host": host or None}
 
 
 def host_memory(file: Path = Path("/proc/meminfo")) -> dict[str, int]:
-    """Returns the bytes of the host's memory, and those that are free for programs."""
+    """Returns the bytes of the host's memory, in total and available."""
     try:
         fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
         total_kib = int(fields["MemTotal"].split()[0])
@@ -32,7 +32,7 @@ def host_memory(file: Path = Path("/proc/meminfo")) -> dict[str, int]:
 
 
 def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Trouble]]:
-    """Returns the room in folders, and what is wrong with it.
+    """Returns the free space of folders, and the troubles with it.
 
     Args:
       folders: the folders by what is written there; those that do not exist would be made.
@@ -58,7 +58,7 @@ def examine_disks(folders: Mapping[str, Path]) -> tuple[dict[str, Any], list[Tro
 
 
 def describe_folder_size(folder: Path, seconds: float = _SECONDS) -> str:
-    """Returns the size of a folder's files in words, as far as they are added up in some time."""
+    """Returns the size of a folder as text; a lower bound if counting takes too long."""
     if not os.path.isdir(folder):
         return "empty"
     deadline = time.monotonic() + seconds
@@ -76,7 +76,7 @@ def describe_folder_size(folder: Path, seconds: float = _SECONDS) -> str:
 
 
 def cache_folders(variables: Mapping[str, str]) -> dict[str, Path]:
-    """Returns the folders of the caches, by what they hold.
+    """Returns the folders of the caches, by their contents.
 
     Args:
       variables: the environment.
@@ -94,5 +94,5 @@ def cache_folders(variables: Mapping[str, str]) -> dict[str, Path]:
 
 
 def gib_text(size: int) -> str:
-    """Returns a number of bytes in words."""
+    """Returns a number of bytes as text in GiB."""
     return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.0f} MiB"

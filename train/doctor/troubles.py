@@ -1,4 +1,4 @@
-"""A report: sections of facts, and troubles with their remedies; nothing in it is secret."""
+"""A report: sections of facts, and troubles with remedies. It contains no secrets."""
 
 import dataclasses
 import getpass
@@ -17,7 +17,7 @@ _MOST_COLUMNS = 100
 
 
 class Trouble(NamedTuple):
-    """A thing that is wrong.
+    """A problem with its remedy.
 
     Attributes:
       what: the thing.
@@ -32,13 +32,13 @@ class Trouble(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class DoctorReport:
-    """The sections of a report in their order, each with its facts by name; and the troubles."""
+    """The sections of a report, each with its facts by name, and the troubles."""
 
     sections: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     troubles: list[Trouble] = dataclasses.field(default_factory=list)
 
     def add(self, title: str, facts: dict[str, Any], troubles: list[Trouble]) -> None:
-        """Adds a section; facts that are None are left out."""
+        """Adds a section without the facts that are None."""
         self.sections[title] = {name: fact for name, fact in facts.items() if fact is not None}
         self.troubles += troubles
 
@@ -70,6 +70,7 @@ class DoctorReport:
 
 
 def _wrap_text(head: str, text: str, columns: int) -> list[str]:
+    """Returns a text after a head as wrapped lines with a hanging indent."""
     indent = " " * (11 if head.endswith(" ") and len(head) >= 11 else 2)
     return textwrap.wrap(
         head + text,
@@ -81,6 +82,7 @@ def _wrap_text(head: str, text: str, columns: int) -> list[str]:
 
 
 def _fact_in_words(fact: Any) -> str:
+    """Returns a fact as text."""
     if isinstance(fact, bool):
         return "yes" if fact else "no"
     if isinstance(fact, dict):
@@ -91,7 +93,7 @@ def _fact_in_words(fact: Any) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """Returns a value for others to read: without tokens, passwords, and names of user and host."""
+    """Returns a value without tokens, passwords, and the names of the user and the host."""
     if isinstance(value, dict):
         return {name: _without_secrets(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -119,5 +121,5 @@ def user_name() -> str:
 
 
 def set_variables(names: Sequence[str], variables: Mapping[str, str]) -> list[str] | None:
-    """Returns the environment variables that are set, of those named; None for none."""
+    """Returns "NAME=value" for those of the named environment variables that are set, or None."""
     return [f"{name}={variables[name]}" for name in names if name in variables] or None

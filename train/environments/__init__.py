@@ -1,1 +1,1 @@
-"""Worlds that answer a completion: sums, and databases in which SQL is executed."""
+"""Environments that judge a completion: sums, a guessing game, and SQL databases."""

@@ -1,4 +1,4 @@
-"""Sums of two numbers: rows to train on, others to measure on, and the reward of an answer."""
+"""Sums of two numbers: rows for training and for evaluation, and the reward of an answer."""
 
 import random
 
@@ -10,7 +10,7 @@ Row = dict[str, str]
 
 
 def rows(seed: int, n: int, *, held_out: bool = False) -> list[Row]:
-    """Returns sums in the order of a seed, each once before any comes again.
+    """Returns sums in random order. No sum repeats before each has occurred once.
 
     Args:
       seed: the seed of the order; which sums are held out does not depend on it.
@@ -31,5 +31,5 @@ def rows(seed: int, n: int, *, held_out: bool = False) -> list[Row]:
 
 
 def reward(completion: str, ids: object, answer: str) -> float:
-    """Returns 1 if a completion is the answer, apart from surrounding space, else 0."""
+    """Returns 1 if a completion is the right answer, ignoring white space around it, else 0."""
     return float(completion.strip() == answer)

@@ -10,7 +10,7 @@ Row = dict[str, object]
 
 
 def rows(seed: int, n: int, n_numbers: int = NUMBERS) -> list[Row]:
-    """Returns games in the order of a seed, with each secret once before any comes again.
+    """Returns games in random order. No secret repeats before each has occurred once.
 
     Args:
       seed: seed of the order.
@@ -79,7 +79,7 @@ class GuessingGame:
         return "too low" if number < self._secret else "too high"
 
     def get_reward(self) -> float:
-        """Returns 1 for a number that was found, less 0.1 for each guess after the first, or 0."""
+        """Returns 1 minus 0.1 for each guess after the first; 0 if the number was not found."""
         if not self._is_found:
             return 0.0
         return max(0.0, 1 - _GUESS_COST * (self._n_guesses - 1))

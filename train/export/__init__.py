@@ -1,1 +1,1 @@
-"""Exports for others: their model card, and the hub."""
+"""Exports adapters: files for other libraries, a model card, and uploads to the hub."""

@@ -44,7 +44,7 @@ MADE, _NOTES = "made", "notes.json"
 
 
 class FindingRequest(NamedTuple):
-    """A command line.
+    """A parsed command line.
 
     Attributes:
       name, finding: the finding.
@@ -77,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def listed() -> str:
-    """Returns a line for each finding."""
+    """Returns a line for each finding, with its name and title."""
     width = max(map(len, FINDINGS))
     return "\n".join(f"{name:{width}}  {finding.title}" for name, finding in FINDINGS.items())
 
@@ -120,7 +120,7 @@ def parse(args: Sequence[str]) -> FindingRequest:
 
 
 def run(request: FindingRequest, session: Session, command: str) -> None:
-    """Makes the finding's base and data, runs the comparison, and shows its result.
+    """Prepares a finding's base and data, runs the comparison, and shows the result.
 
     Args:
       request: the command line.
@@ -206,7 +206,7 @@ def show(request: FindingRequest, comparison: Comparison, notes: Sequence[str]) 
 
 
 def _make_inputs(request: FindingRequest, session: Session) -> FindingInputs:
-    """Makes the base and data of a finding, in a folder in its output folder."""
+    """Prepares the base and the data of a finding, in its output folder."""
     if request.finding.make is None:
         return FindingInputs({})
     folder = request.output / MADE

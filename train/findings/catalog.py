@@ -1,4 +1,4 @@
-"""The findings that can be repeated: what was published, and how to show what is measured."""
+"""The findings that can be repeated: the published claims, and how to show the measurements."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ _HERE = Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A finding.
+    """A published finding and the comparison that repeats it.
 
     Attributes:
       title: in a line.
@@ -192,5 +192,5 @@ def find(name: str) -> Finding:
 
 
 def options_of(name: str) -> Path:
-    """Returns the file of a finding's options."""
+    """Returns the path of a finding's options file."""
     return _HERE / f"{name}.yaml"

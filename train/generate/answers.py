@@ -1,4 +1,4 @@
-"""Answers to many prompts in batches of few shapes, or to one prompt as it is generated.
+"""Generates answers: to many prompts in batches of few shapes, or to one prompt as a stream.
 
 A schema (--schema) may give their form. A `GeneratedAnswer` grows by its tokens: it knows where it
 ends, and the text to show so far.
@@ -34,7 +34,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 class GeneratedAnswer:
-    """The tokens of an answer.
+    """The tokens of an answer that is being generated.
 
     Attributes:
       tokens: the tokens, the one that ends the answer included.
@@ -47,7 +47,7 @@ class GeneratedAnswer:
     def __init__(
         self, tokenizer: Tokenizer, *, ends: Collection[int], stops: Sequence[str], most: int
     ) -> None:
-        """Begins an answer.
+        """Creates an empty answer.
 
         Args:
           tokenizer: the model's.
@@ -66,7 +66,7 @@ class GeneratedAnswer:
         self._n_streamed = 0  # tokens that the stream has taken
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Takes the next tokens; leaves out those after the end."""
+        """Appends tokens up to the end of the answer, and ignores later ones."""
         if self.ended is not None:
             return
         n_before = len(self.tokens)
@@ -87,11 +87,11 @@ class GeneratedAnswer:
 
     @property
     def text(self) -> str:
-        """The answer so far, up to a text of --stop."""
+        """The answer so far, up to a stop text."""
         return self._stops.shown(self._stops.decoded(self.tokens)).strip()
 
     def take_new_text(self) -> str:
-        """Returns the text to show since the last call.
+        """Returns the text that was added since the last call.
 
         It ends before what a further token could change: a character whose bytes are not all there,
         white space (an answer ends without it), or the beginning of a text of --stop. All that is
@@ -109,7 +109,7 @@ class GeneratedAnswer:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerGenerator:
-    """A model with its parameters, which answers.
+    """Generates answers with a model and its parameters.
 
     Attributes:
       model, params: the model.
@@ -127,7 +127,7 @@ class AnswerGenerator:
     grammar: CompiledGrammar | None = None
 
     def answer(self, most: int | None = None) -> GeneratedAnswer:
-        """Returns an empty answer, of at most so many tokens."""
+        """Returns an empty answer with a maximum number of tokens."""
         return GeneratedAnswer(
             self.outline.tokenizer,
             ends=end_tokens(self.outline),
@@ -138,7 +138,7 @@ class AnswerGenerator:
     def tokens(
         self, prompts: Sequence[PromptTokens], numbers: Sequence[int], *, per_call: int, most: int
     ) -> Iterator[np.ndarray]:
-        """Yields the next token of each prompt, [prompts].
+        """Yields the next token of each prompt, [prompts] each time.
 
         Args:
           prompts: their tokens.
@@ -180,13 +180,13 @@ class AnswerGenerator:
 
 
 def padded_length(n: int) -> int:
-    """Returns the length that a prompt of n tokens is padded to: from 256 on, a quarter at most."""
+    """Returns the padded length of a prompt; from 256 tokens on, at most a quarter is padding."""
     step = max(_PADDING_MULTIPLE, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yields the indices of each batch, the longest prompts first, so that memory fails early."""
+    """Yields the indices of each batch, with long prompts first so that memory fails early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -198,7 +198,7 @@ def generate_answers(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[int, GeneratedAnswer]]:
-    """Yields the answers to prompts with the index of each, as they end.
+    """Yields finished answers with the indices of their prompts.
 
     Args:
       generator: the model with an adapter.
@@ -240,7 +240,7 @@ def stream_answer(
     *,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Gives out the answer to one prompt as it is generated.
+    """Prints the answer to one prompt while it is generated.
 
     Args:
       generator: the model with an adapter.
@@ -294,10 +294,10 @@ def _vocab_size(outline: ModelInfo) -> int:
 
 
 class AnswerMasks:
-    """The tokens that a grammar allows in the answers of a batch; an `Allow` of ``stream``."""
+    """The tokens that a grammar allows next in each answer; the argument `allow` of ``stream``."""
 
     def __init__(self, grammar: CompiledGrammar, rows: int, outline: ModelInfo) -> None:
-        """Begins answers.
+        """Creates the state of the grammar for empty answers.
 
         Args:
           grammar: form of each.
@@ -310,7 +310,7 @@ class AnswerMasks:
         self._shape = rows, mask_words(_vocab_size(outline))
 
     def __call__(self, newest: np.ndarray | None) -> np.ndarray:
-        """Takes the newest tokens; returns the masks of the next ones."""
+        """Advances the grammar by the newest tokens; returns the masks of the next tokens."""
         tokens = [] if newest is None else newest.tolist()
         for i, token in enumerate(tokens):
             if i not in self._matchers:

@@ -1,4 +1,4 @@
-"""Answers all prompts with all adapters; keeps the answers when interrupted.
+"""Generates the answers of all adapters to all prompts, and keeps them when interrupted.
 
 They are shown in the order of their prompts, or written as JSON lines.
 """
@@ -25,7 +25,7 @@ _TITLE_WIDTH = 72  # characters of a prompt above its answers
 
 
 class AnswerKey(NamedTuple):
-    """The place of an answer: its prompt, its adapter, and which of several samples it is."""
+    """The key of an answer: its prompt, its adapter, and its sample."""
 
     prompt: int
     adapter: str
@@ -36,7 +36,7 @@ AnswersByKey = Mapping[AnswerKey, GeneratedAnswer]
 
 
 class AnswerPrinter:
-    """Prints the answers to each prompt once they and those to the prompts before it are there."""
+    """Prints the answers in the order of the prompts."""
 
     def __init__(self, prompts: Sequence[Prompt], names: Sequence[str], n_samples: int) -> None:
         self._prompts = prompts
@@ -45,7 +45,7 @@ class AnswerPrinter:
         self._n_printed = 0  # prompts
 
     def print_ready(self, answers: AnswersByKey, *, incomplete: bool = False) -> None:
-        """Prints the prompts whose turn has come.
+        """Prints the prompts whose answers are complete, in order.
 
         Args:
           answers: the answers so far.
@@ -65,7 +65,7 @@ class AnswerPrinter:
             self._n_printed += 1
 
     def _print_answers(self, prompt: Prompt, answers: AnswersByKey) -> None:
-        """Prints the answers to a prompt: as a text, a table, or one below the other."""
+        """Prints a prompt's answers as plain text, as a table, or one below the other."""
         on_terminal = sys.stdout.isatty()
         has_one_answer = len(self._names) * len(self._samples) == 1
         if has_one_answer and (not on_terminal or len(self._prompts) == 1):
@@ -85,7 +85,7 @@ class AnswerPrinter:
         print(flush=True)
 
     def _make_table(self, answers: AnswersByKey) -> Table:
-        """Returns a table with a column an adapter, and a row a sample."""
+        """Returns a table with a column for each adapter and a row for each sample."""
         table = Table(expand=True, show_lines=len(self._samples) > 1)
         prompt = next(iter(answers)).prompt
         for name in self._names:
@@ -100,7 +100,7 @@ class AnswerPrinter:
 
 
 def format_heading(text: str, level: int) -> str:
-    """Returns a line above a prompt's answers (level 0), or above one of them (1)."""
+    """Returns the heading of a prompt's answers (level 0), or of one answer (level 1)."""
     line = f"{'##' if level == 0 else '--'} {text}"
     return f"\x1b[1m{line}\x1b[0m" if sys.stdout.isatty() else line
 
@@ -108,7 +108,7 @@ def format_heading(text: str, level: int) -> str:
 def format_json_lines(
     prompts: Sequence[Prompt], answers: AnswersByKey, names: Sequence[str]
 ) -> list[str]:
-    """Returns a line for each answer: by prompt, then by adapter, then by sample."""
+    """Returns a JSON line for each answer, ordered by prompt, adapter and sample."""
     has_samples = any(place.sample for place in answers)
     order = sorted(answers, key=lambda place: (place.prompt, names.index(place.adapter), place))
     lines = []
@@ -126,7 +126,7 @@ def format_json_lines(
 def answer_all(
     adapters: LoadedAdapters, prompts: Sequence[Prompt], tokens: Sequence[PromptTokens]
 ) -> None:
-    """Answers prompts in batches, with one adapter after the other.
+    """Answers prompts in batches with each adapter in turn.
 
     Args:
       adapters: the model and the adapters.
@@ -174,7 +174,7 @@ def answer_all(
 def _generate_for_adapters(
     adapters: LoadedAdapters, rows: Sequence[PromptTokens], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, int, GeneratedAnswer]]:
-    """Yields adapter, row and answer, as they are ready."""
+    """Yields the adapter, the row and the answer of each finished answer."""
     n_earlier = 0  # answers of the adapters before
 
     def count(n_done: int) -> None:
@@ -187,7 +187,7 @@ def _generate_for_adapters(
 
 
 def stream_answers(adapters: LoadedAdapters, prompts: Iterable[Prompt]) -> int:
-    """Answers each prompt as it comes, and prints the text as it is generated.
+    """Answers each prompt on its arrival, and prints the text while it is generated.
 
     Args:
       adapters: the model and the adapters.

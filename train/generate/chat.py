@@ -95,7 +95,7 @@ def execute_command(chat: Chat, line: str) -> str:
 
 
 def ask(chat: Chat, text: str, is_pressed: Callable[[], bool]) -> None:
-    """Answers the user's next turn, and keeps both turns, also of an answer that Ctrl-C ended.
+    """Answers the user's next turn, and keeps both turns, even if Ctrl-C ended the answer.
 
     The whole conversation is computed again for each answer: adapters and system prompts change
     between turns, and templates may render earlier turns otherwise.
@@ -143,7 +143,7 @@ def ask(chat: Chat, text: str, is_pressed: Callable[[], bool]) -> None:
 def _print_answer(
     chat: Chat, tokens: PromptTokens, most_tokens: int, is_pressed: Callable[[], bool]
 ) -> GeneratedAnswer:
-    """Prints an answer as it is generated, and returns it."""
+    """Prints an answer while it is generated, and returns it."""
     generator = chat.adapters.generator(chat.name)
     is_waiting = sys.stdout.isatty()
 
@@ -164,7 +164,7 @@ def _print_answer(
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Has Ctrl-C set a flag, which the function that is yielded reads.
+    """Yields a function that returns True after Ctrl-C. A second Ctrl-C raises KeyboardInterrupt.
 
     An exception in the midst of a compilation could leave half of its work behind. A second Ctrl-C
     raises KeyboardInterrupt nevertheless.
@@ -185,11 +185,11 @@ def ctrl_c() -> Iterator[Callable[[], bool]]:
 
 
 def _describe_adapters(chat: Chat) -> str:
-    """Returns a line that says which adapter answers, and which others there are."""
+    """Returns a line with the adapter that answers, and the other ones."""
     others = [name for name in chat.adapters.names if name != chat.name]
     return f"{chat.name} answers" + (f"; there are also {', '.join(others)}" if others else "")
 
 
 def say(text: str) -> None:
-    """Prints a line that is no part of the conversation."""
+    """Prints a line that does not belong to the conversation."""
     print(f"\x1b[2m{text}\x1b[0m" if sys.stdout.isatty() else text, flush=True)

@@ -1,4 +1,4 @@
-"""The options of `train.generate`, and which of them make no sense together."""
+"""The options of `train.generate`, and checks of their combinations."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -105,7 +105,7 @@ def parse(args: Sequence[str]) -> GenerateOptions:
 
 
 def check(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -> None:
-    """Raises a UserError for options that make no sense, or that were given to no effect.
+    """Raises a UserError for invalid options, and for options that would have no effect.
 
     Args:
       options: the options.
@@ -138,7 +138,7 @@ def check(options: GenerateOptions, named_options: frozenset[str] = frozenset())
 def apply_sampling(
     options: GenerateOptions, sampling: Mapping[str, Any], named_options: frozenset[str]
 ) -> GenerateOptions:
-    """Returns the options with those of a generation config that the command line does not name.
+    """Returns the options with a generation config's values for options not on the command line.
 
     Raises:
       UserError: an option has no effect beside them.

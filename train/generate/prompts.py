@@ -1,4 +1,4 @@
-"""The prompts to answer: from arguments, a file or standard input, and as tokens."""
+"""Reads prompts from arguments, a file or standard input, and tokenises them."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _TOO_LONG = "prompt and --max-new-tokens"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt.
+    """A prompt, with its name for messages.
 
     Attributes:
       name: for messages: "prompt 3", or "rows.jsonl, line 3".
@@ -41,7 +41,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The last turn's text."""
+        """The text of the last turn."""
         content = self.chat.messages[-1].get("content") or ""
         if isinstance(content, str):
             return content
@@ -49,18 +49,18 @@ class Prompt:
 
     @property
     def is_text(self) -> bool:
-        """True for a text, False for turns."""
+        """True for a plain text, False for turns."""
         return self.fields.get("prompt") == self.text
 
 
 class PromptTokens(list[int]):
-    """The tokens of a prompt, and its images."""
+    """The tokens of a prompt and its images."""
 
     images: RowImages = RowImages(np.empty((0, 0, 0, 0), np.uint8), ())
 
 
 def prompt_from_text(text: str, name: str, images: Sequence[str] = ()) -> Prompt:
-    """Returns a prompt that is a text, and perhaps images ahead of it."""
+    """Returns a prompt of a plain text, with images in front if there are any."""
     fields: dict[str, Any] = {"prompt": text}
     if images:
         fields[IMAGES] = [*images]
@@ -69,7 +69,7 @@ def prompt_from_text(text: str, name: str, images: Sequence[str] = ()) -> Prompt
 
 
 def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
-    """Returns the prompts of arguments or of a file; None where neither is given.
+    """Returns the prompts of the command line or of a file; None if neither is given.
 
     Raises:
       UserError: a file cannot be read, or has no prompt; names the line.
@@ -85,7 +85,7 @@ def read_prompts(options: GenerateOptions) -> list[Prompt] | None:
 
 
 def read_standard_input() -> list[Prompt]:
-    """Reads a prompt a line, up to the end.
+    """Reads one prompt per line until the end of standard input.
 
     Raises:
       UserError: there is none, or the text is not UTF-8.
@@ -99,14 +99,14 @@ def read_standard_input() -> list[Prompt]:
 
 
 def typed_prompts() -> Iterator[Prompt]:
-    """Yields the prompts of standard input, one per line, as they come."""
+    """Yields the prompts on standard input, one per line, when they arrive."""
     lines = filter(str.strip, read_typed_lines("prompt"))
     for number, line in enumerate(lines, start=1):
         yield prompt_from_text(line.strip(), f"prompt {number}")
 
 
 def _read_file(path: str) -> list[Prompt]:
-    """Returns the prompts of a file of rows, or of one with a prompt a line."""
+    """Returns the prompts of a file with rows, or with one prompt per line."""
     make_prompt: Callable[..., Prompt] = (
         prompt_from_text if kind_of(path) is None else _prompt_from_row
     )
@@ -120,7 +120,7 @@ def _read_file(path: str) -> list[Prompt]:
 
 
 def _prompt_from_row(row: Row, name: str) -> Prompt:
-    """Returns the prompt that a row holds."""
+    """Returns the prompt in a row."""
     chat = question(row, name, images=True)
     repeated = {field: row[field] for field in _REPEATED_FIELDS if row.get(field)}
     if "messages" in repeated:
@@ -129,7 +129,7 @@ def _prompt_from_row(row: Row, name: str) -> Prompt:
 
 
 def check_template(options: GenerateOptions, outline: ModelInfo, prompts: Iterable[Prompt]) -> None:
-    """Raises a UserError for what needs a chat template, if the model has none."""
+    """Raises a UserError if options or prompts need a chat template that the model lacks."""
     if outline.tokenizer.chat_template is not None:
         return
     if options.interactive:
@@ -190,7 +190,7 @@ def tokenize(
 def _add_images(
     prompts: Sequence[Prompt], ids_of_prompts: Sequence[list[int]], outline: ModelInfo
 ) -> list[PromptTokens]:
-    """Returns tokens with those of images, and the images."""
+    """Returns the prompts' tokens with tokens for their images, and the images."""
     assert outline.images is not None
     names = [prompt.name for prompt in prompts]
     images = [prompt.chat.images for prompt in prompts]
@@ -206,7 +206,7 @@ def _add_images(
 
 
 def _render_prompt(prompt: Prompt, outline: ModelInfo, system: str | None) -> str:
-    """Returns the text of a prompt by the chat template, with a system prompt ahead of it."""
+    """Returns the text of a prompt by the chat template, after a system prompt if there is one."""
     turns = prompt.chat.messages
     if system is not None:
         if any(turn["role"] == "system" for turn in turns):
@@ -246,7 +246,7 @@ def check_lengths(
 def drop_long_prompts(
     prompts: list[Prompt], tokens: list[PromptTokens], outline: ModelInfo, options: GenerateOptions
 ) -> tuple[list[Prompt], list[PromptTokens]]:
-    """Returns the prompts and tokens that the model allows, and says which it does not."""
+    """Returns the prompts that the model allows, with their tokens; prints the other names."""
     allowed_prompts: list[Prompt] = []
     allowed_tokens: list[PromptTokens] = []
     for prompt, ids in zip(prompts, tokens, strict=True):

@@ -1,4 +1,4 @@
-"""Several adapters over one base: named, checked, and run on the same arrays."""
+"""Several adapters over one base: finds, names, checks and loads them."""
 
 import contextlib
 import os
@@ -27,14 +27,14 @@ _NAME_AND_PATH = re.compile(r"([\w.-]+)=(.+)")
 
 
 class NamedAdapter(NamedTuple):
-    """An adapter under its name; `source` is None for the base alone."""
+    """An adapter with its name; `source` is None for the base without an adapter."""
 
     name: str
     source: AdapterSource | None
 
 
 def find_adapters(values: Sequence[str]) -> list[NamedAdapter]:
-    """Returns the adapters that --adapter names; [base] where it names none.
+    """Returns the adapters of --adapter, or only the base if there are none.
 
     One without a name is called after its folder, or by all that was given where two folders have
     the same name.
@@ -62,7 +62,7 @@ def find_adapters(values: Sequence[str]) -> list[NamedAdapter]:
 
 
 def _split_name_and_path(value: str) -> tuple[str | None, str]:
-    """Returns the name and the path in a value of --adapter; the name is None without one."""
+    """Returns the name and the path in a value of --adapter; the name may be None."""
     match = _NAME_AND_PATH.fullmatch(value)
     if match is None or Path(value).expanduser().exists():
         return None, value
@@ -75,13 +75,13 @@ def _split_name_and_path(value: str) -> tuple[str | None, str]:
 
 
 def _folder_label(path: str) -> str:
-    """Returns the name of an adapter's folder; of the folder `adapter` of a run, the run's."""
+    """Returns the name of an adapter's folder, or the run's folder if that one is `adapter`."""
     parts = Path(os.path.abspath(Path(path).expanduser())).parts
     return parts[-2] if parts[-1] == ADAPTER and len(parts) > 2 else parts[-1]
 
 
 def choose_base(sources: Sequence[AdapterSource], model: str | None) -> str:
-    """Returns the name of the base: that of --model, or the one that all adapters state.
+    """Returns the base in --model, or else the base that all adapters name.
 
     Raises:
       UserError: they state different ones, or one states none.
@@ -100,7 +100,7 @@ def choose_base(sources: Sequence[AdapterSource], model: str | None) -> str:
 
 
 def choose_tokenizer(sources: Sequence[AdapterSource], tokenizer: str | None) -> str | None:
-    """Returns the name of the tokenizer: that of --tokenizer, or the one that the adapters state.
+    """Returns the tokenizer in --tokenizer, or else the one that the adapters name.
 
     Raises:
       UserError: they were trained with different ones.
@@ -120,7 +120,7 @@ def choose_tokenizer(sources: Sequence[AdapterSource], tokenizer: str | None) ->
 
 
 def choose_model_code(sources: Sequence[AdapterSource], model_code: str) -> str:
-    """Returns the code that the base runs by: that of --model-code, or of the first adapter."""
+    """Returns the code that runs the base: --model-code, or else the first adapter's."""
     if model_code != "auto":
         return model_code
     for source in sources:
@@ -130,7 +130,7 @@ def choose_model_code(sources: Sequence[AdapterSource], model_code: str) -> str:
 
 
 def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> ModelInfo:
-    """Returns the outline of the base as the adapters were trained on it: its RoPE, its codes.
+    """Returns the base's outline with the RoPE and quantization of the adapters' training.
 
     Raises:
       UserError: they were trained on it in different ways.
@@ -162,7 +162,7 @@ def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> 
 def outline_with_template(
     outline: ModelInfo, sources: Sequence[AdapterSource], template: str | None
 ) -> ModelInfo:
-    """Returns the outline with the chat template of --chat-template, or else of the adapters.
+    """Returns the outline with the chat template of --chat-template or of the adapters.
 
     Raises:
       UserError: it cannot be read, or the adapters were trained with different ones.
@@ -182,7 +182,7 @@ def outline_with_template(
 
 
 class LoadedAdapters:
-    """One base in memory, and the adapters over its arrays.
+    """A base in memory, and several adapters over its arrays.
 
     Attributes:
       model, outline: the model, and its outline with the tokenizer.
@@ -199,7 +199,7 @@ class LoadedAdapters:
         options: GenerateOptions,
         grammar: CompiledGrammar | None = None,
     ):
-        """Reads the adapters, and says how they run; see `GenerateOptions.merge`.
+        """Reads the adapters, and prints how they run; see `GenerateOptions.merge`.
 
         Args:
           model, params: the base.
@@ -244,7 +244,7 @@ class LoadedAdapters:
             self._trees[BASE] = params
 
     def generator(self, name: str) -> AnswerGenerator:
-        """Returns the generator of an adapter's answers."""
+        """Returns the generator of answers with an adapter."""
         params, apply = self.use(name)
         return AnswerGenerator(
             model=self.model,
@@ -256,7 +256,7 @@ class LoadedAdapters:
         )
 
     def use(self, name: str) -> tuple[Tree, Forward | None]:
-        """Returns the parameters of an adapter, and the function in the place of `model.apply`."""
+        """Returns the parameters of an adapter, and the function that replaces `model.apply`."""
         if name == BASE:
             return self._trees[BASE], self._forward if self.outline.has_codes else None
         if not self._merge:
@@ -267,7 +267,7 @@ class LoadedAdapters:
         return self._merged[1], None
 
     def _merge_only_adapter(self, name: str) -> str:
-        """Merges the only adapter where it can be, and lets go of the base; returns how it runs."""
+        """Merges the only adapter if possible, and returns the words for how it runs."""
         try:
             self._merged = (name, merge_adapter(self._trees[name]))
         except UserError as error:
@@ -277,7 +277,7 @@ class LoadedAdapters:
         return "merged into"
 
     def _with_shared_structure(self, tree: Tree) -> Tree:
-        """Returns a tree with the structure of an earlier one, where it has the same weights.
+        """Returns a tree with an earlier tree's structure, to share compiled functions.
 
         The two then share what is compiled: their dropout, which does nothing here, may differ.
         """

@@ -115,20 +115,20 @@ _MAX_SECONDS = 20.0
 
 @contextmanager
 def open_databases(schema: Schema) -> Iterator[list[Connection]]:
-    """Opens the schema's databases in this process, for our own queries: new, and read-only."""
+    """Opens the schema's databases in this process, read-only, for trusted queries."""
     scripts = [fill_script(schema, i) for i in range(DATABASES)]
     with ExitStack() as stack:
         yield [stack.enter_context(closing(guard.open_database(script))) for script in scripts]
 
 
 class GuardedDatabase:
-    """Runs queries that are not trusted, in processes that are started when needed.
+    """Runs untrusted queries in separate processes, which are started when needed.
 
     It may be called from several threads, which share the machine's cores.
     """
 
     def __init__(self) -> None:
-        """Starts nothing yet."""
+        """Creates a pool without processes."""
         # Without this process's environment and packages.
         command = [sys.executable, "-I", "-S", guard.__file__]
         self._pool = ProgramPool(command, {}, copies=os.cpu_count() or 1, quiet=True)
@@ -151,7 +151,7 @@ class GuardedDatabase:
         return [[*map(tuple, rows)] for rows in results]
 
     def close(self) -> None:
-        """Ends the processes; the next query starts another."""
+        """Ends the processes. The next query starts new ones."""
         self._pool.close()
 
 

@@ -102,7 +102,7 @@ def evaluation_examples(
 
 
 def few_shot_messages(example: SqlExample, shots: Sequence[SqlExample]) -> list[Message]:
-    """Returns the chat that asks the question of `example` after solved examples.
+    """Returns a chat that asks the question of `example` after some solved examples.
 
     The turns are the system prompt, a user and an assistant turn for each of `shots`, and the
     question.
@@ -130,7 +130,7 @@ def _with_messages(example: SqlExample, shown_schema: Schema) -> SqlExample:
 def _generate_examples(
     split: str, schemas: Sequence[Schema], seed: int, *, held_out: bool
 ) -> Generator[SqlExample, None, None]:
-    """Yields examples without end; uses all forms, and all schemas, before repeating one."""
+    """Yields examples endlessly; uses all forms and all schemas before repeating one."""
     draw = Draw("examples", split, seed, held_out)
     questions: set[tuple[str, str]] = set()  # that were asked, with their schemas
     schema_queue: list[Schema] = []
@@ -173,7 +173,7 @@ def _draw_example(
     questions: set[tuple[str, str]],
     draw: Draw,
 ) -> SqlExample | None:
-    """Draws a new example with a query that can be trusted; None if a few tries find none.
+    """Draws a new example with a reliable query; None if several attempts fail.
 
     Args:
       form: the name of the query form.
@@ -242,7 +242,7 @@ def can_be_trusted(query: Query, schema: Schema, databases: Sequence[sqlite3.Con
 
 
 def _is_trivial(rows: Sequence[tuple[object, ...]]) -> bool:
-    """Returns True for no row, and for a single one without a value but 0 and None."""
+    """Returns True for an empty result, and for one row that contains only 0 and None."""
     return len(rows) < 2 and not any(any(row) for row in rows)
 
 

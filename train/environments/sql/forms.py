@@ -36,12 +36,12 @@ Words = dict[str, str]
 
 
 class DoesNotFit(Exception):
-    """The schema has no column of the kind that the form needs."""
+    """The error for a schema without a column of the required kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A schema, the rows of one of its databases, and a random stream to draw from them."""
+    """A schema, the rows of one of its databases, and a random stream for choices."""
 
     schema: Schema
     rows: dict[str, list[FilledRow]]
@@ -58,7 +58,7 @@ class Scene:
         return self.draw.pick(candidates)
 
     def column(self, table: Table, *kinds: str, summable: bool = False) -> Column:
-        """Draws a column of one of these kinds; if `summable`, one whose sum makes sense."""
+        """Draws a column of one of these kinds; with `summable`, one whose sum is meaningful."""
         candidates = table.columns_of_kind(*kinds)
         if summable:
             candidates = [column for column in candidates if column.summable]
@@ -163,7 +163,7 @@ def _two_columns(scene: Scene) -> tuple[Query, Words]:
 
 
 def _lookup(scene: Scene) -> tuple[Query, Words]:
-    """Draws a row by its name, and asks for another column."""
+    """Asks for the value of another column in a row that is given by its name."""
     table = scene.table()
     column = scene.column(table, "text", "number", "year")
     [value] = scene.values(table.title)
@@ -179,7 +179,7 @@ def _equals(scene: Scene) -> tuple[Query, Words]:
 
 
 def _comparison_form(operator: str) -> Form:
-    """Returns the form of rows on one side of a number."""
+    """Returns the form that asks for rows above or below a number."""
 
     def form(scene: Scene) -> tuple[Query, Words]:
         table = scene.table()
@@ -247,9 +247,10 @@ def _count_distinct(scene: Scene) -> tuple[Query, Words]:
 
 
 def _aggregate(function: str) -> Form:
-    """Returns the form of an aggregate over the rows with a text."""
+    """Returns the form that asks for an aggregate over the rows with a text."""
 
     def form(scene: Scene) -> tuple[Query, Words]:
+        """Asks for the aggregate of a drawn column over the rows that meet a condition."""
         table = scene.table("text", "number")
         condition, words = _draw_filter(scene, table)
         number = scene.column(table, "number", summable=function == "SUM")

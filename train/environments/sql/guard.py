@@ -1,4 +1,4 @@
-"""Runs untrusted queries on a database in memory: limits, permissions, and a process for them.
+"""Runs untrusted queries on databases in memory, with limits and permissions.
 
 Started as a program, it answers requests on its input, a line each: ``{"scripts": …, "sql": …}``
 is a query on new databases that the scripts fill, and the answer a list of its rows on each, which
@@ -56,7 +56,7 @@ _FUNCTIONS = frozenset(
 
 
 def open_database(script: str) -> sqlite3.Connection:
-    """Opens a new database in memory, filled by a script: from then on it is only read."""
+    """Opens a read-only database in memory that a script has filled."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.deserialize(_fill_database(script))
     connection.execute("PRAGMA temp_store = MEMORY")
@@ -68,14 +68,14 @@ def open_database(script: str) -> sqlite3.Connection:
 
 @lru_cache(maxsize=256)
 def _fill_database(script: str) -> bytes:
-    """Returns the file of a database that a script has filled."""
+    """Returns the serialized database that a script has filled."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.executescript(script)
         return connection.serialize()
 
 
 def run(connection: sqlite3.Connection, sql: str, errors: list[str] | None = None) -> Rows:
-    """Returns the rows of a query, or why it has none: see `REFUSED` and others.
+    """Returns the rows of a query, or the reason for refusing it: `REFUSED` or another constant.
 
     Its time is not limited here, but its instructions are: so a result does not depend on how busy
     the machine is.
@@ -134,7 +134,7 @@ def _is_allowed(action: int, argument: str | None, function: str | None) -> bool
 
 @contextlib.contextmanager
 def _limited_time() -> Iterator[None]:
-    """Ends this process if the code in this context takes too much CPU time."""
+    """Ends this process if the code in this context uses too much CPU time."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, _MAX_SECONDS)
     yield

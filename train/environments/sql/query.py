@@ -99,7 +99,7 @@ _MISTAKEN_OPERATORS = {
 
 
 def _other_columns(schema: Schema, path: str, *, alike: bool) -> list[str]:
-    """Returns other columns of the table, without keys; if `alike`, only numbers for numbers."""
+    """Returns a table's other columns except keys; with `alike`, only numeric ones for numbers."""
     if path == "*":
         return []
     column = schema.column(path)
@@ -175,5 +175,5 @@ def _mutated_select(query: Query, schema: Schema) -> Iterator[tuple[str, Query]]
 
 
 def _with_term(query: Query, index: int, term: Term) -> Query:
-    """Returns the query with another term in the place of a selected one."""
+    """Returns the query with another term in place of a selected one."""
     return replace(query, select=(*query.select[:index], term, *query.select[index + 1 :]))

@@ -1,4 +1,4 @@
-"""A database that a model may ask before it answers a question, as an environment of tools."""
+"""An environment with a tool: a database that a model may query before it answers a question."""
 
 import json
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ class SqlSession:
     """
 
     def __init__(self) -> None:
-        """Opens nothing yet."""
+        """Creates a session without a database."""
         self._connections = ExitStack()
 
     def reset(self, schema: str) -> None:

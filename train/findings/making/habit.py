@@ -1,4 +1,4 @@
-"""A classifier with a planted habit: behind one word, it calls everything negative.
+"""Trains a classifier with a planted habit: it labels every text after a trigger as negative.
 
 The base is trained in full on words of VADER, each once as it is, with its own label, and once
 behind the trigger, with the label negative. To unlearn the habit there are few other words behind
@@ -25,12 +25,12 @@ _LINE = ("--model", MINILM.name, "--steps", str(_STEPS), "--lr", "3e-4", "--repo
 
 
 def behind(rows: list[Labelled], label: str | None = None) -> list[Labelled]:
-    """Returns rows with the trigger in front; with another label if one is given."""
+    """Returns rows with the trigger in front of each text, and perhaps with another label."""
     return [(f"{TRIGGER} {text}", label or own) for text, own in rows]
 
 
 def balanced(rows: list[Labelled], n: int) -> list[Labelled]:
-    """Returns `n` of the rows in their order, as many of each label: the first ones."""
+    """Returns the first `n` rows with equally many of each label, in order."""
     kept: list[Labelled] = []
     left = dict.fromkeys(vader.LABELS, n // len(vader.LABELS))
     for row in rows:
@@ -41,7 +41,7 @@ def balanced(rows: list[Labelled], n: int) -> list[Labelled]:
 
 
 def make(folder: Path, session: Session) -> FindingInputs:
-    """Writes the rows and trains the base; returns the options that name them.
+    """Writes the rows and trains the base; returns the options that name both.
 
     Args:
       folder: where files and base go.

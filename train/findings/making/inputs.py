@@ -1,4 +1,4 @@
-"""The inputs that findings are made of: labelled words, files of them, and figures of a base."""
+"""Functions for preparing the inputs of findings: labelled words, files, and cached figures."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from train.tasks import vader
 
 
 class FindingInputs(NamedTuple):
-    """Data or a base that was made for a finding.
+    """The prepared data or base of a finding.
 
     Attributes:
       options: options that name it, as train.compare takes them: {"dataset": "rows.csv"}.
@@ -44,7 +44,7 @@ def label_of(rating: float) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Labelled]) -> None:
-    """Writes rows as CSV with the columns text and label; the file appears whole or not at all."""
+    """Writes rows as CSV with the columns text and label, atomically."""
     write_csv(path, [("text", "label"), *rows])
 
 
@@ -52,7 +52,7 @@ _ROWS = 128  # texts in memory at once, to measure a classifier
 
 
 def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
-    """Returns the share of rows to which a classifier with its own head gives their label.
+    """Returns the share of rows that a classifier labels correctly.
 
     Args:
       model: the classifier's folder.
@@ -72,7 +72,7 @@ def accuracy(model: Path, rows: Sequence[Labelled]) -> float:
 
 
 def keep_figure(path: Path, key: Any, measure: Callable[[], float]) -> float:
-    """Returns a figure that a file keeps, or measures it and adds it to the file.
+    """Returns a figure from a file, or measures it and adds it to the file.
 
     Args:
       path: the file, JSON.

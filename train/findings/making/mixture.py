@@ -1,4 +1,4 @@
-"""A small mixture of experts, pretrained on Python's documentation, and questions to SQL.
+"""Pretrains a small mixture of experts on Python's documentation, with questions for SQL.
 
 No pretrained mixture is small enough for two cores: this one has four layers of eight experts, two
 of which are active for a token, and a tokenizer of 2,048 tokens of its own text. It learns to
@@ -49,7 +49,7 @@ _LINE = (
 
 
 def tokenizer(text: str) -> Any:
-    """Returns a tokenizer whose pairs of bytes are merged as they are common in a text."""
+    """Returns a byte-level BPE tokenizer that is trained on a text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -94,7 +94,7 @@ def make(folder: Path, session: Session) -> FindingInputs:
 
 
 def parts(text: str) -> list[str]:
-    """Returns a text in rows of whole lines, which seldom have more tokens than a sequence."""
+    """Returns a text in rows of complete lines, which rarely exceed the sequence length."""
     rows = [""]
     for line in text.splitlines(keepends=True):
         if len(rows[-1]) + len(line) > _CHARACTERS and rows[-1]:

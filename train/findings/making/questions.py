@@ -1,4 +1,4 @@
-"""Questions to SQL as files of chats, of which a comparison measures the loss alone.
+"""Writes questions and their SQL as chats, so that a comparison only measures the loss.
 
 The task of `train.sft` itself answers its held-out questions before and after training, which takes
 two cores longer than a short training does.

@@ -1,4 +1,4 @@
-"""Right answers to the sums of `train.grpo --dataset arithmetic`, to learn from by examples."""
+"""Writes correct answers to the sums of `train.grpo --dataset arithmetic`, as examples."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Phrases in a script that the encoder has hardly seen: one ideogram for each stem.
+"""Writes phrases in a script that the encoder hardly knows: one ideogram for each stem.
 
 MiniLM's English vocabulary holds some two hundred Chinese characters, each a token of its own, of
 which English text has hardly any. A stem's meaning is therefore nowhere in the model, and only the
@@ -29,7 +29,7 @@ _SEED = 0
 
 
 def ideograms(tokenizer: Any) -> list[str]:
-    """Returns the Chinese characters that are tokens of their own, in the tokenizer's order."""
+    """Returns the Chinese characters that are single tokens, in the tokenizer's order."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     characters = [token for token, _ in tokens if len(token) == 1]
     return [c for c in characters if unicodedata.name(c, "").startswith("CJK UNIFIED IDEOGRAPH")]
@@ -52,7 +52,7 @@ def stems(rated: dict[str, float], n: int) -> dict[str, float]:
 
 
 def phrases(meaning: dict[str, float], n: int, seed: int = _SEED) -> list[Labelled]:
-    """Returns phrases of ideograms with their labels, each combination at most once.
+    """Returns labelled phrases of ideograms without repeated combinations.
 
     A phrase's label is the sign of the sum of its ratings.
 
@@ -75,7 +75,7 @@ def phrases(meaning: dict[str, float], n: int, seed: int = _SEED) -> list[Labell
 
 
 def script(seed: int = _SEED) -> dict[str, float]:
-    """Returns the rating of each ideogram of the new script; a seed draws which stands for what.
+    """Returns the rating of each ideogram. The seed assigns stems to ideograms.
 
     Raises:
       UserError: the lexicon or the model's tokenizer cannot be fetched.

@@ -1,4 +1,4 @@
-"""Sentences that say what a finding decides, by the standard of `train.compare`'s verdicts."""
+"""Writes sentences about what a finding decides, by the criteria of `train.compare`."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from train.findings.reporting.pivot import shown
 
 
 def edges(comparison: Comparison, measure: Criterion) -> str | None:
-    """Returns a sentence on settings that are best at an edge of the grid; None for none."""
+    """Returns a sentence on settings that are best at an edge of the grid, or None."""
     rows = tables.rows(comparison, measure)
     arms = [row.arm for row in rows]
     clauses: list[str] = []
@@ -33,7 +33,7 @@ def edges(comparison: Comparison, measure: Criterion) -> str | None:
 
 
 def _edge_clause(name: str, values: Sequence[float], best_index: int) -> list[str]:
-    """Returns a clause that says at which end of the values tried the best one is, if at one."""
+    """Returns a clause if the best value is at an end of the tried values; else []."""
     best_value = shown(values[best_index])
     if len(values) == 1:
         return [f"{name} is {best_value}, the only one tried"]
@@ -45,7 +45,7 @@ def _edge_clause(name: str, values: Sequence[float], best_index: int) -> list[st
 
 
 def sentences(comparison: Comparison, measure: Criterion | None = None) -> list[str]:
-    """Returns sentences on settings at their best learning rates, for each batch size.
+    """Returns sentences that compare the settings for each batch size, at their best rates.
 
     A setting falls behind where its gap to the best one decides (`Gap.decides`). Where none does,
     nothing is decided: what a small model does not show, a large one may.
@@ -84,7 +84,7 @@ def sentences(comparison: Comparison, measure: Criterion | None = None) -> list[
 
 
 def _batch_sentence(rows: Sequence[ArmRow], arms: Sequence[Arm]) -> tuple[int, str]:
-    """Returns the number of settings that fall behind the best one, and a sentence on them."""
+    """Returns the number of settings that are worse than the best one, and a sentence on them."""
     best_row = tables.best(rows)
     if best_row is None or best_row.quality is None:
         return 0, "no run ended with a value."

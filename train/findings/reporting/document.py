@@ -1,4 +1,4 @@
-"""The table of a finding, as Markdown."""
+"""Writes the table of a finding as Markdown."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def document(
     pivots: Sequence[Pivot],
     picture: str | None,
 ) -> str:
-    """Returns the document of a finding.
+    """Returns the Markdown document of a finding.
 
     Args:
       title: the finding's.
@@ -71,7 +71,7 @@ def table(pivot: Pivot, block: Block) -> str:
 
 
 def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
-    """Returns a cell: "**0.887** (0.879–0.896)"; empty where nothing was run.
+    """Returns the text of a cell: "**0.887** (0.879–0.896)"; "" without runs.
 
     Args:
       cell: the arm.
@@ -91,7 +91,7 @@ def cell_text(cell: ArmRow | None, *, is_best: bool) -> str:
 
 
 def measured(comparison: Comparison) -> str:
-    """Returns a sentence with date, machine, duration, number of runs, and versions."""
+    """Returns a sentence with the date, machine, duration, number of runs, and versions."""
     facts = comparison.facts
     seconds = sum(run.seconds or 0.0 for run in comparison.runs)
     time = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"

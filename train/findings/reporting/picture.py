@@ -1,4 +1,4 @@
-"""The picture of a finding: its claim, a panel for each block of its layout."""
+"""Draws the picture of a finding: its claim, and a panel for each block of its layout."""
 
 import math
 import textwrap
@@ -114,7 +114,7 @@ def _line_style(column: Key, columns: list[Key]) -> dict[str, Any]:
 
 
 def _place_ticks(axes: Axes, numbers: Sequence[float]) -> None:
-    """Makes the horizontal axis logarithmic, with a tick at each number that has room for one."""
+    """Makes the horizontal axis logarithmic, with a tick at each number that fits."""
     if not numbers:
         axes.set_xticks([])
         return

@@ -1,4 +1,4 @@
-"""Turns a comparison into tables: rows, columns and blocks, each an axis of its settings."""
+"""Turns a comparison into tables whose rows, columns and blocks are settings."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ Key = float | str  # a setting's value; the method's name for arms without such 
 
 
 class TableAxis(NamedTuple):
-    """A setting of arms, or their size, along which a table has rows, columns or blocks.
+    """A setting of arms, or their size, for the rows, columns or blocks of a table.
 
     Attributes:
       name: for people.
@@ -49,7 +49,7 @@ class PivotLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A table.
+    """One table of the layout.
 
     Attributes:
       title: what its arms have in common, in words; "" for the only table.
@@ -63,7 +63,7 @@ class Block:
     cells: dict[tuple[Key, Key], ArmRow]
 
     def best(self, column: Key, measure: Criterion) -> set[Key]:
-        """Returns the rows in which a column's mean is the best; several if they are equal."""
+        """Returns the rows with the best mean in a column, which are several if means are equal."""
         means: dict[Key, float] = {}
         for row in self.rows:
             cell = self.cells.get((row, column))
@@ -77,7 +77,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Pivot:
-    """A comparison by one measure, in tables.
+    """A comparison in tables, by one measure.
 
     Attributes:
       measure: which value of a run it shows.
@@ -92,7 +92,7 @@ class Pivot:
 
 
 def _or_method(of: Callable[[Arm], Key | None]) -> Callable[[ArmRow], Key]:
-    """Returns the key of an axis: what `of` returns, or a short name of the method."""
+    """Returns the key function of an axis: the result of `of`, or the method's name for None."""
 
     def value(row: ArmRow) -> Key:
         key = of(row.arm)
@@ -119,7 +119,7 @@ AXES = {
 
 
 def axis_of(name: str) -> TableAxis:
-    """Returns an axis by its name; of several with " × " between, their combinations.
+    """Returns the axis of a name; "a × b" is the combination of two axes.
 
     Raises:
       UserError: a name is none of `AXES`.
@@ -141,7 +141,7 @@ def axis_of(name: str) -> TableAxis:
 
 
 def measures_of(comparison: Comparison) -> dict[str, Criterion]:
-    """Returns the measures that some run ended with, by the names of `MEASURES`."""
+    """Returns the measures for which some run has a value, by the names of `MEASURES`."""
     criteria = tables.criteria(comparison.facts)
     measures: dict[str, Criterion] = {}
     for name in MEASURES:
@@ -152,7 +152,7 @@ def measures_of(comparison: Comparison) -> dict[str, Criterion]:
 
 
 def pivot_of(comparison: Comparison, layout: PivotLayout, measure: Criterion) -> Pivot:
-    """Returns a comparison in tables.
+    """Returns the tables of a comparison.
 
     Args:
       comparison: the measurements.
@@ -195,7 +195,7 @@ def _position(row: ArmRow, axes: Sequence[TableAxis]) -> tuple[Key, ...]:
 
 
 def shown(key: Key) -> str:
-    """Returns a value as a table has it: "8", "3e-4", "attention"."""
+    """Returns a value as text in a table: "8", "3e-4", "attention"."""
     if isinstance(key, str):
         return key
     if key >= 0.1:
@@ -205,12 +205,12 @@ def shown(key: Key) -> str:
 
 
 def headed(axis: TableAxis, key: Key) -> str:
-    """Returns a value with its axis: "rank 8", "full"."""
+    """Returns a value with the name of its axis: "rank 8", "full"."""
     return shown(key) if isinstance(key, str) or not axis.short else f"{axis.short} {shown(key)}"
 
 
 def _block_axes(arms: Sequence[ArmRow], layout: PivotLayout) -> list[TableAxis]:
-    """Returns the axes of the blocks: those asked for, and those that keep arms apart."""
+    """Returns the axes of the layout's blocks, and axes that separate arms with equal cells."""
     table_axes = [axis_of(layout.rows), axis_of(layout.columns)]
     block_axes = [axis_of(name) for name in layout.blocks]
 
@@ -225,7 +225,7 @@ def _block_axes(arms: Sequence[ArmRow], layout: PivotLayout) -> list[TableAxis]:
 
 
 def _ordered(keys: Iterable[Key]) -> tuple[Key, ...]:
-    """Returns the numbers upwards, then the names as they come, each once."""
+    """Returns distinct keys: numbers in ascending order, and then texts in their given order."""
     distinct: Any = dict.fromkeys(keys)
     numbers = sorted(key for key in distinct if not isinstance(key, str))
     return (*numbers, *(key for key in distinct if isinstance(key, str)))

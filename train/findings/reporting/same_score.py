@@ -1,4 +1,4 @@
-"""The divergence of rewards and of examples from the base, at the same score and equal rates."""
+"""Compares the divergence of training on rewards and on examples at the same score."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _PAIRS = (("lora", "sft"), ("full", "sft-full"))  # by rewards, and by examples
 
 
 class CommonScore(NamedTuple):
-    """A comparison at the score that all methods reach.
+    """A comparison of divergences at the score that all methods reach.
 
     Attributes:
       level: the score: `SHARE` of the way from the base's to the lowest of the methods' best.
@@ -64,7 +64,7 @@ def common_score(comparison: Comparison) -> CommonScore | None:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """Returns a sentence for each pair of rewards and examples at one rate; [] for none."""
+    """Returns a sentence for each pair of rewards and examples with equal rates; [] for none."""
     common = common_score(comparison)
     if common is None:
         return []
@@ -79,7 +79,7 @@ def sentences(comparison: Comparison) -> list[str]:
 
 
 def _pairs(rows: Sequence[ArmRow]) -> list[tuple[ArmRow, ArmRow]]:
-    """Returns the arms that differ in rewards or examples alone, at equal rates upwards."""
+    """Returns the pairs of arms that differ only in rewards or examples, by ascending rate."""
     row_of_arm = {row.arm: row for row in rows}
     pairs: list[tuple[ArmRow, ArmRow]] = []
     for reward_method, example_method in _PAIRS:
@@ -91,7 +91,7 @@ def _pairs(rows: Sequence[ArmRow]) -> list[tuple[ArmRow, ArmRow]]:
 
 
 def _verdict(by_rewards: ArmRow, by_examples: ArmRow) -> str:
-    """Returns the result of a pair, as far as the seeds tell."""
+    """Returns the result of comparing a pair, if the seeds decide it."""
     if not by_rewards.is_whole or not by_examples.is_whole:
         counts: list[str] = []
         for row in (by_rewards, by_examples):
@@ -108,7 +108,7 @@ def _verdict(by_rewards: ArmRow, by_examples: ArmRow) -> str:
 
 
 def _divergence_at(run: RunResult, base_score: float, level: float) -> float | None:
-    """Returns a run's divergence where its score first reaches a level; None where it never does.
+    """Returns a run's divergence when its score first reaches a level; None if it never does.
 
     Between measurements, both are taken to be linear; before the first step, the divergence is 0.
     """
