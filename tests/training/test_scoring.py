@@ -83,7 +83,7 @@ def test_a_loss_of_rollouts_logs_the_entropy_of_the_policy_that_it_updates(adapt
         traced = jax.jit(compute).trace(factors[0])
         products = str(traced.jaxpr).count("dot_general[")
         (_, sums), grads = traced.lower().compile()(factors[0])
-        assert loss.label == "loss a sequence", "by which a plot names its axis"
+        assert loss.label == "loss per sequence", "by which a plot names its axis"
         return sums, grads, products
 
     want = judged(model, params, data)[1][counted].mean()

@@ -106,7 +106,7 @@ class Loss:
     @property
     def label(self) -> str:
         """Returns the name of the logged loss, for an axis."""
-        return f"loss a {self.unit}" if self.reduction == "mean" else "loss"
+        return f"loss per {self.unit}" if self.reduction == "mean" else "loss"
 
 
 def number_of_units(weights: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ def test_one_command_makes_rows_runs_and_a_table(made_up, tmp_path, capsys):
     edges = "The best may lie beyond the grid: the rate of LoRA r=2 is best at "
     assert text.startswith(f"# Made up\n\nNobody says so.\n\nIt has 80 rows.\n\n{edges}")
     assert text.index(edges) < text.index("\n\nAccuracy, mean of ")
-    assert "| learning rate | rank 2 | full |" in text and "Held-out loss a text, " in text
+    assert "| learning rate | rank 2 | full |" in text and "Held-out loss per text, " in text
     assert (output / "finding.png").exists() and (output / "report.html").exists()
     assert made_up == [output / "made"]
     before = json.loads((output / result.JSON).read_text())["runs"]

@@ -46,7 +46,7 @@ def made_up():
     found = []
     for arm, scores in sorted(SCORES, key=lambda pair: (pair[0].rank or 99, pair[0])):
         found += runs(arm, *(2 * (1 - score) for score in scores), scores=scores)
-    facts = dataclasses.replace(FACTS, steps=200, score="accuracy", loss="loss (nats a text)")
+    facts = dataclasses.replace(FACTS, steps=200, score="accuracy", loss="loss (nats per text)")
     return Comparison(facts=facts, runs=tuple(found))
 
 
@@ -251,7 +251,7 @@ def test_tables_and_picture_come_from_a_comparison_that_is_over(tmp_path, capsys
     assert TABLE in capsys.readouterr().out
     main(["rates", "--from", str(tmp_path / "there"), "--measure", "loss"])
     text = (tmp_path / "there" / "finding.md").read_text()
-    assert TABLE not in text and "![Held-out loss (nats a text) by learning rate]" in text
+    assert TABLE not in text and "![Held-out loss (nats per text) by learning rate]" in text
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class TenantStatus:
 
     Attributes:
       steps: updates taken; None where that is not known, of one that was parked by another process.
-      losses: (step, loss a weighted target token) of the latest `LATEST_LOSSES` steps.
+      losses: (step, loss per weighted target token) of the latest `LATEST_LOSSES` steps.
       size: bytes of its arrays on the device.
       queued: commands that wait.
       seconds: seconds of the engine's time that it had.
