@@ -1,4 +1,4 @@
-"""Trains the adapter, or the base in full, that another run begins with."""
+"""Trains the adapter or the model that another run starts from."""
 
 import hashlib
 import shutil
@@ -27,7 +27,7 @@ MODEL, _RUN, _RECIPE = "base", "base-run", "base.json"
 
 
 def train(script: str, config: Options, task: Task, session: Session) -> None:
-    """Fine-tunes as a part of another run, whose hint tells an interrupted user how to go on.
+    """Fine-tunes within another run. Its hint tells an interrupted user how to continue.
 
     Args:
       script: the command: "train.sft".
@@ -48,7 +48,7 @@ def train(script: str, config: Options, task: Task, session: Session) -> None:
 def train_base(
     script: str, options: Sequence[str], inputs: Sequence[Path], folder: Path, session: Session
 ) -> Path:
-    """Trains a model in full by a script, unless it is there already; returns its folder.
+    """Trains a model in full by a script, unless it exists already; returns its folder.
 
     A run that was interrupted goes on. A model of other options, or of other files, is replaced.
 

@@ -1,4 +1,4 @@
-"""A training script: from a command line to a run, or to a table of runs side by side."""
+"""A training script, which parses a command line and trains one run or a table of runs."""
 
 import dataclasses
 import sys
@@ -37,7 +37,7 @@ FAILED = 1  # the exit code where some runs failed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingScript:
-    """A script that trains.
+    """A script that trains models.
 
     Attributes:
       name: its module: "train.sft".
@@ -70,7 +70,7 @@ class TrainingScript:
         return self._single_run_options(config, line_options, file_options)
 
     def _read(self, args: Sequence[str] | None) -> tuple[Any, frozenset[str], dict[str, int]]:
-        """Reads a command line; returns options, with those set on the line and in a file."""
+        """Parses a command line; returns options, and those set on the line and in a file."""
         arguments = sys.argv[1:] if args is None else args
         config, line_options, file_options = read_line(self.plain, arguments, self.name)
         set_options = line_options | file_options.keys()
@@ -98,11 +98,11 @@ class TrainingScript:
         return find_task(self.name, config.data)
 
     def begin(self, config: Options, task: Task, session: Session) -> Any:
-        """Returns the options with what the task begins with, made where it is not there yet."""
+        """Returns the options with the model or adapter that the task starts from."""
         return config if self.prior is None else task.begin(config, session, self.prior)
 
     def check(self, config: Options) -> None:
-        """Raises a UserError for options that make no sense; reads neither data nor model."""
+        """Raises a UserError for invalid options, without reading data or model."""
         self.check_options(config)
         check_files(config)
         self.task_of(config).check_options(config)
@@ -126,7 +126,7 @@ class TrainingScript:
             finetune(self.name, self.begin(config, task, session), task, session)
 
     def asked_for(self, lines: Sequence[RunOptions[Any]]) -> list[RequestedRun]:
-        """Returns the runs of a table with their tasks, checked as a command line is.
+        """Returns the runs of a table with their tasks, after checking their options.
 
         Raises:
           UserError: options make no sense, or adapters stand on different bases; names the line.
@@ -151,7 +151,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def train_many(script: str, asked: Sequence[RequestedRun], session: Session) -> None:
-    """Trains a table of runs, and writes their results beside their folders.
+    """Trains a table of runs, and writes the results beside the runs' folders.
 
     Args:
       script: the command, for the hint how to go on: "train.sft".

@@ -105,7 +105,7 @@ def launch_file(words: Sequence[str]) -> str:
 
 
 def _set_shell_variable(text: str, name: str, value: str) -> str:
-    """Returns the text of a file with another value of a variable of its shell."""
+    """Returns a shell script with another value of one of its variables."""
     return re.sub(
         rf"^( *{name}=)(?:\(.*\)|\S+)", lambda match: match[1] + value, text, count=1, flags=re.M
     )

@@ -35,6 +35,7 @@ class _OptionsByName:
     """All options of a script as attributes; options of other scripts are None."""
 
     def __init__(self, options: Any, facts: DatasetFacts) -> None:
+        """Collects the options of all groups, and the facts that conditions need."""
         for group in vars(options).values():
             vars(self).update(vars(group))
         self.averages = OPTIMIZERS[self.optimizer].averages

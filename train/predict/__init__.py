@@ -1,1 +1,1 @@
-"""The parts of `train.predict`: the classifier, its texts, their batches, and what is written."""
+"""The parts of `train.predict`: the classifier, its texts or images, and their batches."""

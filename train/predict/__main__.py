@@ -130,7 +130,7 @@ def run(options: PredictOptions) -> None:
 
 
 def check(options: PredictOptions, named_options: frozenset[str] = frozenset()) -> None:
-    """Raises a UserError for options that make no sense, or that were given to no effect.
+    """Raises a UserError for invalid options, and for options that would have no effect.
 
     Args:
       options: the options.
@@ -183,7 +183,7 @@ def read_inputs(
 
 
 def read_texts(options: PredictOptions) -> Texts:
-    """Reads the texts from where the options say."""
+    """Reads the texts of the command line, of --input, or of standard input."""
     if options.texts:
         return read_arguments(options.texts)
     if options.input is not None:
@@ -192,7 +192,7 @@ def read_texts(options: PredictOptions) -> Texts:
 
 
 def choose_output_format(format: Format | None, out: str | None) -> Format:
-    """Returns the format of --format; else that of the file's ending, or JSON lines."""
+    """Returns the value of --format, or else the format of the file's ending, or JSON lines."""
     if format is not None:
         return format
     return "csv" if out is not None and out.lower().endswith(".csv") else "jsonl"

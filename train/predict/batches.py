@@ -1,4 +1,4 @@
-"""Probabilities of many texts or images, in batches of few shapes: each shape is compiled once."""
+"""Computes the probabilities of many texts or images, in batches of few compiled shapes."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _MIN_LENGTH = 16  # tokens
 
 
 def padded_lengths_up_to(most: int) -> tuple[int, ...]:
-    """Returns the lengths that texts are padded to: doubling, up to the most tokens of a text."""
+    """Returns the padded lengths of texts, each twice the last, up to the maximum `most`."""
     lengths: list[int] = []
     length = _MIN_LENGTH
     while length < most:

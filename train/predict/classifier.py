@@ -1,4 +1,4 @@
-"""The classifier that options name: a base with an adapter, or a model with its own head."""
+"""Finds the classifier of the options: a base with an adapter, or a model with its own head."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _UNSUPPORTED_PROBLEM_TYPES = ("multi_label_classification", "regression")
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A classifier without its weights.
+    """A classifier without its weights, which `load` reads.
 
     Attributes:
       outline: the model's.
@@ -58,7 +58,7 @@ def find_classifier(
     tokenizer: str | None = None,
     allow_base_mismatch: bool = False,
 ) -> Classifier:
-    """Returns the classifier that options name; reads no weights.
+    """Returns the classifier of the options, without reading its weights.
 
     Args:
       adapter: the option --adapter.
@@ -106,7 +106,7 @@ def find_classifier(
 
 
 def _check_own_head(name: str, source: AdapterSource | None) -> None:
-    """Raises a UserError if a model has no head for classes, and the adapter brings none."""
+    """Raises a UserError if neither the model nor the adapter has a head for classes."""
     architectures = read_fields(name).get("architectures") or ["no architecture"]
     if any(architecture.endswith(_CLASSIFIER_SUFFIXES) for architecture in architectures):
         return
@@ -123,7 +123,7 @@ def _check_own_head(name: str, source: AdapterSource | None) -> None:
 
 
 def _check_problem(name: str) -> None:
-    """Raises a UserError if a model was trained for something else than one class a text."""
+    """Raises a UserError if a model was not trained to predict exactly one class per text."""
     problem = read_fields(name).get("problem_type")
     if problem in _UNSUPPORTED_PROBLEM_TYPES:
         raise UserError(
@@ -137,7 +137,7 @@ def _choose_labels(
     config: EncoderConfig | VisionConfig,
     option: Sequence[str],
 ) -> tuple[str, ...]:
-    """Returns the classes' names: the adapter's, the model's, those of --labels, or LABEL_0."""
+    """Returns the class names of the adapter, the model or --labels, or else LABEL_0, LABEL_1, …"""
     known_labels = tuple(adapter_labels) or config.label_names
     if known_labels and option:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The texts or images to classify: from arguments, files or standard input; texts as tokens."""
+"""Reads the texts or images to classify, from arguments, files or standard input."""
 
 import dataclasses
 import sys
@@ -64,7 +64,7 @@ class TokenizedTexts:
 
 
 def is_row_file(path: str) -> bool:
-    """Returns True if a file has rows with fields, by its ending; others have a text a line."""
+    """Returns True if a file's ending is that of a file of rows, and not of a file of lines."""
     return kind_of(path) is not None
 
 
@@ -81,7 +81,7 @@ def read_arguments(texts: Sequence[str]) -> Texts:
 
 
 def _texts_of_lines(lines: Sequence[Entry], source: str) -> Texts:
-    """Returns one text a line. Empty lines are left out, and a line on stderr says how many."""
+    """Returns one text per line; skips empty lines, and prints their number to stderr."""
     text_of_name = {name: line for name, line in lines if line}
     n_empty = len(lines) - len(text_of_name)
     if n_empty > 0:
@@ -109,7 +109,7 @@ def read_text_file(path: str, field: str, field_pair: str | None) -> Texts:
 
 
 def read_standard_input() -> Texts:
-    """Reads one text a line, up to the end."""
+    """Reads one text per line until the end of standard input."""
     source = "standard input"
     return _texts_of_lines(name_lines(read_typed_lines("text"), source), source)
 

@@ -1,1 +1,1 @@
-"""The processes of a run: how they join, how one hears of the others, and how all of them end."""
+"""The processes of a run: how they connect, communicate, and end together."""

@@ -1,4 +1,4 @@
-"""Compiled programs, kept for later runs in a folder of the user's (JAX's persistent cache)."""
+"""Keeps compiled programs for later runs in a folder of the user (JAX's persistent cache)."""
 
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ _CHANGED_SETTINGS: dict[
 
 
 def keep_compiled(option: str | None) -> str | None:
-    """Sets the folder where JAX keeps compiled programs, and finds those of earlier runs.
+    """Sets the folder in which JAX keeps compiled programs, and reports its contents.
 
     JAX keeps those that took it longer than a second (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS).
 

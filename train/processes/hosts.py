@@ -29,7 +29,7 @@ _Message = dict[str, Any]
 
 
 class _SharedError(UserError):
-    """An error raised in all processes at once."""
+    """An error that is raised in all processes at once."""
 
 
 class Processes(Protocol):
@@ -109,7 +109,7 @@ def console() -> Console:
 
 @contextmanager
 def raise_in_every_process() -> Iterator[None]:
-    """Raises a UserError of one process, within this context, in every process.
+    """Raises a UserError that one process raises in this context in every process.
 
     Within, processes may communicate only through `map_over_processes` and `check_alike`: a process
     that fails sends its error to the next such exchange of the others.
@@ -126,7 +126,7 @@ def raise_in_every_process() -> Iterator[None]:
 
 
 def check_alike(options: Mapping[str, Any], **read: Any) -> None:
-    """Checks that all processes have the same options and have read the same data.
+    """Raises a UserError unless all processes have the same options and data.
 
     Args:
       options: this process's options by name, as JSON, but for those that may differ.
@@ -200,6 +200,7 @@ def ask_first_process(
     """
 
     def attempt(_: int) -> dict[str, Any]:
+        """Calls the function; returns its result, or the signal that interrupted it."""
         try:
             with stop.dropping():
                 result = work()
@@ -244,7 +245,7 @@ def _gather_messages(message: _Message) -> list[Any]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values of all processes, in their order; JSON has to represent them."""
+    """Returns the values of all processes in their order. The values must be valid JSON."""
     return _gather_messages(_success(value))
 
 

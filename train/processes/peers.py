@@ -1,4 +1,4 @@
-"""Connections between the processes of a run, over which each says that it ends, and why.
+"""Connections between the processes of a run, over which each reports its end and the reason.
 
 JAX reports a dead process only when it has missed heartbeats, in an error of its own, and signals
 not at all: until then, the others wait in the next collective. Here every process holds a
@@ -35,14 +35,14 @@ _MAX_HEARTBEAT_SECONDS = 1.0  # most seconds between two heartbeats
 
 
 class Silence(NamedTuple):
-    """A process's silence: for how many seconds, and since which second of the epoch."""
+    """The duration of a process's silence in seconds, and its start in seconds since 1970."""
 
     seconds: float
     since: float
 
 
 class Heartbeats:
-    """Counts for how long each process has been silent.
+    """Measures how long each process has been silent.
 
     Time in which this process stood still itself (it was suspended with all others, say) does not
     count: what the others sent in the meantime is read only afterwards.
@@ -52,7 +52,7 @@ class Heartbeats:
     """
 
     def __init__(self, processes: Iterable[int], timeout: float) -> None:
-        """Begins with a sign of life of each process."""
+        """Starts with a silence of zero seconds for each process."""
         self.every = min(timeout / _HEARTBEATS_PER_TIMEOUT, _MAX_HEARTBEAT_SECONDS)
         self._timeout = timeout
         self._lock = threading.Lock()
@@ -65,12 +65,12 @@ class Heartbeats:
                 self._silences[process] = Silence(0.0, time.time())
 
     def forget(self, process: int) -> None:
-        """Stops counting for a process, which has ended."""
+        """Stops measuring a process that has ended."""
         with self._lock:
             self._silences.pop(process, None)
 
     def count(self, seconds: float) -> dict[int, Silence]:
-        """Adds time since the last count; returns the silences that are now too long, once each.
+        """Adds the elapsed time; returns each silence that now exceeds the timeout, only once.
 
         Args:
           seconds: the time; of a longer one than two heartbeats, this process missed the rest.
@@ -88,7 +88,7 @@ class Heartbeats:
 
 
 class Ending(NamedTuple):
-    """The end of a process before its time.
+    """The premature end of a process.
 
     Attributes:
       process: its number.
@@ -109,7 +109,7 @@ EndListener = Callable[[Ending], None]
 
 
 class Peers:
-    """The connections of this process: process 0 has one to each other, the others one to it."""
+    """The connections of this process. Process 0 is connected to all others."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Peers:
         on_ending: EndListener,
         timeout: float,
     ) -> None:
-        """Begins to listen, and to send heartbeats.
+        """Starts the threads that listen and that send heartbeats.
 
         Args:
           connections: the connections, by the process at their other end.
@@ -148,11 +148,11 @@ class Peers:
             thread.start()
 
     def tell(self, reason: str, code: int, *, deferred: bool = False) -> None:
-        """Tells the others that this process ends, and why."""
+        """Tells the other processes that this process ends, and the reason."""
         self._announce(Ending(self.index, reason, code, deferred=deferred))
 
     def close(self) -> None:
-        """Tells the others that this process ends because all is done."""
+        """Tells the other processes that this process has finished."""
         self._announce(Ending(self.index, _DONE, 0))
         with self._send_lock:
             self._closed = True
@@ -163,7 +163,7 @@ class Peers:
                     self._connections.pop(process).close()
 
     def wait_for_the_others(self, seconds: float) -> None:
-        """Has process 0 wait until the others have ended: JAX kills processes that lose it."""
+        """Lets process 0 wait for the others, because JAX kills processes that lose it."""
         if self.index != 0:
             return
         deadline = time.monotonic() + seconds
@@ -173,11 +173,11 @@ class Peers:
             time.sleep(0.02)
 
     def _announce(self, ending: Ending, besides: int | None = None) -> None:
-        """Sends an ending to all other processes except `besides`."""
+        """Sends an ending to all other processes except the process `besides`."""
         self._send(f"{json.dumps(ending._asdict())}\n".encode(), besides)
 
     def _send(self, line: bytes, besides: int | None = None) -> None:
-        """Sends a line to all other processes except `besides`."""
+        """Sends a line to all other processes except the process `besides`."""
         with self._send_lock:
             for process, connection in list(self._connections.items()):
                 if process != besides:
@@ -185,7 +185,7 @@ class Peers:
                         connection.sendall(line)
 
     def _listen(self, process: int, connection: socket.socket) -> None:
-        """Passes on the messages of another process, until it has ended."""
+        """Handles the messages of another process until that process ends."""
         has_announced_end = False
         # Of a malformed message, the connection is at fault, not this process.
         with contextlib.suppress(OSError, *_MALFORMED), connection.makefile("rb") as lines:
@@ -206,7 +206,7 @@ class Peers:
             self._handle(Ending(process, LOST, 1, unannounced=True), process)
 
     def _watch(self) -> None:
-        """Sends heartbeats, and reports each process that sends none, until all have ended."""
+        """Sends heartbeats, and reports frozen processes, until all others have ended."""
         last_time = time.monotonic()
         while any(thread.is_alive() for thread in self._threads.values()):
             time.sleep(self._heartbeats.every)
@@ -226,7 +226,7 @@ class Peers:
                 self._handle(Ending(process, why, 1, unannounced=True), self.index)
 
     def _handle(self, ending: Ending, sender: int) -> None:
-        """Passes on an ending before its time, and calls the listener."""
+        """Forwards a premature ending to other processes, and calls the listener."""
         if ending.why == _DONE:
             return
         if self.index in (0, sender):
@@ -236,7 +236,7 @@ class Peers:
 
 
 def connect(coordinator: str | None, on_ending: EndListener, timeout: float) -> Peers | str:
-    """Connects the processes of this run; all of them have to call this.
+    """Connects the processes of this run. All processes must call it.
 
     Args:
       coordinator: the address of process 0, host:port, as the user gave it.
@@ -302,7 +302,7 @@ def _open_server(coordinator: str | None) -> tuple[socket.socket, str]:
 
 
 def _connect_to_first_process(offer: dict[str, Any]) -> socket.socket | None:
-    """Connects to the address that process 0 has offered; returns None on failure."""
+    """Connects to the address that process 0 has published; returns None on failure."""
     greeting = {"token": offer["token"], "process": jax.process_index()}
     with contextlib.suppress(OSError):
         address = (offer["host"], offer["port"])
@@ -331,7 +331,7 @@ def _accept_connections(
 def _check_greeting(
     connection: socket.socket, token: str, connections: dict[int, socket.socket]
 ) -> None:
-    """Keeps a connection whose greeting has the token; closes any other connection."""
+    """Keeps a connection that greets with the token, and closes any other connection."""
     with contextlib.suppress(OSError, *_MALFORMED):
         connection.settimeout(_CONNECT_SECONDS)
         with connection.makefile("rb") as lines:

@@ -1,4 +1,4 @@
-"""Programs that answer lines, each in a process of its own, ended where it takes too long."""
+"""Pools of programs that answer a line with a line, each in its own process with a time limit."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 
 class NoAnswer(Exception):
-    """The program took too long (`late`), or its process ended by itself."""
+    """The error for a program that took too long (`late`) or whose process ended."""
 
     def __init__(self, late: bool, code: int) -> None:
         super().__init__("took too long" if late else f"its process ended (exit code {code})")
@@ -19,7 +19,7 @@ class NoAnswer(Exception):
 
 
 class ProgramPool:
-    """Copies of a program that answers a line with a line; each is started when it is needed.
+    """Several copies of a program that answers lines. Each copy is started when it is needed.
 
     One that does not answer in time, or ends, is replaced. A program should end when its input
     does, so that it ends with this process however that ends. Ctrl-C does not reach it. What it
@@ -35,7 +35,7 @@ class ProgramPool:
         quiet: bool = False,
         greeting_seconds: float = 0.0,
     ) -> None:
-        """Starts nothing yet.
+        """Creates a pool without processes.
 
         Args:
           command: the program and its arguments.
@@ -59,7 +59,7 @@ class ProgramPool:
         return self._copies[0].start()
 
     def ask(self, line: str, seconds: float) -> str:
-        """Returns the answer to a line in ASCII, both without their ends.
+        """Returns the answer to a line. Both are ASCII without line ends.
 
         Raises:
           NoAnswer: the program did not answer in time, or its process ended.
@@ -71,13 +71,13 @@ class ProgramPool:
             self._idle.put(copy)
 
     def close(self) -> None:
-        """Ends the processes; the next line starts another."""
+        """Ends the processes. The next line starts a new one."""
         for copy in self._copies:
             copy.close()
 
 
 class _Copy:
-    """One process of the program; see `ProgramPool`."""
+    """One copy of the program with its process; see `ProgramPool`."""
 
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], quiet: bool, greeting_seconds: float
@@ -89,7 +89,7 @@ class _Copy:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> str:
-        """Starts the process again; returns its greeting, or ""."""
+        """Starts the process again; returns its greeting, or "" if it has none."""
         self.close()
         self._process = subprocess.Popen(
             self._command,
@@ -123,7 +123,7 @@ class _Copy:
                 stream.close()
 
     def _answer(self, text: str, seconds: float) -> str:
-        """Sends a text and returns the answering line; ends the process after `seconds`."""
+        """Sends a text and returns the line that answers it; ends the process after `seconds`."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         is_late = threading.Event()
@@ -151,7 +151,7 @@ class _Copy:
 
 
 def _kill_process_group(process: subprocess.Popen[str]) -> None:
-    """Kills a process and, except on Windows, the processes that it has started."""
+    """Kills a process and, except on Windows, its child processes."""
     if sys.platform == "win32":
         process.kill()
     else:

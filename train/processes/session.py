@@ -1,4 +1,4 @@
-"""Ends a script early: with one paragraph, an exit code, and no process left behind.
+"""Ends a script early with one paragraph and an exit code, and ends all its processes.
 
 Python handles signals between its own instructions, so none during a compilation of minutes. A
 thread therefore listens for them, too, and ends the process if the main thread does not. If one of
@@ -35,7 +35,7 @@ _FAILURE_CODE = 1
 
 
 class Session:
-    """Ends the script, and with it all processes of its run.
+    """The execution of a script, which can end the script with all processes of its run.
 
     Attributes:
       stop: tells of signals.
@@ -44,7 +44,7 @@ class Session:
     """
 
     def __init__(self, began: float | None = None) -> None:
-        """Begins a session.
+        """Creates a session with its start time.
 
         Args:
           began: when the script began, by `time.monotonic`. Without it, the script begins now.
@@ -61,7 +61,7 @@ class Session:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this context, user errors and signals end this process and all others."""
+        """Handles user errors and signals in this context: both end all processes."""
         try:
             with self._watched(), self.stop.listening(), closed_pipe():
                 yield
@@ -114,10 +114,10 @@ class Session:
             self.began_at = session_began_at
 
     def join(self, console: Console, run: Processes) -> None:
-        """Connects the processes of a run, so that all of them end if one does."""
+        """Connects the processes of a run, so that all of them end when one does."""
         if jax.process_count() == 1:
             return
-        peers = connect(run.coordinator, self._hear, run.heartbeat_timeout)
+        peers = connect(run.coordinator, self._end_with_peer, run.heartbeat_timeout)
         if isinstance(peers, Peers):
             self._peers = peers
         else:
@@ -128,8 +128,8 @@ class Session:
                 "allow connections between the hosts on all ports.",
             )
 
-    def _hear(self, ending: Ending) -> None:
-        """Ends this process with another one, or because the others have ended without it."""
+    def _end_with_peer(self, ending: Ending) -> None:
+        """Ends this process because another one has ended."""
         if ending.deferred:
             self.stop.hear(ending.code - 128)
             return
@@ -145,7 +145,7 @@ class Session:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Handles signals in a thread while the main thread may be busy outside Python."""
+        """Watches for signals in a thread while the main thread runs in this context."""
         read_end, write_end = socket.socketpair()
         read_end.setblocking(True)
         write_end.setblocking(False)
@@ -180,7 +180,7 @@ class Session:
                 self._end_at_once(f"Interrupted by {name}. {self.stop.remedy}", 128 + number)
 
     def _end_at_once(self, message: str, code: int, in_haste: bool = False) -> None:
-        """Ends the process from another thread than the main one, unless it ends already.
+        """Ends the process from any thread except the main one, unless it is ending already.
 
         Args:
           message: the paragraph for the user.
@@ -192,10 +192,10 @@ class Session:
             return
         if in_haste:  # writing lets the main thread run, by default for 5 ms
             sys.setswitchinterval(1e-5)
-        self._say(message)
+        self._print_message(message)
         if in_haste:
             os._exit(code)
-        self._leave(code)
+        self._exit_process(code)
 
     def _end(self, message: str, code: int, why: str | None = None) -> NoReturn:
         """Ends the process from the main thread.
@@ -207,22 +207,22 @@ class Session:
         """
         if not self._claim.acquire(blocking=False):
             threading.Event().wait()  # another thread is ending the process
-        self._say(message)
+        self._print_message(message)
         if self._peers is None:
             sys.exit(code)
         if why is not None:
             self._peers.tell(why, code)
-        self._leave(code)
+        self._exit_process(code)
 
-    def _say(self, message: str) -> None:
-        """Prints the last paragraph, as far as it can still be printed."""
+    def _print_message(self, message: str) -> None:
+        """Prints the last message, and ignores errors of closed outputs."""
         with contextlib.suppress(OSError, ValueError):
             if message:
                 print(f"\n{replace_copy_paths(message.rstrip())}", file=sys.stderr, flush=True)
             sys.stdout.flush()
 
-    def _leave(self, code: int) -> NoReturn:
-        """Exits without Python's clean-up, in which JAX would wait for the other processes."""
+    def _exit_process(self, code: int) -> NoReturn:
+        """Exits without Python's cleanup, in which JAX would wait for the other processes."""
         with contextlib.suppress(Exception):
             self.release.close()
         if self._peers is not None:

@@ -1,4 +1,4 @@
-"""A user's files, imported by programs of their own; such a program loads this file by its path.
+"""Imports a user's files in separate programs, which load this file by its path.
 
 It imports the standard library alone, and is no module of `train` there: a user's file is the only
 one to import more, and finds a `train` of its own beside it.
@@ -33,18 +33,18 @@ PROGRAMS = {__file__}
 
 
 class NoFunction(Exception):
-    """A file has no such function, or one that cannot be used as it is."""
+    """The error for a file without the named function, or with an unusable one."""
 
 
 class FileFinder:
-    """Imports the files of the command line as `_user_0`, …, in order: a finder of modules.
+    """A finder of modules that imports the command line's files as `_user_0`, `_user_1`, ….
 
     A file is a package, with the files beside it as its modules: relative imports find them.
     """
 
     @staticmethod
     def find_spec(name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        """Returns the spec of one of the files; None for other modules."""
+        """Returns the spec of one of the files, or None for other modules."""
         match = _MODULE.fullmatch(name)
         if match is None:
             return None
@@ -56,7 +56,7 @@ class FileFinder:
 
 
 def _files_on_command_line() -> list[str]:
-    """Returns the files that the specs on the command line name, each once."""
+    """Returns the distinct files of the specs on the command line."""
     paths = []
     for argument in sys.argv[1:]:
         path, colon, _ = argument.rpartition(":")
@@ -108,7 +108,7 @@ def _import_file(path: str) -> Any:
 
 
 def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Returns the frames of a traceback that are in files of users."""
+    """Returns the frames of a traceback that are in users' files."""
     frames = []
     for frame in traceback.extract_tb(error.__traceback__):
         is_generated = frame.filename.startswith("<")
@@ -118,7 +118,7 @@ def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def find_keywords(function: Callable[..., Any]) -> tuple[frozenset[str] | None, list[str]]:
-    """Returns the keywords that a function takes, None for all, and those without a default."""
+    """Returns the keywords that a function accepts (None for all), and its required keywords."""
     names = []
     required_names = []
     takes_all = False
@@ -133,7 +133,7 @@ def find_keywords(function: Callable[..., Any]) -> tuple[frozenset[str] | None, 
 
 
 def select_keywords(values: Mapping[str, Any], keywords: frozenset[str] | None) -> dict[str, Any]:
-    """Returns the values that a function takes; see `find_keywords`."""
+    """Returns the values that a function accepts; see `find_keywords`."""
     if keywords is None:
         return dict(values)
     return {name: value for name, value in values.items() if name in keywords}
@@ -151,7 +151,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def module_values(modules: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the values that the user's own modules and their classes hold, with their names.
+    """Yields the values in the user's modules and their classes, with their names.
 
     A name is as "game.py:Game.n". Other modules than the user's own yield nothing.
 
@@ -174,7 +174,7 @@ def module_values(modules: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def generators(modules: Iterable[str]) -> dict[str, Any]:
-    """Returns the random generators that the user's own modules hold, by name."""
+    """Returns the random generators in the user's modules, by name."""
     numpy_random = sys.modules.get("numpy.random")  # perhaps in part: its import may be under way
     kinds = [random.Random]
     for name in ("Generator", "RandomState"):
@@ -188,7 +188,7 @@ def generators(modules: Iterable[str]) -> dict[str, Any]:
 
 
 def fingerprints(modules: Iterable[str]) -> dict[str, int]:
-    """Returns a hash of each value of the user's own modules, but for random generators, by name.
+    """Returns a hash of each value in the user's modules except random generators, by name.
 
     Of a value that has no pickle, its `repr` is hashed, or that of its attributes.
     """
@@ -205,14 +205,14 @@ def fingerprints(modules: Iterable[str]) -> dict[str, int]:
 
 
 class EpisodeSeeds:
-    """Seeds `random`, NumPy, and the generators in modules of the user's files.
+    """Seeds `random`, NumPy, and the random generators in the user's modules.
 
     It is a finder of modules, too, which comes before all others. So the generators of a module
     that is imported later are seeded once that module has run.
     """
 
     def __init__(self, seed: int) -> None:
-        """Seeds the generators that there are."""
+        """Seeds the generators in the modules that are imported already."""
         self._seed = seed
         random.seed(seed)
         for name in [*sys.modules]:
@@ -220,7 +220,7 @@ class EpisodeSeeds:
         sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, *arguments: Any) -> importlib.machinery.ModuleSpec | None:
-        """Returns the spec that the other finders find."""
+        """Returns the spec of a module, whose generators are seeded after its import."""
         spec: importlib.machinery.ModuleSpec | None = None
         for finder in [*sys.meta_path]:
             if finder is not self and hasattr(finder, "find_spec"):
@@ -239,7 +239,7 @@ class EpisodeSeeds:
         return spec
 
     def _seed_module(self, module: str) -> None:
-        """Seeds the generators that a module holds, each by its name."""
+        """Seeds the generators in a module, each by its name."""
         if module == "numpy.random":
             sys.modules[module].seed(self._seed % 2**32)
         for name, generator in generators([module]).items():
@@ -258,10 +258,11 @@ class EpisodeSeeds:
 
 
 def requests(source: TextIO) -> Iterator[Any]:
-    """Yields the request in each line; ends this process when the input ends."""
+    """Yields the request in each line. The process ends when its input ends."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
+        """Reads lines until the input ends, and then ends this process and its children."""
         # An asker that was killed before it read an answer resets the connection.
         with contextlib.suppress(OSError):
             for line in source:
@@ -275,7 +276,7 @@ def requests(source: TextIO) -> Iterator[Any]:
 
 
 def take_pipes() -> tuple[TextIO, TextIO]:
-    """Takes stdin and stdout for requests and answers, out of the reach of user functions."""
+    """Reserves stdin and stdout for requests and answers, out of reach of user functions."""
     source = os.fdopen(os.dup(0))
     answers = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)

@@ -1,1 +1,1 @@
-"""Reports a run's metrics beside its own files: TensorBoard, Weights & Biases, MLflow, trackio."""
+"""Reports a run's metrics to TensorBoard, Weights & Biases, MLflow or trackio."""

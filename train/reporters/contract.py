@@ -15,7 +15,7 @@ Ending = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be
 
 
 class Sample(NamedTuple):
-    """A prompt, and the model's answer, with its reward where it has one.
+    """A prompt and the model's answer, with its reward if it has one.
 
     Attributes:
       extra: further facts about the answer, by name, for the record alone; None for none.
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The run that a reporter reports on.
+    """The run that a reporter reports.
 
     Attributes:
       name: the run's name, for people.
@@ -46,7 +46,7 @@ class Start(NamedTuple):
 
 
 class Reporter(Protocol):
-    """Reports a run. It is made with a `Start`; whatever it raises ends the reports, not the run.
+    """Reports a run to a service. An error in it ends the reports but not the run.
 
     All its methods are called in one thread, in the order of the steps.
 
@@ -69,7 +69,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Tracker:
-    """Describes a service that gets the metrics of runs.
+    """Describes a service that receives the metrics of runs.
 
     Attributes:
       reporter: makes the reporter of a run; imports the package.

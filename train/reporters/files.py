@@ -1,4 +1,4 @@
-"""The files of a run's folder that several modules read: JSON, whole or line by line."""
+"""Reads and writes the files of a run's folder that several modules use, in JSON and CSV."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines with a step each; leaves out a last one that a kill cut short."""
+    """Reads a file of JSON lines that each have a step; skips an incomplete last line."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -38,12 +38,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
-    """Writes a file of JSON lines, which is there whole or not at all."""
+    """Writes a file of JSON lines atomically."""
     write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Writes rows, the header among them, as CSV, which is there whole or not at all."""
+    """Writes rows, including the header, as CSV atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""MLflow; its own environment variables count (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
+"""Reports to MLflow, which also reads MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
 import json
 import os
@@ -12,9 +12,10 @@ _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflow:
-    """Logs to one run of MLflow through a client, which leaves the process's active run alone."""
+    """Logs to one run of MLflow through a client, without changing the process's active run."""
 
     def __init__(self, start: Start) -> None:
+        """Creates a run with the options as parameters, or continues an earlier run."""
         import mlflow
 
         self._client = mlflow.MlflowClient()
@@ -33,7 +34,7 @@ class MLflow:
         self.run_id: str | None = self._id
 
     def _experiment_id(self, project: str | None) -> str:
-        """Returns the experiment of a project, which is created if it is not there yet."""
+        """Returns the id of a project's experiment, which is created if it does not exist."""
         name = project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         experiment = self._client.get_experiment_by_name(name)
         return experiment.experiment_id if experiment else self._client.create_experiment(name)
@@ -51,7 +52,7 @@ class MLflow:
         self._client.log_text(self._id, text, f"samples/step_{step:07}.jsonl")
 
     def close(self, how: Ending) -> None:
-        """Ends the run there; a resumed one sets it running again."""
+        """Marks the MLflow run as ended. A resumed run marks it as running again."""
         self._client.set_terminated(self._id, _STATUS[how])
 
 

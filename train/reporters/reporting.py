@@ -1,4 +1,4 @@
-"""All reporters of a run: each in a thread of its own, so that none holds up or ends the training.
+"""Runs all reporters of a run, each in its own thread, so that none delays or ends training.
 
 `reporters.json` in the run's folder keeps the id of the run in each service, and the last step that
 each metric was reported for. A resumed run continues the same runs there, and reports no step
@@ -28,7 +28,7 @@ Steps = dict[str, int]  # the last step reported, by the name of the metric
 
 
 class Reporting:
-    """Hands a run's lines and samples to its reporters; a context manager."""
+    """Passes a run's lines and samples to its reporters; a context manager."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Reporting:
         samples: Sequence[Line],
         warn: Callable[[str], object],
     ) -> None:
-        """Opens the reporters.
+        """Starts the reporters' threads.
 
         Args:
           folder: the run's folder.
@@ -90,6 +90,7 @@ class Reporting:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the reporters with the run's ending, and writes the ledger."""
         ending: Ending = "finished"
         if kind is not None:
             is_interrupted = issubclass(kind, Interrupted | KeyboardInterrupt)
@@ -100,7 +101,7 @@ class Reporting:
         self._write_ledger()
 
     def line(self, line: Line) -> None:
-        """Reports a line of metrics, as metrics.jsonl has it."""
+        """Reports a line of metrics as in metrics.jsonl."""
         for channel in self._channels:
             channel.put(line)
 
@@ -110,7 +111,7 @@ class Reporting:
             channel.put({"step": step, "time": at, _SAMPLES: list(samples)})
 
     def _write_ledger(self) -> None:
-        """Writes the ledger; a reporter's thread does so once its run there is known."""
+        """Writes the ledger. It is also called when a reporter knows the id of its run."""
         with self._ledger_lock:
             ledger = dict(self._other_entries)
             for channel in self._channels:
@@ -126,7 +127,7 @@ class Reporting:
 
 @dataclasses.dataclass(eq=False)
 class _Channel:
-    """Reports by one reporter, in a thread.
+    """A reporter with its thread and queue.
 
     Attributes:
       name: the reporter's.
@@ -149,7 +150,7 @@ class _Channel:
     _ready: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def open(self, on_open: Callable[[], object]) -> None:
-        """Starts the thread; `on_open` is called in it, once the run there is known."""
+        """Starts the thread, which calls `on_open` when it knows the id of the service's run."""
         name = f"report to {self.name}"
         self._thread = threading.Thread(
             target=self._report_queue, args=(on_open,), name=name, daemon=True
@@ -157,7 +158,7 @@ class _Channel:
         self._thread.start()
 
     def wait_until_open(self, seconds: float) -> None:
-        """Waits until the report has begun or failed, but not for long."""
+        """Waits for a short time until the reporter has started or failed."""
         if not self._ready.wait(max(0.0, seconds)):
             self.warn(
                 f"warning: --report-to {self.name} did not start within {_OPEN_SECONDS:.0f} s. The "
@@ -165,12 +166,12 @@ class _Channel:
             )
 
     def put(self, line: Line) -> None:
-        """Reports a line, later."""
+        """Queues a line for the report."""
         if not self.failed:
             self._queue.put(line)
 
     def close(self, ending: Ending) -> None:
-        """Ends the report; waits for what is still to be sent, but not for ever."""
+        """Ends the report after waiting for the queue, for a limited time."""
         if self.failed:
             return
         self._queue.put(ending)
@@ -183,7 +184,7 @@ class _Channel:
             )
 
     def _report_queue(self, on_open: Callable[[], object]) -> None:
-        """Reports the lines of the queue, until the ending comes."""
+        """Reports the lines of the queue until it receives the ending."""
         try:
             reporter = self.make(self.start)
             self.run_id = reporter.run_id
@@ -200,7 +201,7 @@ class _Channel:
             self._ready.set()
 
     def _report(self, reporter: Reporter, line: Line) -> None:
-        """Reports the samples or the metrics of a line that were not reported before."""
+        """Reports a line's samples or metrics, except those that were reported earlier."""
         step = line["step"]
         values = {}
         for name, value in line.items():
@@ -215,7 +216,7 @@ class _Channel:
             self.reported[name] = step
 
     def _fail(self, error: BaseException) -> None:
-        """Reports nothing more; warns of the error."""
+        """Stops the report, and prints a warning with the error."""
         self.failed = True
         reason = " ".join(str(error).split())[:300]
         self.warn(
@@ -228,7 +229,7 @@ class _Channel:
 def _close_ledger_entry(
     entry: Mapping[str, Any], lines: Sequence[Line], samples: Sequence[Line]
 ) -> Any:
-    """Returns a closed ledger entry; one that a kill left open counts as fully reported."""
+    """Returns a closed ledger entry; one that a killed run left open counts as fully reported."""
     reported: Steps = dict(entry["reported"])
 
     def note(name: str, step: int) -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard's event files in the run's folder."""
+"""Writes TensorBoard's event files in the run's folder."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ EVENTS = "tensorboard"
 
 
 class TensorBoard:
-    """Writes the events of all steps anew, so that a resumed run has none twice."""
+    """Writes the events of all steps again, so that a resumed run has no step twice."""
 
     run_id: str | None = None
 
@@ -20,12 +20,12 @@ class TensorBoard:
         self._writer = tensorboardX.SummaryWriter(str(start.folder / EVENTS))
 
     def report(self, step: int, values: Mapping[str, float], at: float) -> None:
-        """Writes a scalar each."""
+        """Writes each value as a scalar."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step, walltime=at)
 
     def show(self, step: int, samples: Sequence[Sample], at: float) -> None:
-        """Writes the samples as one text."""
+        """Writes the samples as text."""
         text = "\n\n".join(f"**{sample.prompt}**\n\n{sample.answer}" for sample in samples)
         self._writer.add_text("samples", text, step, walltime=at)
 

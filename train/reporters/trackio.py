@@ -1,4 +1,4 @@
-"""trackio; its own environment variables count (TRACKIO_PROJECT, TRACKIO_DIR, TRACKIO_SPACE_ID)."""
+"""Reports to trackio, which also reads TRACKIO_PROJECT, TRACKIO_DIR and TRACKIO_SPACE_ID."""
 
 import os
 import secrets
@@ -8,9 +8,10 @@ from train.reporters.wandb import LogsTables
 
 
 class Trackio(LogsTables):
-    """Logs to one run of trackio, which knows runs by their names."""
+    """Logs to one run of trackio, which identifies runs by their names."""
 
     def __init__(self, start: Start) -> None:
+        """Creates a run with the options, or continues an earlier run."""
         import trackio
 
         self.run_id = start.run_id or f"{start.name}-{secrets.token_hex(3)}"
@@ -24,7 +25,7 @@ class Trackio(LogsTables):
         super().__init__(trackio, run)
 
     def close(self, how: Ending) -> None:
-        """Sends the rest, and ends the run there."""
+        """Sends the remaining values, and ends trackio's run."""
         self._run.finish()
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases; its own environment variables count (WANDB_MODE, WANDB_PROJECT, WANDB_DIR).
+"""Reports to Weights & Biases, which also reads WANDB_MODE, WANDB_PROJECT and WANDB_DIR.
 
 Its runs log dictionaries, and samples as tables; those of trackio follow it.
 """
@@ -14,7 +14,7 @@ _SAMPLE_COLUMNS = ("prompt", "answer", "reward")
 
 
 class LogsTables:
-    """Logs to a run of such a package: wandb, and trackio, which follows it.
+    """Logs values and tables of samples to a run of wandb, or of trackio, which copies its API.
 
     Attributes:
       run_id: see `train.reporters.contract.Reporter`.
@@ -42,6 +42,7 @@ class Wandb(LogsTables):
     """Logs to one run of Weights & Biases."""
 
     def __init__(self, start: Start) -> None:
+        """Creates a run with the options, or continues an earlier run."""
         import wandb
 
         run = wandb.init(
@@ -58,7 +59,7 @@ class Wandb(LogsTables):
         self.run_id = run.id
 
     def close(self, how: Ending) -> None:
-        """Ends the run there, as failed if it failed."""
+        """Ends the W&B run, and marks it as failed if the run failed."""
         self._run.finish(exit_code=int(how == "failed"))
 
 

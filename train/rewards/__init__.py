@@ -1,1 +1,1 @@
-"""Rewards of completions: a user's functions, in processes of their own, and those of ours."""
+"""Rewards of completions: built-in functions, and users' functions in separate processes."""

@@ -1,4 +1,4 @@
-"""Asks rewards about completions: in one of many processes, and not after a signal."""
+"""Computes rewards in the first process, and shares them with all processes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from train.rewards.reward import RewardBatch
 
 
 class RewardAnswer(NamedTuple):
-    """Holds the rewards of completions, the same in all processes.
+    """The rewards of completions, which are equal in all processes.
 
     Attributes:
       total: [n], fp32: the reward of each; NaN for none.
@@ -31,7 +31,7 @@ class RewardAnswer(NamedTuple):
 
 
 def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> RewardAnswer:
-    """Computes the rewards in the first process; all processes must call this function.
+    """Computes the rewards in the first process. All processes must call this function.
 
     Args:
       rewards: the rewards.
@@ -44,6 +44,7 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
     """
 
     def as_json(totals: RewardTotals) -> dict[str, Any]:
+        """Prints warnings, and returns the rewards and their metrics as values for JSON."""
         for line in totals.said:
             tell(console, f"warning: {line}")
         has_reward = ~np.isnan(totals.total)

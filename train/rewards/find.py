@@ -1,4 +1,4 @@
-"""Finds the rewards that --reward names, a reward model among them, and adds up what they say."""
+"""Finds the rewards that --reward names, which may be a reward model, and sums their values."""
 
 import math
 import os
@@ -39,10 +39,11 @@ _SCORER_BATCH_SIZE = 32  # completions in memory at once
 
 
 def sql_reward(runs: float = 0.0) -> Reward:
-    """Returns the reward 1 for SQL with the gold query's rows, `runs` with others, and else 0."""
+    """Returns a reward of 1 for the gold query's rows, `runs` for other rows, and 0 for no rows."""
     values = {MATCHED: 1.0, MISMATCH: runs}
 
     def judge_all(batch: RewardBatch) -> RewardValues:
+        """Judges each distinct answer once, and returns the rewards of all answers."""
         schemas, gold_queries = (batch.columns[name] for name in _SQL_COLUMNS)
         # Judge each distinct answer once.
         questions = list(zip(schemas, gold_queries, batch.completions, strict=True))
@@ -59,7 +60,7 @@ def sql_reward(runs: float = 0.0) -> Reward:
 
 
 class RewardTotals(NamedTuple):
-    """The rewards of completions.
+    """The summed rewards of completions.
 
     Attributes:
       total: [n], fp32: the weighted sum of the rewards that have an opinion; NaN if none has, or if
@@ -87,7 +88,7 @@ class RewardTotals(NamedTuple):
 
 
 class Rewards:
-    """Rewards and their weights; `close` ends the processes which they need.
+    """Several rewards with their weights; `close` ends their processes.
 
     Attributes:
       names: the rewards' names.
@@ -95,6 +96,7 @@ class Rewards:
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Sequence[float]) -> None:
+        """Stores the rewards and their weights."""
         self._rewards = rewards
         self._weights = np.array(weights, np.float32)
         self.names = [*rewards]
@@ -103,12 +105,12 @@ class Rewards:
         self._was_silent = False
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the rewards' processes."""
         for reward in self._rewards.values():
             reward.close()
 
     def __call__(self, batch: RewardBatch) -> RewardTotals:
-        """Returns the rewards of completions."""
+        """Returns the summed rewards of completions."""
         answers = {name: reward.judge(batch) for name, reward in self._rewards.items()}
         # NaN: the reward has no opinion. Infinite: the reward failed.
         values = np.stack([answer.values for answer in answers.values()])  # [rewards, n]
@@ -145,7 +147,7 @@ class Rewards:
         )
 
     def _warn_if_no_opinion(self, has_any: bool, n: int) -> list[str]:
-        """Returns a warning the first time that no reward has an opinion on any completion."""
+        """Returns a warning when no completion has a reward for the first time."""
         if has_any or self._was_silent:
             return []
         self._was_silent = True
@@ -156,7 +158,7 @@ class Rewards:
         ]
 
     def _describe_new_failures(self, name: str, answer: RewardValues, n: int) -> list[str]:
-        """Returns a warning on each kind of failure that occurs for the first time."""
+        """Returns a warning for each kind of failure that occurs for the first time."""
         new_kinds = [kind for kind in answer.failures if (name, kind) not in self._reported]
         self._reported.update((name, kind) for kind in new_kinds)
         return [
@@ -186,7 +188,7 @@ def find_rewards(
     workers: int | None = None,
     earned: str | None = None,
 ) -> Rewards:
-    """Finds rewards, and starts a process that imports a user's functions.
+    """Finds the rewards, and starts a process that imports a user's functions.
 
     Args:
       specs: ``file.py:function``, folders of reward models, or names of ours.
@@ -274,10 +276,10 @@ def _short_name(spec: str, specs: Sequence[str]) -> str:
 
 
 class RewardModel:
-    """Judges a completion by a model's score of it after its prompt, in this process."""
+    """Rewards a completion by a reward model's score, in this process."""
 
     def __init__(self, folder: str) -> None:
-        """Reads the model that a run left in a folder, over the base that it names.
+        """Reads the reward model in a run's folder, over the base that the run names.
 
         Raises:
           UserError: there is none, or its base cannot be read.

@@ -1,4 +1,4 @@
-"""A user's reward functions, called in processes of their own."""
+"""Calls a user's reward functions in separate processes."""
 
 import base64
 import json
@@ -22,14 +22,14 @@ _IMPORT_SECONDS = 120.0
 
 
 class Workers:
-    """Processes that have imported the functions; each answers for the completions of one prompt.
+    """Processes that have imported the functions. Each call is about the completions of one prompt.
 
     Attributes:
       needs: the columns that each function cannot do without.
     """
 
     def __init__(self, specs: Sequence[str], seconds: float, workers: int) -> None:
-        """Starts one process, to see that it can import the functions.
+        """Starts one process, to check that it can import the functions.
 
         Args:
           specs: the functions, as ``file.py:function``.
@@ -101,7 +101,7 @@ class Workers:
         self._processes.close()  # those that a thread started meanwhile
 
     def _ask(self, function: int, batch: RewardBatch, rows: slice) -> dict[str, Any]:
-        """Asks a process for the values of one prompt's completions; describes a failure."""
+        """Requests the values of one prompt's completions; an answer may describe a failure."""
         columns = {name: list(values[rows]) for name, values in batch.columns.items()}
         completions: list[Any] = list(batch.completions[rows])
         if batch.chats:  # turns, and those of tools between them

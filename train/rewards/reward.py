@@ -1,4 +1,4 @@
-"""The contract of a reward: it judges the completions of a step."""
+"""The contract of a reward, which judges the completions of a step."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class EarnedReward(NamedTuple):
 
 
 class RewardBatch(NamedTuple):
-    """The completions of a step; those of one prompt follow each other.
+    """The completions of a step, grouped by prompt.
 
     Attributes:
       prompts: the prompt of each completion, as its row has it: a text or a chat.
@@ -65,7 +65,7 @@ class RewardValues(NamedTuple):
 
 
 class Reward(NamedTuple):
-    """A reward, wherever it is computed: here, as that of a model would be, or in other processes.
+    """A reward, which may be computed in this process or in others.
 
     Attributes:
       judge: judges a batch.
@@ -79,7 +79,7 @@ class Reward(NamedTuple):
 
 
 def function_reward(function: Callable[..., float], *needs: str) -> Reward:
-    """Returns a reward that is a function of a completion, its tokens, and these columns."""
+    """Returns a reward that calls a function with a completion, its tokens, and some columns."""
 
     def judge(batch: RewardBatch) -> RewardValues:
         columns = [batch.columns[name] for name in needs]
@@ -90,9 +90,10 @@ def function_reward(function: Callable[..., float], *needs: str) -> Reward:
 
 
 def earned_reward() -> Reward:
-    """Returns the reward that environments give; no opinion where they have none."""
+    """Returns the reward that environments give; completions without one get no opinion."""
 
     def judge(batch: RewardBatch) -> RewardValues:
+        """Returns the rewards that the completions earned in their environments."""
         earned = batch.earned or [EarnedReward(None)] * len(batch.completions)
         values = [np.nan if reward.value is None else reward.value for reward in earned]
         problems = [reward.problem for reward in earned if reward.problem]

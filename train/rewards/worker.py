@@ -34,7 +34,7 @@ FAILED = math.inf  # in the place of a value
 
 
 class Function(NamedTuple):
-    """A user's function.
+    """A user's reward function.
 
     Attributes:
       call: the function.
@@ -48,7 +48,7 @@ class Function(NamedTuple):
 
 
 def find(spec: str) -> Function:
-    """Returns the function that ``file.py:function`` names, an object of a class that it names.
+    """Returns the function that ``file.py:function`` names, which may be a class with `__call__`.
 
     Raises:
       NoFunction: the file has no such function.
@@ -62,7 +62,7 @@ def find(spec: str) -> Function:
 
 
 def _instantiate(reward_class: type[Any], name: str) -> Callable[..., Any]:
-    """Returns an object of a class, to be called."""
+    """Returns a callable object of a class."""
     if not any("__call__" in vars(base) for base in reward_class.__mro__):
         raise user_files.NoFunction(
             f"{name} is a class whose objects cannot be called. Give it a method __call__."
@@ -81,7 +81,7 @@ def _instantiate(reward_class: type[Any], name: str) -> Callable[..., Any]:
 
 
 class RewardLog:
-    """Collects the values that a function logs by TRL's ``log_metric`` and ``log_extra``.
+    """Collects the values that a function logs through TRL's ``log_metric`` and ``log_extra``.
 
     Attributes:
       metrics: numbers by name, one of each call.
@@ -94,13 +94,13 @@ class RewardLog:
         self._n = n
 
     def metric(self, name: str, value: Any) -> None:
-        """Takes a number; one that is not finite is not known."""
+        """Adds a number to a metric, unless the number is not finite."""
         number = float(value)
         if math.isfinite(number):
             self.metrics.setdefault(str(name), []).append(number)
 
     def column(self, name: str, values: Iterable[Any]) -> None:
-        """Takes a fact about each completion."""
+        """Stores a value for each completion under a name."""
         facts = [v if isinstance(v, str | int | float | None) else repr(v) for v in values]
         if len(facts) != self._n:
             raise ValueError(
@@ -133,7 +133,7 @@ def judge(
 
 
 def _call_function(function: Function, arguments: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """Calls a function for n completions; returns its values and failures."""
+    """Calls a function for n completions; returns its values and its failures by kind."""
     try:
         returned = function.call(**arguments)
         if inspect.iscoroutine(returned):
@@ -159,12 +159,12 @@ def _call_function(function: Function, arguments: Mapping[str, Any], n: int) -> 
 
 
 def _fail_all(n: int, kind: str, problem: str) -> dict[str, Any]:
-    """Returns the answer of a call that has no value for any of n completions."""
+    """Returns the answer of a failed call, which has no value for any of n completions."""
     return {"values": [FAILED] * n, "failures": {kind: [n, problem]}}
 
 
 def _read_value(result: Any) -> tuple[float | None, str | None]:
-    """Reads one result; returns its value (None: no opinion) and its kind of failure or None."""
+    """Returns the number in a result (None for no opinion), and the kind of failure or None."""
     if result is None:
         return None, None
     if isinstance(result, str | bytes):
@@ -179,7 +179,7 @@ def _read_value(result: Any) -> tuple[float | None, str | None]:
 
 
 def _describe_if_not_list(result: Any) -> str | None:
-    """Describes a result that is not a list; returns None for a list."""
+    """Returns a description of a result that is not a list; None for a list."""
     if isinstance(result, Mapping):
         keys = ", ".join(map(repr, list(result)[:8]))
         what = f"a {type(result).__name__} with the keys {keys}" if result else "an empty dict"

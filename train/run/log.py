@@ -81,6 +81,7 @@ class RunLog:
             self._task = self._progress.add_task("compiling", total=last, completed=first)
 
     def __enter__(self) -> "RunLog":
+        """Prints the metrics to watch, and starts the progress bar."""
         if self._watched:
             tell(self._console, f"metrics to watch (all metrics are in {METRICS}):")
         for name, explanation in self._watched.items():
@@ -254,6 +255,7 @@ def doing(console: Console, operation: str) -> Iterator[Callable[[int, int], Non
     print_time = start_time
 
     def progress(done: int, total: int) -> None:
+        """Shows the number of finished items, at most every few seconds without a terminal."""
         nonlocal print_time
         if console.is_terminal:
             status.update(f"{operation}: {done} of {total}")

@@ -109,6 +109,7 @@ def _locked_in_bucket(
     mirror = FolderMirror(bucket, _has_own_upload)
 
     def close() -> None:
+        """Uploads or deletes the working copy; prints an error of the bucket."""
         try:
             if is_first():
                 mirror.close()

@@ -124,6 +124,7 @@ def _obstacle_of_attention(
     n_single_rows, single_tokens = rows.alone
 
     def choose(tokens: int, branched: bool) -> AttentionChoice:
+        """Returns the attention that would run for rows of this many tokens."""
         return choose_attention(
             outline.config,
             tokens,

@@ -167,6 +167,7 @@ class SideBySide:
         endings: dict[str, EndedTraining] = {}
 
         def record_ending(name: str, ending: RunEnding) -> None:
+            """Records the end of a run, and writes its error to its folder."""
             together.remove(name)
             run = runs[name]
             endings[name] = ending.result

@@ -77,6 +77,7 @@ def make_measures(
         n_updates = getattr(run.config.optim, "updates", 1)
 
         def log_completions(state: State) -> dict[str, float]:
+            """Logs the completions that were drawn since the last step, and returns no metrics."""
             step = int(state.step)
             last_step = step + n_updates - 1  # the last step that uses the new completions
             saves_checkpoint = last_step % options.save_every < n_updates
@@ -91,6 +92,7 @@ def make_measures(
         outline = inputs.read.outline
 
         def log_answers(state: State) -> dict[str, float]:
+            """Logs the trained model's answers to the sample prompts, and returns no metrics."""
             answers = answer_prompts(
                 trained_model(state), outline, prompts.tokens, new_tokens=options.sample_tokens
             )

@@ -111,6 +111,7 @@ def drive(
         return EvaluatedModel(base.model, tree, forward)
 
     def run_steps() -> Generator[int, tuple[Mapping[str, object], int], TrainedRun | PausedRun]:
+        """Runs the steps between opening and closing the log, and returns the run's ending."""
         with open_run_log(opened, start, int(current_state().step)) as run_log:
             measures = make_measures(opened, run.evaluation, trained_model, held_out, run_log)
             measured_hooks = dataclasses.replace(hooks, measures=[*measures])

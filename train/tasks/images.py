@@ -68,6 +68,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     length = 1 + grid_rows * grid_columns  # patches, and the token of the class
 
     def encode_images(image_rows: Sequence[Row], source: str) -> Images:
+        """Returns the images of rows as arrays with their labels."""
         return images(
             image_rows,
             outline.tokenizer,

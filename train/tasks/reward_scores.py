@@ -49,6 +49,7 @@ class RewardEvaluation:
     feed: PromptFeed
 
     def __post_init__(self) -> None:
+        """Tokenises the held-out prompts, and prepares the sampler of runs with tools."""
         context = self.context
         rows = context.rows.held_out
         tools = self.feed.tools

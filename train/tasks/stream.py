@@ -87,6 +87,7 @@ def examples(config: Config, rows: TaskRows, outline: ModelInfo) -> Data:
     n_chunks = len(chunks.blocks_of_epoch(0))
 
     def make_stream(steps: int) -> Stream:
+        """Returns a stream of all rows for a number of steps."""
         optim = config.optim
         return Stream(
             BlockSource(read, chunks, blocks.digest(), blocks.named),
@@ -172,6 +173,7 @@ def _read_sequences(
     pairs = parse_fields(data.fields)
 
     def tokenize_block(block: int) -> dict[str, Any]:
+        """Returns the sequences of a block as values for JSON."""
         if not threading.main_thread().is_alive():
             raise UserError("the run has ended")  # these rows are no longer needed
         file_index, numbered_rows = blocks.read(block)

@@ -199,6 +199,7 @@ def turn_reader(
     def read_tokens(
         ids: Sequence[int], prompt_ids: Sequence[int]
     ) -> tuple[str, Sequence[ToolCall]]:
+        """Returns the text and the calls of a turn's tokens."""
         prompt_end = tokenizer.decode(prompt_ids[-_PROMPT_END_TOKENS:])
         turn = read_turn(
             turn_text(tokenizer, ids, eos_ids),

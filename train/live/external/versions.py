@@ -109,6 +109,7 @@ class Publisher:
         name = f"{self._stem}-{label}"
 
         def write(_: int) -> None:
+            """Writes the adapter as PEFT files into its folder."""
             problem = f"--sampler-folder {self._folder} cannot be written: "
             with (
                 as_user_errors(PeftError, prefix="--sampler: no server can load this adapter: "),

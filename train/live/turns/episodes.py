@@ -74,6 +74,7 @@ class Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Cancels pending calls, and closes all episodes."""
         for kind, future in self._futures.values():
             if kind == "opened":
                 future.add_done_callback(_close)

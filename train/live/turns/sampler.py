@@ -111,6 +111,7 @@ class _Draw:
         listener: Listener,
         rows: TurnRows,
     ) -> None:
+        """Prepares the draw: every completion waits, and every row is free."""
         self._sampler = sampler
         self._params = params
         self._listener = listener
