@@ -88,7 +88,7 @@ def train_base(
 
 
 def digest(path: Path) -> str:
-    """Returns a hash of a file, or of all files in a folder, with their names."""
+    """Returns a hash of a file, or of all files in a folder and their names."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     digest_ = hashlib.sha256()
     for file in files:

@@ -114,7 +114,7 @@ def parse(args: Sequence[str]) -> tuple[ComparedScript, CompareOptions]:
 
 
 def _show_help_or_raise(args: Sequence[str]) -> NoReturn:
-    """Prints the help and exits if it is requested; else raises a UserError: no script."""
+    """Prints the help if it is requested; otherwise raises a UserError for a missing script."""
     if asks_for_help(args):
         usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
         print(f"{about(__doc__, _PROG)}\n{usage}")
@@ -402,7 +402,7 @@ def _count_intruders_of_run(
 
 
 def _open_output_folder(config: CompareOptions, session: Session, console: Console) -> Path:
-    """Returns the output folder, checked, and with its lock.
+    """Returns the output folder after checking and locking it.
 
     Raises:
       UserError: it holds another comparison, or cannot be written.

@@ -1,4 +1,4 @@
-"""The arms of a comparison: all combinations of its settings, as options of a run each."""
+"""The arms of a comparison: all combinations of its settings, each as options of a run."""
 
 import hashlib
 import itertools
@@ -152,7 +152,7 @@ def options_of_arm(arm: Arm, seed: int) -> dict[str, object]:
 
 
 def name_of_run(arm: Arm, seed: int) -> str:
-    """Returns the name of a run's folder, which tells all settings."""
+    """Returns the name of a run's folder, which contains all settings."""
     words = [arm.method]
     if arm.rank is not None:
         words += [f"r{arm.rank}", f"a{arm.alpha:g}", _targets_in_name("+".join(arm.targets or ()))]

@@ -144,7 +144,7 @@ def _baseline_scores(trial: Trial) -> dict[str, float]:
 
 
 def _describe_devices() -> str:
-    """Returns the devices in words: "8 × TPU v5e" or "x86_64 CPU, 2 cores (Linux)"."""
+    """Returns a description of the devices: "8 × TPU v5e" or "x86_64 CPU, 2 cores (Linux)"."""
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {devices[0].device_kind}"

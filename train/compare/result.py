@@ -121,17 +121,17 @@ class RunResult:
 
     @property
     def training_loss(self) -> float | None:
-        """The last loss in training; None where none was recorded."""
+        """The last loss in training; None if none was recorded."""
         return self.losses[-1].value if self.losses else None
 
     @property
     def divergence(self) -> float | None:
-        """The last divergence from the base; None where it was not measured."""
+        """The last divergence from the base; None if it was not measured."""
         return self.divergences[-1].value if self.divergences else None
 
     @property
     def forgotten(self) -> float | None:
-        """The rise of the loss on text outside the task; None where it was not measured."""
+        """The rise of the loss on text outside the task; None if it was not measured."""
         return self.forgetting and self.forgetting.after - self.forgetting.before
 
 

@@ -31,7 +31,7 @@ MEASUREMENTS_PER_RUN = 8  # of the held-out loss, or of the score, in a run
 
 
 def describe_rule(best: str) -> str:
-    """Describes the rule of early stopping in words.
+    """Returns a description of the early-stopping rule.
 
     Args:
       best: what the settings that go on have: "the lowest held-out loss".

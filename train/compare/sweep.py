@@ -88,7 +88,7 @@ class SweepRecord:
 
 
 def read_progress(folder: Path, date: str) -> SweepRecord:
-    """Returns the record of a folder, or a new one that begins now.
+    """Returns the saved record of a folder, or a new record.
 
     Raises:
       UserError: the file is damaged.

@@ -108,7 +108,7 @@ def disk_full_text(error: BaseException) -> str | None:
 
 
 def _file_and_reason(text: str) -> str:
-    """Returns the last path in an error's text and the reason; the text, where it has no path."""
+    """Returns the last path in an error's text and the reason; only the text without a path."""
     paths = [match[2] for match in _QUOTED_PATH.finditer(text)]
     if not paths:
         return text

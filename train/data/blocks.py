@@ -51,7 +51,7 @@ class FilePart(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BytePosition:
-    """The position of a line in a file, by its first byte.
+    """The place of a line in a file, by its first byte.
 
     Only `str` counts the lines before it, which means to read the file that far.
     """
@@ -169,7 +169,7 @@ def _read_lines(path: Path, block_bytes: int, block: int) -> list[NumberedRow]:
 
 
 def _lines_beginning_between(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines that begin in a range of bytes, with their first byte."""
+    """Yields each line that begins at a byte from `start` on and before `end`, with that byte."""
     with path.open("rb") as file:
         byte = start
         if start > 0:  # a line that begins before `start` belongs to an earlier block

@@ -1,4 +1,4 @@
-"""The accelerators of this machine as the system knows them, without JAX and its plugins."""
+"""Finds the accelerators that the system reports, without JAX and its plugins."""
 
 import dataclasses
 import re

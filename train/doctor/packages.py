@@ -25,7 +25,7 @@ def installed() -> dict[str, str]:
 
 
 def version_of(name: str) -> str | None:
-    """Returns the version of a package; None where it is not installed."""
+    """Returns the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def requirement_troubles(package: str) -> list[Trouble]:
 
 
 def plugin_troubles(versions: dict[str, str]) -> list[Trouble]:
-    """Returns a trouble for each JAX plugin whose version differs from jaxlib's."""
+    """Returns a trouble for each JAX plugin whose minor version differs from jaxlib's."""
     troubles = []
     plugins = [name for name in versions if name.startswith("jax-") and name.endswith("-plugin")]
     jaxlib = versions.get("jaxlib")

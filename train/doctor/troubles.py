@@ -113,7 +113,7 @@ def _without_secrets(value: Any) -> Any:
 
 
 def user_name() -> str:
-    """Returns the name of the user, or "" where the system knows none."""
+    """Returns the name of the user, or "" if the system does not report one."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):

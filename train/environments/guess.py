@@ -52,7 +52,7 @@ def _min_guesses(n_secrets: int) -> int:
 
 
 class GuessingGame:
-    """Thinks of a number, and says of each guess whether it is too low or too high."""
+    """A game in which a guess is answered by "too low" or "too high"."""
 
     def reset(self, secret: int) -> None:
         """Begins a game; `secret` is the number to find."""

@@ -140,7 +140,7 @@ def upload(work: ExportJob, repository: Repository, temporary: Path) -> None:
 
 
 def make_readme(work: ExportJob, model: Model, fields: Fields | None = None) -> str:
-    """Returns the model card: the one that somebody wrote in the output folder, or a new one."""
+    """Returns the model card: an edited card in the output folder, or else a new one."""
     readme = work.output / README
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")

@@ -341,7 +341,7 @@ def add_digest(text: str) -> str:
 
 
 def is_generated(text: str) -> bool:
-    """Returns True for a text of `add_digest` that nobody has edited since."""
+    """Returns True for a text of `add_digest` that was not edited afterwards."""
     match = _DIGEST_COMMENT.search(text)
     return match is not None and match[1] == _digest(text[: match.start()])
 

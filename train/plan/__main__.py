@@ -465,7 +465,7 @@ def plan_as_json(variant_plan: Plan, config: PlanConfig, machine: Machine) -> di
 def estimate_time_and_cost(
     variant_plan: Plan, config: PlanConfig, machine: Machine
 ) -> dict[str, float | None]:
-    """Returns the seconds of a step, the chip-hours and the cost; None for what is not known.
+    """Returns the seconds of a step, the chip-hours and the cost; None for unknown ones.
 
     The time is the compiler's estimate. Without an estimate, it assumes a share of the peak.
     """

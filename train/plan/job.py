@@ -164,7 +164,7 @@ class PlanVariant:
 
     @property
     def name(self) -> str:
-        """The variant in words, for tables."""
+        """The name of the variant for tables."""
         if self.adapter.full:
             method = "full fine-tuning"
         elif self.adapter.peft_config:

@@ -75,7 +75,7 @@ def _summarize_rewards(totals: RewardTotals) -> dict[str, float | None]:
 def collect_columns(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Collects the values of each column; None where a row has no such column."""
+    """Collects the values of each column; None for rows without the column."""
     columns: dict[str, list[Any]] = {}
     for name in names:
         columns[name] = [row.get(name) for row in rows]

@@ -1,4 +1,4 @@
-"""The ASGI application: all routes behind the gate."""
+"""The ASGI application: all routes, behind a gate that checks requests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

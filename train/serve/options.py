@@ -1,4 +1,4 @@
-"""The options of `train.serve`, and which of them make no sense."""
+"""The options of `train.serve`, and checks of their combinations."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The options of a call, with what files tell: --config, --many, an adapter's, and a run's own."""
+"""Combines a command line with options in files: --config, --many, an adapter's, a run's own."""

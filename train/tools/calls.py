@@ -71,7 +71,7 @@ class CallReader:
         self._follows_call = False  # no text was said since the last call
 
     def add(self, text: str, *, last: bool = False) -> AnswerText:
-        """Adds text to the answer; returns the plain text and the calls that are complete now."""
+        """Adds text to the answer; returns the text and the calls that are complete now."""
         self._unread += text
         answer = AnswerText("", [])
         while True:

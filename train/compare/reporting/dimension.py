@@ -76,7 +76,7 @@ def dimensions(comparison: Comparison) -> tuple[Dimension, ...]:
 
 
 def sentence(measured: Dimension, score: str) -> str:
-    """Returns an intrinsic dimension in words.
+    """Returns a sentence about an intrinsic dimension.
 
     Args:
       measured: the dimension.

@@ -12,14 +12,14 @@ from train.console.markdown import escape_markdown
 
 
 class Heading(NamedTuple):
-    """A heading of a level from 1; text is plain, as everywhere here."""
+    """A heading of a level from 1. Its text is plain, not Markdown."""
 
     text: str
     level: int = 2
 
 
 class Paragraph(NamedTuple):
-    """A paragraph: plain, a note in small print, or the verdict that the document is about."""
+    """A paragraph: plain, a note in small print, or the verdict of the document."""
 
     text: str
     kind: Literal["", "note", "verdict"] = ""

@@ -58,7 +58,7 @@ class Gap(NamedTuple):
 
     @property
     def variances(self) -> list[Variance]:
-        """Returns the variances of the gap that are known."""
+        """The known variances of the gap."""
         return [*self.seeds, *([self.questions.variance] if self.questions else [])]
 
     @property
@@ -68,7 +68,7 @@ class Gap(NamedTuple):
 
     @property
     def spread_over(self) -> str:
-        """Names the sources of the spread: "seeds and 64 questions"."""
+        """The sources of the spread as text: "seeds and 64 questions"."""
         return f"seeds and {self.questions.n:,} questions" if self.questions else "seeds"
 
     @property
@@ -92,7 +92,7 @@ class Gap(NamedTuple):
 
 
 def gap_of(arm: ArmRow, other: ArmRow) -> Gap:
-    """Returns the gap of an arm to another one; both have values."""
+    """Returns the gap between two arms that both have values."""
     quality = arm.quality
     other_quality = other.quality
     assert quality and other_quality
@@ -110,7 +110,7 @@ def gap_of(arm: ArmRow, other: ArmRow) -> Gap:
 
 
 def with_error(gap: Gap) -> str:
-    """Returns the size of a gap in words, with its error: "0.3 (± 0.1)"."""
+    """Returns the size of a gap as text, with its error: "0.3 (± 0.1)"."""
     error = f" (± {words.rough(gap.error)})" if gap.error else ""
     return words.rough(abs(gap.value)) + error
 

@@ -322,7 +322,7 @@ def _latencies(figures: Figures) -> list[Block]:
 
 
 def _ratio(value: float | None, rounds: Ratio | None) -> str:
-    """Returns a ratio of times in words, with its spread over the rounds where that is known."""
+    """Returns a ratio of times as text, with its spread over the rounds if that is known."""
     if rounds is None:
         return words.rough(value)
     spread = f"{words.figure(rounds.low)} to {words.figure(rounds.high)}"

@@ -146,7 +146,7 @@ def recommend(comparison: Comparison) -> Recommendation:
 def _doubts_of_wide_spread(
     gap: Gap, costs: Sequence[CostComparison], lora: ArmRow, full: ArmRow, figures: Figures
 ) -> list[Doubt]:
-    """Returns the doubts due to a spread so wide that full fine-tuning may be better."""
+    """Returns the doubts that remain if quality and costs do not decide for the adapter."""
     if gap.decides:
         return []
     if gap.value < 0 and not gap.seeds:
@@ -475,7 +475,7 @@ def _failed_run_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
 
 
 def _rank_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
-    """Returns a doubt if the best rank is the largest one tried, unless it is large already."""
+    """Returns a doubt if the best rank is the largest tried and trains few of the parameters."""
     rank = side.arm.rank
     if rank is None:
         return []

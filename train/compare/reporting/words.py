@@ -24,7 +24,7 @@ def family(arm: Arm, others: Iterable[Arm] = ()) -> str:
 
 
 def adapter(arm: Arm, others: Iterable[Arm] = ()) -> str:
-    """Returns an arm without its learning rate: "LoRA r=8 on q_proj v_proj".
+    """Returns an arm's name without its learning rate: "LoRA r=8 on q_proj v_proj".
 
     Args:
       arm: the arm.
@@ -111,7 +111,7 @@ def seconds(value: float | None) -> str:
 
 
 def times(ratio: float) -> str:
-    """Returns a ratio in words: "1.2 times"."""
+    """Returns a ratio as text: "1.2 times"."""
     return f"{_two_digits(ratio)} times"
 
 

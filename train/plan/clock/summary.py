@@ -59,7 +59,7 @@ class Clock:
 
 
 def clock_of(text: str | None, machine: Machine, model_flops: int | None = None) -> Clock | None:
-    """Returns the estimate of a program for a machine; None where the HLO is not understood.
+    """Returns the estimate of a program for a machine; None if the HLO cannot be analyzed.
 
     Args:
       text: the optimised HLO; None if there is none.

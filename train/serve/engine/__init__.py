@@ -1,1 +1,1 @@
-"""The engine: owns the arrays, and knows no HTTP."""
+"""The engine, which owns the arrays and is independent of HTTP."""

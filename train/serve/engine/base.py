@@ -211,7 +211,7 @@ class ServedBase:
         )
 
     def _load_nodes(self, folder: Path) -> Nodes:
-        """Returns the nodes of the adapter in a folder; raises a RequestError where it fails."""
+        """Returns the nodes of an adapter's folder; raises a RequestError if loading fails."""
         try:
             source = find_adapter(str(folder.absolute()), "the adapter")
             if source.images:

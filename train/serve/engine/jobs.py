@@ -21,7 +21,7 @@ from train.serve.protocol.requests import (
 
 
 class PromptScores(NamedTuple):
-    """Log-probabilities of a prompt, as in `SampleResult`; None where they were not asked for."""
+    """Log-probabilities of a prompt, as in `SampleResult`; None if they are not requested."""
 
     prompt_logprobs: np.ndarray | None = None
     top_prompt: Top | None = None

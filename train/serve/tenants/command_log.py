@@ -56,7 +56,7 @@ class CommandCodec(Protocol):
     """Reads commands from the log, and writes the answers to them."""
 
     def read(self, row: Row) -> Command:
-        """Returns the command of a row; raises a RequestError if it makes no sense."""
+        """Returns the command of a row; raises a RequestError if it is invalid."""
 
     def write(self, row: Row, result: CommandResult) -> bytes:
         """Returns the answer to a row's command."""

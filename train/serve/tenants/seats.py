@@ -113,7 +113,7 @@ class Seats:
         return None
 
     def _long_seated(self) -> list[str]:
-        """Returns the tenants that have used up their minimum time, the longest-seated first."""
+        """Returns the tenants whose turn is over, the longest-seated first."""
         latest_start = time.monotonic() - _TURN_SECONDS
         start_times = {
             name: seat.since for name, seat in self._seats.items() if seat.since < latest_start
