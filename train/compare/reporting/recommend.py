@@ -475,7 +475,7 @@ def _failed_run_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
 
 
 def _rank_doubts(side: ArmRow, figures: Figures) -> list[Doubt]:
-    """Returns a doubt if the best rank is the largest tried and trains few of the parameters."""
+    """Returns a doubt if the best rank is the largest tried and trains less than half of all."""
     rank = side.arm.rank
     if rank is None:
         return []

@@ -16,7 +16,7 @@ def method(name: str) -> str:
 
 
 def family(arm: Arm, others: Iterable[Arm] = ()) -> str:
-    """Returns an arm without rank, dimension and rate: "LoRA", or "LoRA on mlp" beside others."""
+    """Returns an arm's name without rank, dimension and rate: "LoRA", or "LoRA on mlp"."""
     name = method(arm.method)
     if arm.targets and len({other.targets for other in others if other.targets}) > 1:
         name += f" on {' '.join(arm.targets)}"
