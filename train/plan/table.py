@@ -164,7 +164,7 @@ def _column_notes(facts: Mapping[str, Any], plans: Sequence[Plan]) -> str:
 
 
 def _time_note(facts: Mapping[str, Any], plans: Sequence[Plan]) -> str:
-    """Says in sentences where the time of a step comes from."""
+    """Returns sentences about the sources of a step's time."""
     has_estimate = any(plan.estimated_seconds is not None for plan in plans)
     lacks_estimate = any(
         plan.estimated_seconds is None and plan.flops_per_chip is not None for plan in plans

@@ -42,7 +42,7 @@ class Silence(NamedTuple):
 
 
 class Heartbeats:
-    """Measures how long each process has been silent.
+    """Measures the silence of each process.
 
     Time in which this process stood still itself (it was suspended with all others, say) does not
     count: what the others sent in the meantime is read only afterwards.

@@ -1,4 +1,4 @@
-"""Summarizes a program's work by groups: FLOPs and bytes, and seconds if the machine is a TPU."""
+"""Summarizes a program's work by groups: FLOPs, bytes, and seconds if they can be estimated."""
 
 import dataclasses
 

@@ -38,7 +38,7 @@ def print_clocks(
 
 
 def _group_table(name: str, clock: Clock) -> Table:
-    """Returns the table of a step's work by groups; times only where something estimates them."""
+    """Returns the table of a step's work by groups, with times if they are estimated."""
     is_timed = clock.seconds is not None
     time_columns = ("ms", "%", "ms by HBM") if is_timed else ()
     table = Table(title=f"Work of a device by groups: {name}")
