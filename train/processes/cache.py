@@ -21,7 +21,7 @@ _CHANGED_SETTINGS: dict[
 
 
 def keep_compiled(option: str | None) -> str | None:
-    """Sets the folder in which JAX keeps compiled programs, and reports its contents.
+    """Sets the folder in which JAX keeps compiled programs, and returns a line for the log.
 
     JAX keeps those that took it longer than a second (JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS).
 

@@ -114,7 +114,7 @@ class _Connection(asyncio.Protocol):
         self._inner.resume_writing()
 
     def refuse(self, answer: bytes) -> None:
-        """Closes the connection, with an answer if the client has begun a request."""
+        """Closes the connection, with an answer unless the client timed out without a request."""
         self._end_wait()
         self._connections.open.discard(self)
         if not self._transport.is_closing():

@@ -111,7 +111,7 @@ class _Draw:
         listener: Listener,
         rows: TurnRows,
     ) -> None:
-        """Prepares the draw: every completion waits, and every row is free."""
+        """Prepares the draw, and queues each completion for one of the rows."""
         self._sampler = sampler
         self._params = params
         self._listener = listener
