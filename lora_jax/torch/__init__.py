@@ -1,4 +1,4 @@
-"""Any model that transformers has, and other torch modules, as JAX functions.
+"""Any transformers model, and other torch modules, as JAX functions.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Lets transformers' modules compute attention by `lora_jax.models.layers.attend`."""
+"""Makes transformers' modules compute attention by `lora_jax.models.layers.attend`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ ATTENTION_NAME = "lora_jax"
 
 
 class AttentionSettings(NamedTuple):
-    """The settings of the attention of the module that is being called.
+    """The attention settings of the module that is being called.
 
     Attributes:
       attention, placement: see `attend`.
@@ -97,7 +97,7 @@ def _make_mask(
 
 
 def _mask_of_segments(segments: jax.Array) -> Mask:
-    """Returns the mask of rows of several segments, [batch, seq], with positions from 0 in each."""
+    """Returns the segments of rows, [batch, seq], whose positions restart from 0 in each."""
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
     is_same_segment = segments[:, :, None] == segments[:, None, :]  # [batch, seq, seq]
     first_slots = jnp.argmax(is_same_segment, axis=2)  # of each token's segment
@@ -162,7 +162,7 @@ def _attend_to_keys(
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes attention by `attend` if the mask follows from a rule, or else from all scores.
+    """Computes attention by `attend` if the mask follows a known rule, else from all scores.
 
     Args:
       q: [batch, heads, queries, head_dim].
@@ -212,7 +212,7 @@ def _attend_by_scores(
     sinks: jax.Array | None,
     causal: bool,
 ) -> jax.Array:
-    """Computes attention with all scores at once; see `_attend_to_keys` for the arguments."""
+    """Computes attention from all scores; see `_attend_to_keys` for the arguments."""
     batch, heads, n_queries, head_dim = q.shape
     kv_heads, n_keys, value_dim = v.shape[1:]
     wide = wide_dtype(q.dtype)

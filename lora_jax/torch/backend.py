@@ -1,4 +1,4 @@
-"""Imports torchax, which runs torch modules by JAX, and calls modules in its environment."""
+"""Imports torchax, which runs torch modules with JAX, and calls modules in its environment."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ std_mean.correction_names std_mean.names_dim unbind.Dimname cholesky qr
 
 
 def _name_removed_operators() -> torch.library.Library:
-    """Defines the removed operators again, for as long as the returned library exists."""
+    """Defines removed operators again, while the returned library object exists."""
     library = torch.library.Library("aten", "FRAGMENT")
     for name in _REMOVED_OPERATORS.split():
         operator, _, overload = name.partition(".")
@@ -78,7 +78,7 @@ def set_attributes(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]
 
 
 class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
-    """torchax's environment, in which ``torch.no_grad`` in a module has its meaning in torch.
+    """torchax's environment, in which ``torch.no_grad`` inside a module works as in torch.
 
     The original environment ignores ``torch.no_grad``. It also refuses operators that mix its
     tensors with torch's, which a module makes where it names no device.
@@ -202,6 +202,7 @@ def _function_attribute(function: Any, name: str) -> Any:
 
     @functools.wraps(attribute)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        """Runs the forward function, and differentiates it if gradients are needed."""
         token = _IN_FUNCTION.set(has_gradients)
         try:
             return attribute(*args, **kwargs)
@@ -249,7 +250,7 @@ def call_module(
 
 
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of JAX's arrays with torchax's tensors; returns torchax's tensors."""
+    """Calls a function of JAX arrays with torchax tensors; returns torchax tensors."""
     return _respect_no_grad(to_torch(function(*environment().t2j_iso(args))), args)
 
 
@@ -264,7 +265,7 @@ _VALUE_ERRORS = (
 
 @contextlib.contextmanager
 def run_with_jax(model_name: str) -> Iterator[None]:
-    """Runs torch code by JAX within a block.
+    """Runs torch code with JAX within a block.
 
     Args:
       model_name: the name of the model in messages.

@@ -27,7 +27,7 @@ OTHER_STATE = "it has other state than keys and values between calls"
 
 
 def empty_cache(entries: KeyValues, batch: int, max_len: int) -> Cache:
-    """Makes a cache without tokens, whose field `key` has the keys and the values of all layers.
+    """Makes a cache without tokens, whose field `key` holds all layers' keys and values.
 
     Args:
       entries: stacked entries, of which only the shapes are used.
@@ -51,7 +51,7 @@ def empty_cache(entries: KeyValues, batch: int, max_len: int) -> Cache:
 
 
 class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
-    """The cache that a module gets in one call.
+    """The cache that a module receives in one call.
 
     It offers keys, values and the sizes of masks. It raises an error if a module asks for more,
     because the module then has other state between calls.
@@ -81,7 +81,7 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
 
     @property
     def layers(self) -> NoReturn:
-        """Raises a TorchModelError: a module that asks for layers has other state."""
+        """Raises a TorchModelError: a module that reads layers has another kind of state."""
         raise TorchModelError(OTHER_STATE)
 
     def get_seq_length(self, layer_idx: int = 0) -> NoReturn:
@@ -96,6 +96,7 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
     def update(
         self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, ...]:
+        """Stores a layer's new keys and values, and returns all keys and values so far."""
         if layer_idx in self._new:
             raise TorchModelError(f"layer {layer_idx} computes keys and values twice in one call")
         new_keys_and_values = key_states.jax(), value_states.jax()
@@ -119,12 +120,12 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
         return jnp.zeros((batch, heads, self._cache.max_len, head_dim), states.dtype)
 
     def entries_of(self, layers: range) -> KeyValues:
-        """Returns the entries of these layers before the call."""
+        """Returns the cache entries of these layers before the call."""
         return {layer: entry for layer, entry in self._entries.items() if layer in layers}
 
     @contextlib.contextmanager
     def use_entries(self, entries: KeyValues) -> Iterator[KeyValues]:
-        """Gives a scan's layers these entries within a block; yields the entries that they add."""
+        """Gives these entries to a scan's layers within a block; yields the new entries."""
         outer_earlier, outer_new = self._earlier, self._new
         self._earlier = outer_earlier | entries
         self._new = {}
@@ -150,19 +151,19 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
 
     @property
     def new_entries(self) -> KeyValues:
-        """The entries that the call added, stacked."""
+        """The entries that the call added, stacked by layer."""
         entries: KeyValues = jax.tree.map(lambda x: x[None], self._new)
         return entries | self._stacked
 
     def extended(self) -> Cache:
-        """Returns the cache with the tokens and entries of the call."""
+        """Returns the cache with the call's tokens and entries."""
         # [layers, batch, heads, n, head_dim] -> [layers, batch, n, heads, head_dim]
         token_major = jax.tree.map(lambda x: x.swapaxes(2, 3), self.new_entries)
         return extend_cache(self._cache, self._placed, (token_major, {}))
 
 
 class Tokens(NamedTuple):
-    """The tokens of each row, without padding; the model computes all of them again in each call.
+    """The tokens of each row, without padding; the model recomputes all of them in each call.
 
     The only requirement is that no token sees a later one, because slots after a row's end may hold
     anything.
@@ -191,11 +192,11 @@ class Tokens(NamedTuple):
 
     @property
     def example_axes(self) -> Tokens:
-        """The axis of the rows in each array; see `lora_jax.bank`."""
+        """The row axis of each array; see `lora_jax.bank`."""
         return Tokens(0, 0)  # type: ignore[arg-type]
 
     def repeated(self, n: int) -> Tokens:
-        """Returns each row n times, side by side."""
+        """Returns each row repeated n times, as adjacent rows."""
         return Tokens(jnp.repeat(self.ids, n, axis=0), jnp.repeat(self.length, n, axis=0))
 
     def extended(self, ids: jax.Array, mask: jax.Array | None) -> tuple[Tokens, jax.Array]:

@@ -1,4 +1,4 @@
-"""The configuration of a torch module, with the attributes of any model's configuration.
+"""The configuration of a torch module, with the same attributes as other models' configurations.
 
 A short trace finds whether a module can use cached keys and values (`probe_cache_entries`).
 """

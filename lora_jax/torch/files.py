@@ -1,4 +1,4 @@
-"""Reads a torch module's weights from safetensors files, which may hold them in parts."""
+"""Reads a torch module's weights from safetensors files, which may store tensors in parts."""
 
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ from lora_jax.torch.module import build_module
 
 
 def _find_module_name(name: str, config: TorchConfig) -> tuple[str, str | None, str]:
-    """Returns the module's name of a tensor of a file; the file's name if the tensor is a part.
+    """Returns the module's name of a stored tensor; the stored name if it is a part.
 
     Two more values follow: the pattern by which the tensor is part of a conversion (None if it is
     not), and the name of the conversion's first result.
@@ -44,7 +44,7 @@ FORMAT = ModelFormat(
 
 
 class _Formats(ModelFormats):
-    """The formats of models by model_type: all have the same format."""
+    """A format registry that has one format for all model types."""
 
     def format_of(self, model_type: object) -> ModelFormat:
         return FORMAT
@@ -54,7 +54,7 @@ FORMATS = _Formats({})
 
 
 class _JoinedTensor(NamedTuple):
-    """A tensor of the module that files hold in parts.
+    """A tensor of the module that files store in parts.
 
     Attributes:
       converter: transformers' conversion of the parts.
@@ -68,7 +68,7 @@ class _JoinedTensor(NamedTuple):
 
 
 class TorchFolder(SafetensorsFolder):
-    """A folder whose files may hold the parts of a module's tensors, such as each expert's kernels.
+    """A folder whose files may store tensors in parts, such as one kernel per expert.
 
     Transformers' own conversions join the parts of one tensor at a time. Quantized tensors are
     dequantized, because torch's code needs plain arrays.
@@ -121,6 +121,7 @@ class TorchFolder(SafetensorsFolder):
         return write_converted(self._read_slice(name, index), out, f"{self.locate(name)}: {name}")
 
     def _read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a slice of a tensor, joining its parts if it is stored in parts."""
         if name not in self._joined:
             return super()._read_slice(name, index)
         part_names = self._joined[name].part_names
@@ -138,11 +139,11 @@ class TorchFolder(SafetensorsFolder):
         return tensor[index]
 
     def _read_part(self, name: str) -> np.ndarray:
-        """Reads a whole tensor of the files."""
+        """Reads a stored tensor completely."""
         return super()._read_slice(name, tuple(slice(None) for _ in self._parts_of[name]))
 
     def _join_parts(self, name: str, parts: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
-        """Joins the parts of a tensor in the files to a tensor of the module."""
+        """Joins the stored parts of a tensor."""
         converter, first_result, _ = self._joined[name]
         is_bf16 = next(iter(parts.values()))[0].dtype == ml_dtypes.bfloat16
         tensors: Any = {}

@@ -1,4 +1,4 @@
-"""Finds layers of a torch module that compute the same, and runs them as one scan."""
+"""Finds layers of a torch module that run the same program, and runs them as one scan."""
 
 import contextlib
 import functools
@@ -80,7 +80,7 @@ def to_jax(tree: Any) -> Any:
 def patch_forwards(
     layers: Sequence[torch.nn.Module], forward: Callable[..., Any]
 ) -> Iterator[None]:
-    """Replaces the forward of each layer by ``forward(i, layer, *args, **kwargs)`` within a block.
+    """Replaces each layer's forward by ``forward(i, layer, *args, **kwargs)`` within a block.
 
     While `forward` runs, all layers have their own forward, so layers within layers run unchanged.
     """
@@ -141,7 +141,7 @@ class _LayerCall:
 
 
 class _ProbedCall(NamedTuple):
-    """A call of a layer in a trace of the module, to compare it with the calls of other layers.
+    """A call of a layer in a trace of the module, for comparison with other layers' calls.
 
     Attributes:
       layer: the index of the layer in its list.
@@ -162,7 +162,7 @@ def find_stack(
     arrays: Sequence[Arrays],
     run: Callable[[], Any],
 ) -> LayerPeriods | None:
-    """Finds the layers of a list that run the same programs; returns None if there are none.
+    """Finds the layers of a list that run the same programs, or returns None.
 
     Two layers are alike if they have the same class and the same settings, compute the same program
     with the same constants, and get the same arguments. Only their hidden states differ: each layer
@@ -178,6 +178,7 @@ def find_stack(
     outputs: list[Any] = [None]  # of all layers so far; None before the first one
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Traces a layer's call, and records its signature."""
         call = _LayerCall(layer, args, kwargs)
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(arrays[i], call.hidden)
         calls.append(
@@ -215,7 +216,7 @@ def _signature(
     traced: Any,
     shapes: Sequence[jax.ShapeDtypeStruct],
 ) -> Any:
-    """Returns a value that is equal for two layers that compute the same."""
+    """Returns a key that is equal for layers that compute the same."""
     output_forms = [(x.shape, x.dtype) for x in shapes]
     if output_forms != [(call.hidden.shape, call.hidden.dtype)]:
         return (index,)  # its output cannot be the input of another layer
@@ -231,7 +232,7 @@ def _calls_repeat(calls: Sequence[_ProbedCall], period: int) -> bool:
 
 
 def _contents_of_constant(constant: Any) -> Any:
-    """Returns the contents of a program's constant, or the identity of a traced one."""
+    """Returns the contents of a program's constant, or the id of a traced constant."""
     if isinstance(constant, jax.core.Tracer):
         return id(constant)
     array = np.asarray(constant)
@@ -263,7 +264,7 @@ def run_as_scan(
     recomputed: Recomputation,
     cache: CachedCall | None = None,
 ) -> Iterator[None]:
-    """Runs the layers of a stack as one scan, when the last layer of its first period is called.
+    """Runs the layers of a stack as one scan, in the call of the last layer of its period.
 
     Args:
       stack: the layers that run.
@@ -277,6 +278,7 @@ def run_as_scan(
     with_entries = contextlib.nullcontext if cache is None else cache.use_entries
 
     def run_period(hidden: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+        """Runs one period of layers; the body of the scan."""
         arrays_of_layers, entries = slices
         with with_entries(entries) as added_entries:
             for call, layer_arrays in zip(calls, arrays_of_layers, strict=True):
@@ -285,6 +287,7 @@ def run_as_scan(
         return hidden, added_entries
 
     def forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Collects the calls of a period, and runs the scan at the last one."""
         if i == 0:
             calls.clear()
         call = _LayerCall(layer, args, kwargs)
@@ -311,7 +314,7 @@ def run_as_scan(
 def run_one_by_one(
     layers: Sequence[torch.nn.Module], arrays: Sequence[Arrays], recomputed: Recomputation
 ) -> Iterator[None]:
-    """Runs each layer by itself, recomputed in the backward pass."""
+    """Runs each layer separately, recomputed in the backward pass."""
 
     def forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = _LayerCall(layer, args, kwargs)

@@ -1,4 +1,4 @@
-"""Loads any model of transformers, or a torch module, as a JAX function and its parameters."""
+"""Loads a transformers model or a torch module as a JAX function and its parameters."""
 
 import dataclasses
 import os
@@ -92,6 +92,7 @@ def from_torch(
     tensors = source.state_dict()
 
     def read_row(row: Row) -> jax.Array:
+        """Returns the array of one key table row."""
         layers = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
         if row.transpose:
             layers = [layer.T for layer in layers]

@@ -1,4 +1,4 @@
-"""A causal language model of transformers, with the calls of `lora_jax.models.Decoder`."""
+"""Torch modules with the interface of `lora_jax.models.Decoder`."""
 
 import contextlib
 import dataclasses
@@ -168,7 +168,7 @@ class TorchModel:
         )
 
     def _without_segments(self, places: dict[str, jax.Array | None]) -> dict[str, jax.Array | None]:
-        """Returns the arguments of tokens, without segments if the module cannot separate them.
+        """Returns the token arguments, without segments that the module ignores.
 
         Raises:
           TorchModelError: the module cannot separate the sequences of a row, and a row may hold
@@ -187,7 +187,7 @@ class TorchModel:
     def _position_arguments(
         self, ids: jax.Array, places: Mapping[str, jax.Array | None]
     ) -> dict[str, jax.Array]:
-        """Returns the module's arguments ``attention_mask`` and ``position_ids``, if it takes them.
+        """Returns the ``attention_mask`` and ``position_ids`` that the module takes.
 
         If the module uses `lora_jax.torch.attention`, which ignores masks of ones, ones replace a
         missing mask. Without a mask, transformers would look for several sequences in the
@@ -214,7 +214,7 @@ class TorchModel:
         return_hidden: bool,
         **run_options: Any,
     ) -> jax.Array:
-        """Computes fp32 logits, or hidden states, of some slots of each row; None for all slots."""
+        """Computes fp32 logits, or hidden states, of some or all slots of each row."""
         head_inputs: list[jax.Array] = []
 
         def select(hidden: jax.Array) -> jax.Array:
@@ -239,6 +239,6 @@ class TorchModel:
 
 
 def _logits_of_output(out: Any) -> jax.Array:
-    """Returns the logits among a module's outputs, in fp32 at least."""
+    """Returns the logits in a module's outputs, in fp32 or wider."""
     logits: jax.Array = out["logits"] if isinstance(out, dict) else out[0]
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

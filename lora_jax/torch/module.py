@@ -1,4 +1,4 @@
-"""Builds a torch module without weights, and calls it with JAX's arrays for its parameters."""
+"""Builds a torch module without weights, and calls it with JAX arrays as parameters."""
 
 import contextlib
 import dataclasses
@@ -125,7 +125,7 @@ class EmptyModule:
             return out
 
     def _arrays(self, tree: Tree) -> dict[str, jax.Array]:
-        """Returns the arrays of a tree, and the buffers, by the module's own names."""
+        """Returns a tree's arrays, and the buffers, by the module's own names."""
         leaves = dict(flatten_with_paths(tree)[0])
         missing_paths = [row.path for row in self.rows if row.path not in leaves]
         if missing_paths:
@@ -148,7 +148,7 @@ class EmptyModule:
 
     @functools.cached_property
     def conversions(self) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
-        """Transformers' renamings and conversions of files' tensors, and the module's tensors."""
+        """Transformers' conversions of stored tensors, and the module's tensors."""
         module: Any = self.module
         mapping = get_model_conversion_mapping(module)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -157,30 +157,30 @@ class EmptyModule:
         return renamings, converters, dict.fromkeys(names, torch.empty(0))
 
     def ignores(self, name: str) -> bool:
-        """Returns True for a tensor of the files that transformers does not load."""
+        """Returns True for a stored tensor that transformers does not load."""
         patterns = getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, name) for pattern in patterns)
 
     @functools.cached_property
     def arguments(self) -> frozenset[str]:
-        """The names of the arguments that the module takes."""
+        """The names of the module's arguments."""
         return frozenset(inspect.signature(self.module.forward).parameters)
 
     @property
     def cache_name(self) -> str | None:
-        """The name of the argument for keys and values; None if there is none."""
+        """The name of the cache argument; None if there is none."""
         names = ("cache", "past_key_values")
         return next((name for name in names if name in self.arguments), None)
 
     @property
     def attends(self) -> bool:
-        """True if the module's attention is `lora_jax.torch.attention`'s."""
+        """True if the module uses the attention of `lora_jax.torch.attention`."""
         config = getattr(self.module, "config", None)
         return getattr(config, "_attn_implementation", None) == ATTENTION_NAME
 
     @property
     def packs(self) -> bool:
-        """True if a row may hold several sequences: only our attention mixes tokens."""
+        """True if rows may be packed, because only our attention mixes tokens."""
         classes = [type(submodule).__name__ for submodule in self.module.modules()]
         has_other_mixers = any(_TOKEN_MIXERS.search(name) for name in classes)
         return self.attends and "position_ids" in self.arguments and not has_other_mixers
@@ -226,7 +226,7 @@ class EmptyModule:
 
     @contextlib.contextmanager
     def wide_logits(self) -> Iterator[None]:
-        """Lets the head compute logits in fp32 at once, within a block."""
+        """Makes the head compute logits in fp32 within a block."""
 
         def multiply_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
             return dot_wide(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
@@ -243,9 +243,10 @@ class EmptyModule:
 
     @contextlib.contextmanager
     def trunk_output(self, change: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
-        """Applies ``change`` to the final hidden states before the head, within a block."""
+        """Applies ``change`` to the final hidden states within a block."""
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
+            """Runs the trunk, and changes its hidden states."""
             out = trunk.forward(*args, **kwargs)
             hidden = to_torch(change(to_jax(out[0])))
             if isinstance(out, tuple):
@@ -258,7 +259,7 @@ class EmptyModule:
 
     @contextlib.contextmanager
     def trunk_replaced(self, hidden: jax.Array) -> Iterator[None]:
-        """Calls the head alone within a block: `hidden` replaces the output of the trunk."""
+        """Replaces the trunk's output by `hidden` within a block."""
 
         def forward(_: int, trunk: Any, *args: Any, **kwargs: Any) -> Any:
             return _Hidden(to_torch(hidden))
@@ -268,7 +269,7 @@ class EmptyModule:
 
 
 class _Hidden:
-    """The output of a trunk that has final hidden states and nothing else."""
+    """A trunk's output that consists only of final hidden states."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden
@@ -312,7 +313,7 @@ def _build_module(recipe: Recipe) -> EmptyModule:
 
 
 def build_module(recipe: Recipe) -> EmptyModule:
-    """Returns the module of a recipe or a configuration without weights; builds it only once.
+    """Returns the cached module of a recipe or a configuration, without weights.
 
     Raises:
       TorchModelError: transformers cannot build it.

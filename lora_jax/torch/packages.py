@@ -1,4 +1,4 @@
-"""Imports the packages that run torch modules, and explains why an import fails."""
+"""Imports the packages that run torch modules, with explanations if an import fails."""
 
 import contextlib
 import importlib.metadata
@@ -12,7 +12,7 @@ _REMEDY = "pip install 'lora_jax[torch]'"
 
 
 class TorchModelError(ConfigError):
-    """A torch module cannot run as a JAX function, or not with the requested options."""
+    """A torch module cannot run as a JAX function, or not with these options."""
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def importing() -> Iterator[None]:
 
 
 def _release(package: str) -> str:
-    """Returns a package's name and version; the name alone if the version is not known."""
+    """Returns a package's name, with its version if known."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Compares the layers of a torch module by a trace of a short row, to find stacks of layers."""
+"""Compares the layers of a torch module in a trace of a short row, to find stacks of layers."""
 
 import contextlib
 import functools
@@ -19,13 +19,13 @@ _PROBE_TOKENS = 8  # the length of the row that is traced
 
 
 def arrays_under(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns the arrays whose names begin with a prefix, by their names without the prefix."""
+    """Returns the arrays with a name prefix, by their names without the prefix."""
     return {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}
 
 
 @contextlib.contextmanager
 def exchange_tensors(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
-    """Replaces plain tensors in the modules' attributes by JAX's arrays, within a block.
+    """Replaces plain tensors in modules' attributes by JAX arrays, within a block.
 
     Buffers stay as they are. Equal tensors become the same object, so that layers can be compared.
     Yields a function that returns True if the modules have got other JAX tensors meanwhile. After
@@ -43,6 +43,7 @@ def exchange_tensors(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
                     vars(submodule)[name] = tensor
 
         def holds_new_tensors() -> bool:
+            """Returns True if an attribute holds a JAX tensor made in the block."""
             exchanged_ids = set(map(id, tensor_of_contents.values()))
             for submodule, _ in attributes_before:
                 for value in vars(submodule).values():
@@ -77,7 +78,7 @@ def buffers_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def find_stacks(
     name: str, module: torch.nn.Module, lists: Sequence[str], buffers: Mapping[str, np.ndarray]
 ) -> dict[str, LayerPeriods | str]:
-    """Returns the stack of each list of layers, or the reason why the list is no stack."""
+    """Returns the stack of each list of layers, or the reason why it is none."""
     stack_or_reason: dict[str, LayerPeriods | str] = {}
     shapes = {n: _abstract_array(p) for n, p in module.named_parameters(remove_duplicate=False)}
     for list_name in lists:
@@ -105,6 +106,7 @@ def _find_stack_by_trace(
     layer_shapes = [arrays_under(shapes, f"{list_name}.{i}.") for i in range(len(layers))]
 
     def trace(values: Mapping[str, Any], ids: jax.Array) -> None:
+        """Traces the module on a short row."""
         with (
             run_with_jax(name),
             use_attention(AttentionSettings(keeps_masks=True)),
@@ -121,7 +123,7 @@ def _find_stack_by_trace(
 def stack_buffers(
     stacks: Sequence[LayerPeriods], buffers: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Stacks the buffers of the layers of a kind, under the name of the first layer's buffer."""
+    """Stacks the buffers of layers of a kind, under the first layer's name."""
     stacked: dict[str, np.ndarray] = {}
     for name, buffer in buffers.items():
         position = stack_position_of(name, stacks)

@@ -1,4 +1,4 @@
-"""Recipes of torch modules, from which they are built without memory for weights."""
+"""Recipes from which torch modules are built without memory for weights."""
 
 import copy
 import dataclasses

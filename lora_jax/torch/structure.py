@@ -1,4 +1,4 @@
-"""Makes the key table of a torch module's parameters, and finds the tensors of stacked layers."""
+"""The key table of a torch module's parameters, and the tensors of its stacked layers."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ _CONTRACTING_NAMES = re.compile(r"(o|out|down|dense|c|w2|wo|fc2|fc_out|dense_4h_
 
 @dataclasses.dataclass(frozen=True)
 class LayerPeriods:
-    """The layers of a ModuleList that one scan runs, `period` layers in each of its steps.
+    """The layers of a ModuleList that one scan runs, `period` layers per step.
 
     Attributes:
       name: the list's dotted name.
@@ -36,7 +36,7 @@ class LayerPeriods:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers that an `EmptyModule` keeps: those before, and one of each kind."""
+        """The number of layers in an `EmptyModule`: unstacked ones, and one of each kind."""
         return self.start + self.period
 
     def kind_name(self, kind: int) -> str:
@@ -69,7 +69,7 @@ class StackPosition(NamedTuple):
 
     @property
     def names_in_all_layers(self) -> list[str]:
-        """The module's names of this tensor in all layers of the kind."""
+        """This tensor's module names in all layers of the kind."""
         return [f"{self.stack.name}.{i}.{self.name}" for i in self.stack.layer_indices(self.kind)]
 
 
@@ -113,7 +113,7 @@ def make_key_rows(module: torch.nn.Module, stacks: Sequence[LayerPeriods] = ()) 
 
 
 def _stored_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields parameters, and float buffers that are saved, under each of their names."""
+    """Yields parameters and saved float buffers, under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     for name, buffer in module.named_buffers(remove_duplicate=False):
         owner_name, _, buffer_name = name.rpartition(".")
@@ -194,7 +194,7 @@ def _make_key_row(
 
 
 def _leaf_name(owner: torch.nn.Module, torch_leaf: str, ndim: int) -> str:
-    """Returns the last segment of a tensor's path: torch's name, or Flax's name of a "weight"."""
+    """Returns the last segment of a tensor's path: torch's name, or Flax's name for "weight"."""
     if torch_leaf != "weight":
         return torch_leaf
     if ndim == 2 and isinstance(owner, torch.nn.Embedding):
@@ -248,7 +248,7 @@ def _sharding_of_tensor(
 
 
 def sharding_lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields a line for each sharding: the axes of the mesh, and the parameters that have it."""
+    """Yields a line for each sharding, with the parameters that have it."""
     names_by_spec: dict[Any, list[str]] = {}
     for row in rows:
         short_name = "/".join(row.path.split("/")[-2:])

@@ -1,4 +1,4 @@
-"""Training: `finetune` in one call, or the parts that it is made of.
+"""Training: `finetune` in one call, or its parts.
 
     examples = training.chats(rows, tokenizer, seq_len=128)
     rules = [lora_jax.LoraRule(targets="all-linear", rank=8, alpha=16)]

@@ -1,4 +1,4 @@
-"""The arguments of `finetune` as records, and their checks before any work.
+"""The arguments of `finetune` as records, and their checks before training starts.
 
 The scripts give their options the names of the arguments, and have numbers and contradictions
 checked here, too.
@@ -37,7 +37,7 @@ _RUN_FILES = (ADAPTER, START, CHECKPOINTS, RECORD, BEST)
 
 
 class Subject(NamedTuple):
-    """A model, its examples, and the rules, loss and layout to train it with."""
+    """A model with its examples, rules, loss and layout."""
 
     model: Model | Forward
     examples: Examples | Mapping[str, Any]
@@ -47,7 +47,7 @@ class Subject(NamedTuple):
 
 
 class LengthOptions(NamedTuple):
-    """The length of a run, and the size of its steps."""
+    """The length of a run, and the batch size of its steps."""
 
     steps: int | None
     epochs: float | None
@@ -78,7 +78,7 @@ class RateOptions(NamedTuple):
 
 
 class FolderOptions(NamedTuple):
-    """The folder of a run: its name, its earlier content, and the checkpoints that it keeps."""
+    """The folder of a run: its name, how earlier content is treated, and its checkpoints."""
 
     name: str | Path | None
     resume: bool
@@ -87,7 +87,7 @@ class FolderOptions(NamedTuple):
 
 
 class IntervalOptions(NamedTuple):
-    """Steps between lines, measurements and checkpoints, and the steps that may be skipped."""
+    """The intervals of logs, measurements and checkpoints, and the limit of skipped steps."""
 
     log_every: int | None
     eval_every: int | None
@@ -96,7 +96,7 @@ class IntervalOptions(NamedTuple):
 
 
 class HeldOutOptions(NamedTuple):
-    """Held-out examples, and the choice of the best adapter by them."""
+    """Held-out examples, and how they choose the best adapter."""
 
     examples: Examples | Mapping[str, Any] | None
     keep: bool
@@ -105,7 +105,7 @@ class HeldOutOptions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneJob:
-    """A run whose arguments are checked."""
+    """A run with checked arguments."""
 
     subject: Subject
     feed: Feed
@@ -120,7 +120,7 @@ class FinetuneJob:
     path: Path | None
 
     def settings(self) -> dict[str, str]:
-        """Returns the settings that a resumed run may not change."""
+        """Returns the settings that must not change when a run resumes."""
         optimizer = self.rate.optimizer
         return settings_as_text(
             **self.rate._replace(
@@ -133,7 +133,7 @@ class FinetuneJob:
 
 
 def as_examples(examples: Examples | Mapping[str, Any], name: str) -> Examples:
-    """Returns examples; checks that a user's own arrays have one length."""
+    """Returns examples; checks that a user's own arrays have equal lengths."""
     if isinstance(examples, Mapping):
         arrays = {key: np.asarray(array) for key, array in examples.items()}
         has_scalars = any(array.ndim == 0 for array in arrays.values())
@@ -158,7 +158,7 @@ def as_examples(examples: Examples | Mapping[str, Any], name: str) -> Examples:
 def matching_examples(
     held_out: Examples | Mapping[str, Any] | None, examples: Examples
 ) -> Examples | None:
-    """Returns held-out examples, or None; they must have the same arrays as the examples."""
+    """Returns held-out examples with the same arrays as the examples, or None."""
     if held_out is None:
         return None
     held_out = as_examples(held_out, "held_out")
@@ -174,14 +174,14 @@ def matching_examples(
 
 
 class NumberRange(NamedTuple):
-    """The range of an option's numbers, and the error for one outside it."""
+    """The valid range of an option, and the error for values outside it."""
 
     hold: Callable[[float], bool]
     needed: str
 
 
 def numbers_from(least: int) -> NumberRange:
-    """Returns the numbers from `least` on."""
+    """Returns the range of numbers not below `least`."""
     return NumberRange(lambda x: x >= least, f"at least {least} is needed")
 
 
@@ -225,7 +225,7 @@ def _out_of_range(name: str, value: Any, number_range: NumberRange) -> TrainingE
 
 
 def check_options_agree(values: Mapping[str, Any]) -> None:
-    """Raises a TrainingError for options that exclude each other, or need another option.
+    """Raises a TrainingError for options that exclude or require each other.
 
     Args:
       values: `steps`, `epochs`, `resume`, `overwrite`, `keep_best` and `patience`, among others.
@@ -269,7 +269,7 @@ def check_best(keep_best: bool, *, held_out: bool, folder: bool) -> None:
 def choose_loss(
     loss: Loss | Callable[..., Sums] | None, examples: Examples, layout: Layout
 ) -> Loss:
-    """Returns a user's loss, or the default one of chats, texts and images."""
+    """Returns the user's loss, or the default loss for chats, texts or images."""
     if isinstance(loss, Loss):
         return loss
     if loss is not None:
@@ -288,7 +288,7 @@ def choose_loss(
 
 
 def check_folder(folder: str | Path | None, resume: bool, overwrite: bool) -> Path | None:
-    """Returns the run's folder, created if it does not exist; changes nothing in it."""
+    """Returns the run's folder, created if missing; changes nothing in it."""
     if folder is None:
         if resume or overwrite:
             name = "resume" if resume else "overwrite"
@@ -324,7 +324,7 @@ def delete_run_files(folder: Path, names: Iterable[str] = _RUN_FILES) -> None:
 
 
 def check_positions(model: Model | Forward, examples: Examples) -> None:
-    """Raises a TrainingError for sequences that are longer than a decoder's positions."""
+    """Raises a TrainingError for sequences longer than a decoder's maximum position."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if positions is None or not isinstance(model, Decoder) or not isinstance(examples, Packs):
         return
@@ -338,7 +338,7 @@ def check_positions(model: Model | Forward, examples: Examples) -> None:
 
 
 def check_optimizer(optimizer: object, weight_decay: float) -> None:
-    """Raises a TrainingError for an unknown optimiser, or a weight decay that it would not use."""
+    """Raises a TrainingError for an unknown optimiser, or a weight decay that it ignores."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise TrainingError(
             f"optimizer={optimizer!r} is unknown. Choose one of {', '.join(OPTIMIZERS)}, or pass "
@@ -352,7 +352,7 @@ def check_optimizer(optimizer: object, weight_decay: float) -> None:
 
 
 def settings_as_text(**settings: Any) -> dict[str, str]:
-    """Returns settings as texts that are equal in each process, to compare them on resuming."""
+    """Returns settings as texts that are equal in each process, for comparison on resuming."""
     return {
         name: "a function" if callable(value) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
         for name, value in settings.items()
@@ -369,7 +369,7 @@ def check_job(
     best: HeldOutOptions,
     seed: int,
 ) -> FinetuneJob:
-    """Checks the arguments of a run before any work, and returns the run.
+    """Checks the arguments of a run before training starts, and returns the run.
 
     Args:
       argument_values: all arguments of `finetune`, by name.

@@ -1,4 +1,4 @@
-"""Measures the seconds of training steps with a clock that stops during all other work."""
+"""Measures the seconds of training steps, without pauses for other work."""
 
 import contextlib
 import statistics
@@ -14,7 +14,7 @@ _COMPILE_EVENTS = "/jax/core/compile/"  # the prefix of JAX's events that trace,
 
 
 class StepClock:
-    """Counts the seconds of steps, without pauses and without compilations.
+    """Counts the seconds of steps, without pauses and compilations.
 
     It is used in a `with`, in the thread that takes the steps. Runs side by side share a clock, so
     that a measurement of one is no step of another.
@@ -45,7 +45,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits until the steps under way have ended, and stops the clock within a block."""
+        """Waits until the running steps end, and stops the clock within a block."""
         jax.block_until_ready(self.under_way)
         pause_start = time.perf_counter()
         self._is_paused = True
@@ -56,7 +56,7 @@ class StepClock:
             self._is_paused = False
 
     def _note_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:
-        """Counts a compilation that has just ended; an event within another one counts once."""
+        """Counts a compilation that just ended; nested events count once."""
         is_not_of_steps = self._is_paused or threading.get_ident() != self._thread
         if is_not_of_steps or not event.startswith(_COMPILE_EVENTS):
             return
@@ -72,7 +72,7 @@ class StepClock:
 
 
 class StepTimes(NamedTuple):
-    """Seconds of a step, over the steps of a run.
+    """Statistics of the seconds of a run's steps.
 
     Attributes:
       median, low, high: the median, the lower quartile, and the upper quartile.
@@ -84,7 +84,7 @@ class StepTimes(NamedTuple):
 
 
 def quartiles_of_seconds(seconds: Sequence[float]) -> StepTimes | None:
-    """Returns the median and the quartiles of the seconds of steps; None without any."""
+    """Returns the median and quartiles of steps' seconds; None without steps."""
     if not seconds:
         return None
     if len(seconds) == 1:

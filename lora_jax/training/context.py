@@ -1,4 +1,4 @@
-"""Shards attention over a mesh: by batch, by heads and, for long rows, by queries.
+"""Shards attention on a mesh: by batch, by heads and, for long rows, by queries.
 
 A row is cut into equal chunks along the axis ``sequence``. Keys and values are gathered over it, a
 layer at a time: with grouped heads they are a fraction of the queries, and linear in the length.
@@ -45,7 +45,7 @@ def split_queries(seq: int, parts: int, *, causal: bool) -> Split | None:
 
 
 def shard_attention(local: Attention, mesh: Mesh) -> Attention:
-    """Returns attention that is sharded over a mesh; each device computes its part by ``local``.
+    """Returns attention that runs sharded on a mesh, with ``local`` on each device.
 
     Heads are sharded over the axis ``tensor``. If there are too few heads of keys and values, each
     is repeated for the devices that share it. An axis of the mesh that does not divide an axis of
@@ -54,6 +54,7 @@ def shard_attention(local: Attention, mesh: Mesh) -> Attention:
     """
 
     def attend_mesh(*arguments: Any) -> jax.Array:
+        """Computes attention on the mesh."""
         inputs = AttentionInputs(*arguments)
         n_queries, n_heads = inputs.q.shape[1:3]
         split = None
@@ -70,6 +71,7 @@ def shard_attention(local: Attention, mesh: Mesh) -> Attention:
         arrays = inputs._replace(scale=array_scale, cap=None)
 
         def attend_on_device(device_arrays: AttentionInputs) -> jax.Array:
+            """Computes one device's part."""
             device_inputs = device_arrays._replace(cap=inputs.cap)
             if array_scale is None:
                 device_inputs = device_inputs._replace(scale=inputs.scale)
@@ -88,14 +90,14 @@ def shard_attention(local: Attention, mesh: Mesh) -> Attention:
 
 
 def _input_specs(arrays: AttentionInputs, split: Split | None, mesh: Mesh) -> AttentionInputs:
-    """Returns the specs of the arrays among attention's inputs; None for those that are missing."""
+    """Returns the PartitionSpecs of attention's input arrays; None for missing arrays."""
     has_divisible_heads = arrays.k.shape[2] % mesh.shape["tensor"] == 0
     head_axis = "tensor" if has_divisible_heads else None
     query_axis = None if split is None else SEQUENCE_AXIS
     qkv_spec = sharding_for((BATCH, query_axis, head_axis, None), arrays.q.shape, mesh).spec
 
     def mask_spec(array: Any) -> P:
-        """Returns the spec of an array of the mask: each device has that of all queries."""
+        """Returns the spec of a mask array, which is not split over queries."""
         if array.ndim != 2:
             return P()
         return sharding_for((BATCH, None), array.shape, mesh).spec
@@ -113,7 +115,7 @@ def _input_specs(arrays: AttentionInputs, split: Split | None, mesh: Mesh) -> At
 
 
 def _attend_split(local: Attention, inputs: AttentionInputs, split: Split) -> jax.Array:
-    """Returns the attention of a device's queries over the keys of all devices."""
+    """Returns the attention of this device's queries over all devices' keys."""
     # The mask's integers of all queries are on each device, which takes its own.
     queries = split.take(inputs.mask.queries)
     inputs = inputs._replace(
@@ -128,7 +130,7 @@ def _attend_split(local: Attention, inputs: AttentionInputs, split: Split) -> ja
 
 
 def _repeat_heads(x: jax.Array, n_heads: int, head_devices: int) -> jax.Array:
-    """Repeats the heads of keys or values so that they divide among devices, if that is possible.
+    """Repeats key or value heads so that they divide among devices, if possible.
 
     Args:
       x: [batch, keys, kv_heads, head_dim].
@@ -143,7 +145,7 @@ def _repeat_heads(x: jax.Array, n_heads: int, head_devices: int) -> jax.Array:
 
 
 def _pair_chunks(x: jax.Array, split: Split) -> jax.Array:
-    """Exchanges chunks: device i has chunks 2i and 2i + 1 of 2n, and gets i and 2n - 1 - i.
+    """Exchanges chunks so that device i has chunks i and 2n - 1 - i instead of 2i and 2i + 1.
 
     All even chunks go to different devices, and so do all odd ones.
 
@@ -157,7 +159,7 @@ def _pair_chunks(x: jax.Array, split: Split) -> jax.Array:
 
 
 def _unpair_chunks(x: jax.Array, split: Split) -> jax.Array:
-    """Exchanges chunks back; see ``_pair_chunks``."""
+    """Reverses the exchange of ``_pair_chunks``."""
     lower_chunk, upper_chunk = jnp.split(x, 2, axis=1)
     chunks_by_parity = jnp.split(_join_swapped(lower_chunk, upper_chunk, split), 2, axis=1)
     own_chunks = []
@@ -168,7 +170,7 @@ def _unpair_chunks(x: jax.Array, split: Split) -> jax.Array:
 
 
 def _join_swapped(left: jax.Array, right: jax.Array, split: Split) -> jax.Array:
-    """Joins two chunks, swapped on odd devices, whose lower chunk is an odd one."""
+    """Concatenates two chunks, in swapped order on odd devices."""
     is_odd_device = lax.axis_index(split.axis) % 2 == 1
     swapped = jnp.concatenate([right, left], axis=1)
     return jnp.where(is_odd_device, swapped, jnp.concatenate([left, right], axis=1))

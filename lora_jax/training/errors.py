@@ -1,4 +1,4 @@
-"""Errors of training that its user can put right."""
+"""Training errors that the user can correct."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ OptionWriter = Callable[..., str]
 
 
 def as_argument(name: str, *value: Any) -> str:
-    """Returns an option as Python writes it: "steps", or "steps=3"."""
+    """Returns an option as a Python argument: "steps", or "steps=3"."""
     return "=".join([name, *map(repr, value)])
 
 
 class TrainingError(Exception):
-    """Training cannot begin or go on as asked; the message says what to do instead.
+    """Training cannot start or continue; the message says what to do instead.
 
     Attributes:
       said: returns the message for readers who write options otherwise than Python does. A script
@@ -26,22 +26,22 @@ class TrainingError(Exception):
 
 
 class Diverged(TrainingError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
+    """Too many consecutive steps had a loss or gradient that is not finite."""
 
 
 class DamagedCheckpoint(TrainingError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class Dropped(Exception):
-    """A batch was not made: the run stops before that batch's step, and can go on there.
+    """A batch could not be made; the run stops before its step, and can resume there.
 
     Without an argument, as a signal came meanwhile; else as what failed that the argument says.
     """
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM came, and there is nothing left to save. `code` is the exit code."""
+    """Ctrl-C or SIGTERM arrived, and nothing needs saving. `code` is the exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Mixtures of experts on a mesh: tokens go to the devices that have their experts.
+"""Mixtures of experts on a mesh: tokens are sent to the devices that hold their experts.
 
 A device has its part of the experts, by the axis ``expert``, and their kernels stay where they are
 along it. The tokens of the devices along the axis are gathered; each device computes those that its
@@ -46,7 +46,7 @@ class _MixtureSpecs(NamedTuple):
 
 
 def shard_experts(mixed: Mixture, mesh: Mesh) -> Mixture:
-    """Returns a mixture that is sharded over a mesh; each device computes its part by ``mixed``.
+    """Returns a mixture that runs sharded on a mesh, with ``mixed`` on each device.
 
     Where an axis of the mesh does not divide the tokens or the inner features, the compiler places
     what ``mixed`` computes. Where ``expert`` does not divide the experts, kernels are gathered over
@@ -54,6 +54,7 @@ def shard_experts(mixed: Mixture, mesh: Mesh) -> Mixture:
     """
 
     def mix_on_mesh(*args: Any) -> jax.Array:
+        """Computes the mixture on the mesh."""
         specs = _mixture_specs(args, mesh)
         arrays = jax.tree.leaves(args)
         array_specs = jax.tree.leaves(specs.arguments)
@@ -79,7 +80,7 @@ def shard_experts(mixed: Mixture, mesh: Mesh) -> Mixture:
 
 
 def _mixture_specs(args: tuple[Any, ...], mesh: Mesh) -> _MixtureSpecs:
-    """Returns the specs of a mixture's arguments: experts divided, and the inner features."""
+    """Returns the PartitionSpecs of a mixture's arguments."""
     *_, kernels, biases = args
     n_experts = kernels[0].shape[0]
     expert_shards = mesh.shape["expert"]
@@ -100,7 +101,7 @@ def _mixture_specs(args: tuple[Any, ...], mesh: Mesh) -> _MixtureSpecs:
 
 
 def _divides_evenly(shape: tuple[int, ...], spec: P, mesh: Mesh) -> bool:
-    """Returns True if the mesh divides a shape along all axes of a spec."""
+    """Returns True if a spec's mesh axes evenly divide a shape."""
     missing_axes = (None,) * (len(shape) - len(spec))
     possible_sharding = sharding_for((*spec, *missing_axes), shape, mesh)
     return NamedSharding(mesh, spec).is_equivalent_to(possible_sharding, len(shape))
@@ -115,7 +116,7 @@ def _mix_shards(
     kernels: tuple[jax.Array, ...],
     biases: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Returns a device's addend to the sums of its tokens; see `shard_experts`."""
+    """Returns this device's contribution to its tokens' sums; see `shard_experts`."""
     args = (x, weights, expert_indices, kernels, biases)
     x, weights, expert_indices, kernels, biases = jax.tree.map(_vary_over_all_axes, args)
     if biases:
@@ -129,7 +130,7 @@ def _mix_shards(
         return mixed(x, weights, expert_indices, kernels, biases)
 
     def mix_gathered(x: jax.Array, weights: jax.Array, expert_indices: jax.Array) -> jax.Array:
-        """Gathers the tokens of all shards; returns the sums of this device's own tokens."""
+        """Gathers the tokens of all shards; returns the sums of this device's tokens."""
         all_x, all_weights, all_indices = (
             lax.all_gather(array, "expert", axis=0, tiled=True)
             for array in (x, weights, expert_indices)
@@ -145,7 +146,7 @@ def _mix_shards(
 
 
 def _vary_over_all_axes(array: jax.Array) -> jax.Array:
-    """Marks an array as different on each device, so that its derivatives are summed here, once.
+    """Marks an array as varying over all devices, so that its gradient is summed once.
 
     Further inside, the devices would sum them for each chunk, in loops that some devices do not
     run. The other devices would wait forever.
@@ -168,7 +169,7 @@ def _number_of_chunks(x: jax.Array, expert_shards: int) -> int:
 
 
 def _apply_chunks(fn: Callable[..., jax.Array], n_chunks: int, *arrays: jax.Array) -> jax.Array:
-    """Returns a function's values of arrays, [batch, seq, …] each, by chunks of the sequence."""
+    """Applies a function to arrays, [batch, seq, …] each, in chunks of the sequence."""
     if n_chunks == 1:
         return fn(*arrays)
 

@@ -1,4 +1,4 @@
-"""Training from Python: a model, examples and rules in, a trained tree and a report out.
+"""Fine-tuning from Python: takes a model, examples and rules; returns a trained tree and a report.
 
 It runs the same loop and step as the scripts, which add options, a progress bar and TensorBoard.
 """
@@ -58,7 +58,7 @@ _LIBRARY_MODELS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The result of a run.
+    """The results of a run.
 
     Attributes:
       summary: the trainable parameters, in words; see `lora_jax.summary`.
@@ -219,7 +219,7 @@ def finetune(
 
 
 class _PreparedRun(NamedTuple):
-    """The beginning of a run.
+    """The prepared parts of a run before its first step.
 
     Attributes:
       start: the first state, or that of the last checkpoint.
@@ -234,7 +234,7 @@ class _PreparedRun(NamedTuple):
 
 
 def _prepare_run(job: arguments.FinetuneJob, params: Tree) -> _PreparedRun:
-    """Returns the state before the first step, or after the last checkpoint."""
+    """Prepares a run: the initial state, or the state of the last checkpoint."""
     path, folder = job.path, job.folder
     model, rules, layout = job.subject.model, job.subject.rules, job.subject.layout
     key = jax.random.key(job.seed)
@@ -281,7 +281,7 @@ def _train_to_end(
     start_folder: Path | None,
     recorder: Recorder,
 ) -> tuple[Tree, Report]:
-    """Trains a run to its end and saves its adapter; returns the trained tree and the report."""
+    """Trains a run to its end, saves its adapter, and returns the tree and the report."""
     path, loss = job.path, job.loss
     compile_start = time.perf_counter()
     forward = _adapt_forward(job.subject.model, start)
@@ -339,7 +339,7 @@ def _train_to_end(
 def _adapt_params(
     params: Tree, rules: Any, kinds: Any, key: jax.Array, start_folder: Path | None
 ) -> Tree:
-    """Returns the adapted tree, with trained arrays that no one else holds.
+    """Returns the adapted tree, with its own copies of the trained arrays.
 
     Args:
       params: plain, or adapted where `rules` is None.
@@ -364,7 +364,7 @@ def _adapt_params(
 
 
 def _adapt_forward(model: Any, ready: TrainingStart) -> Forward:
-    """Returns the adapted function that the loss calls.
+    """Returns the adapted function for the loss.
 
     A model of the library has its activations placed on the mesh.
     """

@@ -1,4 +1,4 @@
-"""Evaluates by the forward pass that trains: a held-out loss, log-probabilities of given tokens."""
+"""Evaluation with the forward pass of training: a held-out loss, or log-probabilities of tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from lora_jax.training.step import State, make_evaluation
 
 
 class FormedTree(NamedTuple):
-    """Runs a tree whose weights are costly to form: they are formed once for each measurement.
+    """Evaluates a tree with expensive weights, which are computed once per measurement.
 
     Attributes:
       form: returns a plain tree from the adapted one.
@@ -44,7 +44,7 @@ def held_out_loss(
     evaluation: Callable[..., Sums] | None = None,
     formed: FormedTree | None = None,
 ) -> PeriodicMeasure:
-    """Returns the measure of a loss, and of its logs, on held-out examples.
+    """Returns the periodic measurement of a loss and its logs on held-out examples.
 
     Args:
       ready: the run; its `measured` may give numbers to the batches.
@@ -63,14 +63,14 @@ def held_out_loss(
     evaluate = evaluation or compile_evaluation(layout, forward, loss)
 
     def evaluated_trees(state: State) -> tuple[Adapter, Tree]:
-        """Returns the adapter and the base; of a formed tree an empty adapter and the tree."""
+        """Returns the adapter and the base; a formed tree has no adapter."""
         adapter = averaged(state.opt_state, state.adapter)
         if formed is None:
             return adapter, ready.base
         return {}, formed.form(lj.join(adapter, ready.base))
 
     def take(state: State) -> dict[str, float] | None:
-        """Returns the loss and its logs; None after a signal."""
+        """Returns the loss and its logs, or None after a signal."""
         agreement = Agreement()
         adapter, base = evaluated_trees(state)
         batch_constants: Mapping[str, float] | None = {}
@@ -95,7 +95,7 @@ def held_out_loss(
 
 
 def compile_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callable[..., Sums]:
-    """Returns ``(adapter, base, batch) -> sums``, compiled for each kind of adapter and shape.
+    """Returns ``(adapter, base, batch) -> sums``, jitted on the layout's mesh.
 
     The sums are those of the loss's `held_out`.
     """
@@ -107,7 +107,7 @@ def compile_evaluation(layout: Layout, forward: Forward, loss: Loss) -> Callable
 
 
 def average_sums(loss: Loss, sums: Sums) -> dict[str, float]:
-    """Returns the loss, in the sense of its reduction, and its logs divided by their counts.
+    """Returns the reduced loss, and its logs divided by their counts.
 
     Returns {} where nothing counts: what was not measured is no loss of 0.
     """
@@ -126,7 +126,7 @@ def average_sums(loss: Loss, sums: Sums) -> dict[str, float]:
 
 
 class Scores(NamedTuple):
-    """Holds scores of the tokens that a batch predicts, fp32 [batch, m] each.
+    """Scores of the predicted tokens of a batch, fp32 [batch, m] each.
 
     Attributes:
       logps: log p of each token.
@@ -146,7 +146,7 @@ def make_scorer(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Callable[[Tree, Batch], Scores]:
-    """Returns ``(params, batch) -> scores``, compiled for each shape; without dropout or gradient.
+    """Returns ``(params, batch) -> scores``, compiled per shape, without dropout or gradient.
 
     Args:
       forward: see `lora_jax.training.losses.token_values`.
@@ -183,6 +183,7 @@ def make_scorer(
         return Scores(logps=-cross_entropy(logits, targets), entropy=entropy_of(logits))
 
     def score(params: Tree, batch: Batch) -> Any:
+        """Computes the scores of a batch."""
         return token_values(
             scores_of_tokens,
             forward,

@@ -33,7 +33,7 @@ _ACTIVATION_AXES: dict[str, tuple[Any, ...]] = {
 
 
 def layout_of_one_device() -> "Layout":
-    """Returns the layout of anything on the first device."""
+    """Returns the layout of any model on the first device."""
     return Layout(make_mesh(jax.devices()[:1]), ())
 
 
@@ -49,7 +49,7 @@ class OnMesh:
             return self.jitted(*args)
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """Traces the function for arrays such as these, or for their shapes with shardings."""
+        """Traces the function for these arrays, or for shapes with shardings."""
         with jax.set_mesh(self.mesh):
             traced: jax.stages.Traced = self.jitted.trace(*args)
             return traced
@@ -90,22 +90,22 @@ class Layout(Placement):
 
     @property
     def batch_parts(self) -> int:
-        """Returns the number of parts that a batch is split into."""
+        """Returns the number of shards of a batch."""
         return math.prod(self.mesh.shape[name] for name in BATCH)
 
     @property
     def platform(self) -> str:
-        """Returns the platform of the mesh's devices, which may be descriptions."""
+        """Returns the platform of the mesh's devices or device descriptions."""
         return platform_of(self.mesh.devices.flat[0])
 
     @property
     def kernels(self) -> bool:
-        """Returns True: `attention` gives each device its part."""
+        """Returns True, because `attention` runs kernels on each device separately."""
         return True
 
     @property
     def takes_chunks(self) -> bool:
-        """Returns True if each device has its rows and kernels whole, but for the tensor axis.
+        """Returns True if rows and kernels are not sharded, except over the tensor axis.
 
         Not with `keeps_rows`: which tokens of a row see an adapter is not known of a chunk.
         """
@@ -113,12 +113,12 @@ class Layout(Placement):
 
     @property
     def ragged_kernels(self) -> bool:
-        """Returns True if experts can count on kernels; see `compiler_options` and `mixture`."""
+        """Returns True if ragged products run as kernels; see `compiler_options`."""
         return self.platform == "tpu" and self.sorts_apart
 
     @property
     def compiler_options(self) -> dict[str, str]:
-        """Returns the options to compile with; see `lora_jax.models.compiler_options`."""
+        """Returns the compiler options; see `lora_jax.models.compiler_options`."""
         options = compiler_options(self.platform)
         if self.platform == "tpu":
             options |= COMPILER_OPTIONS[self.collective_matmul]
@@ -126,21 +126,21 @@ class Layout(Placement):
 
     @property
     def sequence_parts(self) -> int:
-        """Returns the number of parts that a long row is split into."""
+        """Returns the number of shards of a long row."""
         return int(self.mesh.shape["sequence"])
 
     @property
     def token_parts(self) -> int:
-        """Returns the number of parts that a batch's tokens are split into."""
+        """Returns the number of shards of a batch's tokens."""
         return self.batch_parts * self.sequence_parts
 
     @property
     def word_parts(self) -> int:
-        """Returns the number of parts that the head's words are split into."""
+        """Returns the number of shards of the head's vocabulary."""
         return int(self.mesh.shape["tensor"])
 
     def chunks(self, asked: int | None) -> dict[str, Any]:
-        """Returns `chunk`, `parts` and `placement` as losses take them; see `token_values`.
+        """Returns the arguments `chunk`, `parts` and `placement` of losses; see `token_values`.
 
         Args:
           asked: predictions of a chunk on each device; 0 for all at once, None for the default.
@@ -174,11 +174,11 @@ class Layout(Placement):
         )
 
     def split(self, seq: int) -> Split | None:
-        """Returns the split of causal queries over devices; None where each has them all."""
+        """Returns the split of causal queries over devices; None if each device has all."""
         return context.split_queries(seq, self.sequence_parts, causal=True)
 
     def jitted(self, function: Callable[..., Any], out: Any = None, **options: Any) -> OnMesh:
-        """Returns a function compiled for the mesh.
+        """Returns a function jitted for the mesh.
 
         Args:
           function: the function.
@@ -189,15 +189,15 @@ class Layout(Placement):
         return OnMesh(jax.jit(function, **options), self.mesh)
 
     def of_parameter(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns the sharding to load a parameter with; see `lora_jax.models.from_pretrained`."""
+        """Returns the sharding with which a parameter is loaded."""
         return sharding_of(path, shape, self.table, self.mesh)
 
     def placed(self, params: Tree) -> Tree:
-        """Returns an adapted tree on the mesh, the adapter sharded like its base."""
+        """Returns an adapted tree on the mesh, with the adapter sharded like its base."""
         return place(params, self.table, self.mesh)
 
     def step_shardings(self, params: Tree) -> Tree:
-        """Returns an adapter's shardings within a step: A and B gathered over SHARDS.
+        """Returns an adapter's shardings inside a step, with A and B gathered over SHARDS.
 
         They are small, so they are gathered once a step; layer by layer it would be three times:
         forward, recomputed, and backward. Leaves that train in full are not small: they keep their
@@ -215,7 +215,7 @@ class Layout(Placement):
         return step_shardings
 
     def head_shardings(self, params: Tree) -> Tree | None:
-        """Returns the shardings of parameters that are gathered over SHARDS; None for one device.
+        """Returns shardings of parameters gathered over SHARDS; None for one device.
 
         Within a loop, a head would be gathered once a chunk of predictions.
         """
@@ -225,7 +225,7 @@ class Layout(Placement):
 
     @property
     def _gathered_table(self) -> Table:
-        """Returns the sharding table of parameters that are gathered over SHARDS."""
+        """Returns the sharding table with parameters gathered over SHARDS."""
 
         def gathered(entry: Any) -> Any:
             if entry == "expert":  # an axis of experts; of a dense kernel, SHARDS has it
@@ -241,7 +241,7 @@ class Layout(Placement):
         return NamedSharding(self.mesh, P())
 
     def constrained(self, model: Model, *, dropout: bool = False) -> Model:
-        """Returns the model with its activations on the mesh.
+        """Returns the model with sharding constraints on its activations.
 
         Dropout on experts depends on the order of the tokens that are sorted for them. To get the
         result of one device, all tokens are then sorted together, which takes more memory.
@@ -253,7 +253,7 @@ class Layout(Placement):
         return constrained
 
     def constrain(self, x: jax.Array, kind: Activation) -> jax.Array:
-        """Returns an activation on the mesh; see `lora_jax.models.layers.placement.Placement`.
+        """Returns an activation with a sharding constraint; see `Placement`.
 
         Rematerialisation keeps the residual stream of each layer, so it is sharded over the tensor
         axis as well: by tokens, since norms are taken of each token by itself. For the products of
@@ -268,17 +268,17 @@ class Layout(Placement):
         return placed
 
     def mixture(self, mixed: Mixture) -> Mixture:
-        """Returns a mixture that each device computes a part of; see `exchange`."""
+        """Returns a mixture that runs sharded over devices; see `exchange`."""
         if self.mesh.size == 1 or not self.sorts_apart:
             return mixed
         return exchange.shard_experts(mixed, self.mesh)
 
     def attention(self, local: Attention) -> Attention:
-        """Returns attention that each device computes for its batch, heads and queries."""
+        """Returns attention that runs sharded over batch, heads and queries."""
         return local if self.mesh.size == 1 else context.shard_attention(local, self.mesh)
 
     def batch(self, batch: HostBatch, *, parts: bool) -> dict[str, jax.Array]:
-        """Returns a batch on the mesh: all processes have it, each gives what its devices need.
+        """Returns a batch on the mesh, made from each process's own shards.
 
         Args:
           batch: arrays [batch, …], or [accumulate, batch, …] with `parts`.
@@ -292,7 +292,7 @@ class Layout(Placement):
         }
 
     def of_batch(self, shape: tuple[int, ...], *, parts: bool) -> NamedSharding:
-        """Returns the sharding of one of a batch's arrays."""
+        """Returns the sharding of a batch's array."""
         return self._fitting(shape, (None, BATCH) if parts else (BATCH,))
 
     def _fitting(self, shape: tuple[int, ...], axes: tuple[Any, ...]) -> NamedSharding:

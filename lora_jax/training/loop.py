@@ -1,4 +1,4 @@
-"""The training loop: the compiled step over the batches; metrics, measurements, checkpoints.
+"""The training loop: runs the compiled step over batches, with logs, measurements and checkpoints.
 
 A measure computes numbers of the model, such as the held-out loss, every so many steps. A step owes
 a measure that was due after it and that a signal cut off. An unread step was begun, but its metrics
@@ -29,7 +29,7 @@ Turns = Generator[int, tuple[Mapping[str, Any], int], StepTimes | None]
 
 
 class Stopped(Interrupted):
-    """A run was stopped by a signal, after a step that it has saved."""
+    """A signal stopped a run after a step that has been saved."""
 
 
 class Pace(NamedTuple):
@@ -49,7 +49,7 @@ class Pace(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeriodicMeasure:
-    """Measures the model, every so many steps and at the end of training.
+    """A measurement at regular intervals of steps and at the end of training.
 
     Attributes:
       every: steps between two measurements; 0 for none.
@@ -71,7 +71,7 @@ class PeriodicMeasure:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Connects the loop with its data, its folder and its user.
+    """Connects the loop with its data, folder and user.
 
     Attributes:
       batch: (number of steps before it, the state it begins with) -> a step's batch. Rollouts are
@@ -110,7 +110,7 @@ class Hooks:
 
 
 class _RunningStep(NamedTuple):
-    """A step that the device may still compute.
+    """A step that the device may still be computing.
 
     Attributes:
       metrics: metrics of the step, on the device.
@@ -124,7 +124,7 @@ class _RunningStep(NamedTuple):
 
 
 class _UnreadStep(NamedTuple):
-    """A step whose metrics were not read yet.
+    """A step whose metrics have not been read yet.
 
     Attributes:
       done: the number of steps with it.
@@ -140,7 +140,7 @@ class _UnreadStep(NamedTuple):
 
 
 class _Window:
-    """Holds the unread steps: reading their metrics waits for the device.
+    """Holds the steps with unread metrics, because reading metrics waits for the device.
 
     Attributes:
       seconds: seconds of each finished step. A step during which the host compiled the next one is
@@ -161,13 +161,13 @@ class _Window:
         self._token_seconds = 0.0
 
     def add(self, step: _UnreadStep, tokens: int) -> None:
-        """Adds a step that was begun, whose batch has so many tokens."""
+        """Adds a started step, with the number of tokens in its batch."""
         self._unread_steps.append(step)
         running_step = _RunningStep(step.metrics, tokens, self._clock.compile_seconds)
         self._running_steps.append(running_step)
 
     def wait(self, *, max_running: int) -> None:
-        """Waits until at most so many steps are running, and records the seconds of the others."""
+        """Waits until at most `max_running` steps run, and records the others' seconds."""
         while len(self._running_steps) > max_running:
             step = self._running_steps.pop(0)
             jax.block_until_ready(step.metrics)
@@ -203,7 +203,7 @@ class _Window:
         self._token_seconds = 0.0
 
     def _is_skipped(self, step: _UnreadStep, metrics: Mapping[str, float]) -> bool:
-        """Returns True if a step was skipped; logs it, and counts how many are skipped in a row.
+        """Returns True for a skipped step, which it logs and counts.
 
         Raises:
           Diverged: too many in a row were skipped.
@@ -226,7 +226,7 @@ class _Window:
 def train(
     step: Step, state: State, base: Tree, steps: int, run: Pace, hooks: Hooks, log: Log, stop: Stop
 ) -> tuple[State, StepTimes | None]:
-    """Trains from where `state` is to `steps`, or until `hooks.judge` ends it.
+    """Trains from `state` to step `steps`, or until `hooks.judge` ends training.
 
     Skipped steps (see `make_step`) are logged. After one that was not finite, no checkpoint is
     written until a step succeeds: what was learned before it may be at fault, and a run can go back
@@ -277,7 +277,7 @@ def training_steps(
     stop: Stop,
     clock: StepClock,
 ) -> Turns:
-    """Yields the index of each step and is sent its metrics: `train` without taking the steps.
+    """Yields each step's index and receives its metrics; the caller runs the steps.
 
     The caller, called the driver, takes the steps. A driver of several runs takes one step of each
     in turn.
@@ -368,7 +368,7 @@ def training_steps(
 def _take_measures(
     due: Sequence[PeriodicMeasure], current_state: Callable[[], State], done: int, log: Log
 ) -> tuple[dict[str, float], Sequence[PeriodicMeasure]]:
-    """Returns the measured scores, by prefixed name, and the measures that a signal cut off."""
+    """Returns the measured scores by prefixed name, and the interrupted measurements."""
     scores: dict[str, float] = {}
     for index, measure in enumerate(due):
         measurements = measure.take(current_state())
@@ -385,7 +385,7 @@ def _take_measures(
 
 
 def _make_stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
-    """Makes the exception that ends a run after a signal, once its last step is saved."""
+    """Returns the exception that ends a run after a signal, once its last step is saved."""
     hooks.settle()
     return Stopped(f"stopped after step {done}. {hooks.resume_hint}", stop.code)
 
@@ -393,7 +393,7 @@ def _make_stopped(done: int, hooks: Hooks, stop: Stop) -> Stopped:
 def _make_diverged(
     step: _UnreadStep, metrics: Mapping[str, float], max_skipped: int, rows: str
 ) -> Diverged:
-    """Makes the exception that ends a run after too many skipped steps in a row.
+    """Returns the exception that ends a run after too many consecutive skipped steps.
 
     Args:
       step: the last of them.

@@ -1,4 +1,4 @@
-"""Meshes of devices: of one TPU slice or host of GPUs, or of several."""
+"""Device meshes within or across TPU slices and GPU hosts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def make_mesh(
 
 
 def slice_of(device: Any) -> int:
-    """Returns the number of a device's slice, whose devices are joined by a fast network.
+    """Returns the slice index of a device; a fast network connects the devices of a slice.
 
     A slice is a TPU slice, or for GPUs a host or the hosts that NVLink joins. All devices of other
     platforms belong to slice 0.
@@ -90,7 +90,7 @@ def slice_of(device: Any) -> int:
 
 
 def group_by_slice(devices: Sequence[Any]) -> dict[int, list[Any]]:
-    """Returns the devices of each slice, by its number, in the order given."""
+    """Returns the devices of each slice, by its index, in the given order."""
     slices: dict[int, list[Any]] = {}
     for device in devices:
         slices.setdefault(slice_of(device), []).append(device)
@@ -113,6 +113,7 @@ def _check_slices(
     divisible = [name for name in ("fsdp", *AXES) if shape[name] % n == 0]
 
     def message(option: OptionWriter) -> str:
+        """Returns the error message, with options as the caller writes them."""
         parts = [
             f"the devices belong to {n} slices (TPU slices, or hosts of GPUs), and the mesh's axis "
             f"{slice_axis} crosses from slice to slice, but {slice_axis}={shape[slice_axis]} is no "

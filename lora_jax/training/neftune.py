@@ -17,7 +17,7 @@ _KEY_NAME = "neftune"  # so that the noise is drawn with none of dropout's keys
 
 
 def neftune(forward: Forward, alpha: float) -> Forward:
-    """Returns a model's adapted function that adds noise wherever it is called with a dropout key.
+    """Returns an adapted forward function that adds noise if it gets a dropout key.
 
     Each element of a token's embedding gets a number between ± alpha / sqrt(L d): L counts the
     real tokens of its sequence, in a packed row those of its segment, and d is the model's width.
@@ -54,6 +54,7 @@ def neftune(forward: Forward, alpha: float) -> Forward:
         dropout_key: jax.Array | None = None,
         **options: Any,
     ) -> Any:
+        """Calls the function, with embedding noise if there is a dropout key."""
         # A call of another method has no tokens to embed.
         if dropout_key is not None and options.get("method") is None:
             mask = args[0] if args else options.get("attention_mask")
@@ -69,7 +70,7 @@ def neftune(forward: Forward, alpha: float) -> Forward:
 def _lengths_of_sequences(
     ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Returns the real tokens of the sequence that each token is of, 0 at padding.
+    """Returns the length of each token's sequence; 0 at padding.
 
     Args:
       ids: [batch, seq].

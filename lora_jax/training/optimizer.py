@@ -1,4 +1,4 @@
-"""The optimiser of an adapter, its weight decay, and facts about an adapted tree's training."""
+"""The optimiser of an adapter, its weight decay, and properties of an adapted tree's training."""
 
 import re
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ def adamw(
     grad_clip: float = 1.0,
     lora_plus: float | None = None,
 ) -> optax.GradientTransformation:
-    """Returns AdamW with the gradient clipped to a norm; norms and biases do not decay.
+    """Returns AdamW with gradient clipping by norm; norms and biases do not decay.
 
     Args:
       schedule: the learning rate at each step.
@@ -114,7 +114,7 @@ def adamw(
 
 
 def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
-    """Returns the adapter to evaluate and to keep: an average, or the adapter itself.
+    """Returns the adapter to evaluate and save: an average, or the adapter itself.
 
     Args:
       opt_state: the optimiser's state; schedule-free's holds what the average follows from.
@@ -139,7 +139,7 @@ def averaged(opt_state: optax.OptState, adapter: Adapter) -> Adapter:
 
 
 def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
-    """Returns the mask of the arrays that decay: matrices such as A and B, kernels, embeddings."""
+    """Returns the weight decay mask: True for matrices such as A and B, kernels, embeddings."""
     matrix_names = {"a", "b"}
     for name, part in PARTS.items():
         if part.axes.count("rank") == 2:
@@ -157,12 +157,12 @@ def decays(adapter: Adapter) -> dict[str, dict[str, bool]]:
 
 
 def takes_from_base(params: Tree) -> bool:
-    """Returns True if an adapter started from factors of the base (PiSSA, OLoRA)."""
+    """Returns True if an adapter was initialised from the base (PiSSA, OLoRA)."""
     return any(weight.start is not None for weight in _adapted_weights(params))
 
 
 def has_dropout(params: Tree) -> bool:
-    """Returns True if an adapter's input is dropped in training."""
+    """Returns True if an adapter has dropout in training."""
     return any(weight.dropout > 0 for weight in _adapted_weights(params))
 
 

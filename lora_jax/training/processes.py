@@ -1,4 +1,4 @@
-"""Coordinates the processes of a run: which one writes files, and where all of them wait."""
+"""Coordinates the processes of a run: which one writes files, and where all wait for each other."""
 
 import json
 import os
@@ -16,12 +16,12 @@ _MAX_TURNS = 10  # until the next exchange
 
 
 def is_first() -> bool:
-    """Returns True if this process is the one that writes files and talks."""
+    """Returns True if this process writes files and messages."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes have come here.
+    """Waits until all processes have reached this point.
 
     Args:
       what: a name of the point, the same in all of them.
@@ -31,7 +31,7 @@ def wait_for_all(what: str) -> None:
 
 
 def broadcast_values(values: dict[str, float]) -> dict[str, float]:
-    """Returns the first process's values in every process; all have the same names."""
+    """Returns the first process's values in every process."""
     if jax.process_count() == 1:
         return values
     # As bytes: JAX would round them to 32 bits.
@@ -42,7 +42,7 @@ def broadcast_values(values: dict[str, float]) -> dict[str, float]:
 
 
 class Agreement:
-    """Tells all processes a number that one of them has, such as a signal, in the same turn.
+    """Makes a number of any process, such as a signal, known to all in the same turn.
 
     An exchange takes about a millisecond. If turns are short, the processes exchange their numbers
     about once a second, and at least every ten turns.
@@ -54,7 +54,7 @@ class Agreement:
         self._exchange_time = time.monotonic()
 
     def largest(self, own_number: Callable[[], int | None], turn: Any = ()) -> int | None:
-        """Returns the largest number of all; all processes have to call this, each turn.
+        """Returns the largest number of all processes, which must all call this each turn.
 
         Args:
           own_number: returns this process's number, from 1; it is called once the turn is over.
@@ -78,12 +78,12 @@ class Agreement:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, in the first process alone; the file appears whole or not at all."""
+    """Writes a JSON file from the first process; it appears complete or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Writes a text file as `write_json` does."""
+    """Writes a text file like `write_json`."""
     if not is_first():
         return
     partial = path.with_name(f".{path.name}.partial")

@@ -1,4 +1,4 @@
-"""The state that a run begins with, new or resumed, its hooks and its compiled step.
+"""The initial state of a new or resumed run, its hooks, and its compiled step.
 
 The functions call a `TrainingStart`, the beginning of a run, `ready`.
 """
@@ -38,25 +38,25 @@ BatchNumbers = Callable[[Tree, Callable[[], bool]], Mapping[str, float] | None]
 
 
 class StateBatches(Protocol):
-    """Makes batches of the state that a step begins with, such as rollouts."""
+    """Makes batches that depend on the current state, such as rollouts."""
 
     def batch(self, number: int, state: State) -> HostBatch:
-        """Returns the batch of the step that has `number` steps before it; a function of both.
+        """Returns the batch of the step with `number` steps before it and this state.
 
         Raises:
           Dropped: a signal came meanwhile.
         """
 
     def metrics(self, number: int) -> Mapping[str, float | None]:
-        """Returns metrics of that batch, the newest, to be logged; None for one not known."""
+        """Returns the newest batch's metrics for the log; None for unknown values."""
 
     def lost(self, number: int) -> str | None:
-        """Returns the reason why that batch, whose loss is NaN, teaches nothing; else None."""
+        """Returns the reason why training cannot use a batch, whose loss is then NaN, or None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingStart:
-    """The beginning of a run: its batches, the parts of its step, and its state.
+    """The start of a run: its batches, the parts of its step, and its state.
 
     Attributes:
       feed: the batches.
@@ -122,7 +122,7 @@ def make_start(
 
 
 def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
-    """Returns the state of the newest checkpoint; where there is none, the first.
+    """Returns the state of the newest checkpoint, or the first state without one.
 
     Raises:
       TrainingError: the checkpoint is damaged, of other data, another base or other settings, or
@@ -164,7 +164,7 @@ def resume_start(ready: TrainingStart, steps: int) -> TrainingStart:
 
 
 def _check_settings(saved: Fields, ready: TrainingStart) -> None:
-    """Raises a TrainingError if the settings of the checkpoint are not those of the run."""
+    """Raises a TrainingError if a checkpoint's settings differ from the run's."""
     saved_settings = saved.get("settings", {})
     changes = [
         f"{name} was {saved_settings.get(name)} and is now {value}"
@@ -183,12 +183,13 @@ def _resume_error(why: str) -> TrainingError:
 
 
 def paths_not_finite(params: Tree) -> list[str]:
-    """Returns the paths of a plain tree whose arrays hold a NaN or an infinity.
+    """Returns the paths of a plain tree's arrays that contain a NaN or an infinity.
 
     Of a quantized weight, the scales are checked: nothing is decoded.
     """
 
     def is_finite(leaf: Leaf) -> bool:
+        """Returns True if all floats of a leaf are finite."""
         return all(
             bool(_all_finite(array))
             for array in jax.tree.leaves(leaf)
@@ -200,12 +201,12 @@ def paths_not_finite(params: Tree) -> list[str]:
 
 @jax.jit
 def _all_finite(array: jax.Array) -> jax.Array:
-    """Returns [] bool; as one compiled function, it needs no array of flags beside the weights."""
+    """Returns True if all elements are finite, as a [] bool array."""
     return jnp.isfinite(array).all()
 
 
 def compile_step(ready: TrainingStart, forward: Forward, loss: Loss) -> CompiledStep:
-    """Returns the step, compiled for the first batch, which is of the largest shape.
+    """Returns the step, compiled for the first batch, which has the largest shape.
 
     Batches of another shape are compiled when they come: a run has few shapes.
 
@@ -239,6 +240,7 @@ def make_hooks(
     best, live = ready.best, ready.live
 
     def save(state: State, owed: Sequence[str]) -> None:
+        """Saves a checkpoint with the facts that resuming needs."""
         if checkpoints is None:
             return
         facts = {**ready.facts, "cursor": feed.cursor(int(state.step)), "owed": [*owed]}
@@ -272,7 +274,7 @@ def make_hooks(
 
 @contextlib.contextmanager
 def open_log(log: Log, ready: TrainingStart) -> Iterator[None]:
-    """Opens the log of a run; within, a run that diverges on a broken base says so.
+    """Opens a run's log; a run that diverges within reports non-finite base weights.
 
     Raises:
       Diverged: too many steps in a row were skipped.
@@ -306,12 +308,12 @@ def final_tree(ready: TrainingStart, state: State) -> Tree:
 
 
 def adapted_tree(ready: TrainingStart, state: State) -> Tree:
-    """Returns the adapted tree of a state, its adapter averaged where the optimiser averages."""
+    """Returns the adapted tree of a state, with an averaged adapter if the optimiser averages."""
     return lj.join(averaged(state.opt_state, state.adapter), ready.base)
 
 
 def _place_adapter(ready: TrainingStart, loaded: Tree) -> Tree:
-    """Places on the mesh the adapter of a tree that was read from a folder."""
+    """Places the adapter of a loaded tree on the mesh."""
     loaded_adapter, _ = lj.split(loaded)
     host_adapter = jax.tree.map(np.asarray, loaded_adapter)  # a jit of many processes takes it
     place = jax.jit(lambda adapter: adapter, out_shardings=ready.setup.where.adapter)

@@ -1,4 +1,4 @@
-"""The policies of rematerialisation from most memory to least, and the search for one that fits.
+"""The remat policies from most to least memory, and the search for one that fits.
 
 A compiler tells what a step needs with a policy. A rule of bytes per layer names the policy to
 compile first; the search goes on from there.
@@ -42,7 +42,7 @@ def expected_bytes(
     itemsize: int,
     arguments: int,
 ) -> dict[str, int]:
-    """Returns the bytes of a device that a step is expected to take with each policy of `LADDER`.
+    """Returns the estimated bytes per device of a step, for each policy of `LADDER`.
 
     It is a rule, and no model of a compiler: the arguments, what all layers keep, and twice what
     one layer computes with.
@@ -83,7 +83,7 @@ def expected_bytes(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """The step as it was compiled with one policy.
+    """A step compiled with one policy.
 
     Attributes:
       remat: the policy, one of `LADDER`.
@@ -102,7 +102,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RematSearch:
-    """The policies of rematerialisation that a run may compile, and what it knows before it does.
+    """A search over remat policies, with estimates from before compilation.
 
     Attributes:
       rungs: the policies, in the order of `LADDER`.
@@ -124,7 +124,7 @@ class RematSearch:
         expected: Mapping[str, int],
         settled: str | None = None,
     ) -> "RematSearch":
-        """Returns a search that begins with a settled policy, else with the likeliest one.
+        """Returns a search that starts with a known policy, or else the likeliest one.
 
         The likeliest one is the fastest that is expected to fit. Where none is, or the memory is
         not known, it is "full".
@@ -150,19 +150,19 @@ class RematSearch:
         return cls(rungs=(*rungs,), capacity=capacity, first=first, is_settled=first == settled)
 
     def fits(self, attempt: Attempt) -> bool:
-        """Returns True if a step fits; one of unknown size fits from "full" on, unless refused."""
+        """Returns True if a step fits; if its size is unknown, lean policies count as fitting."""
         if self.capacity is None or attempt.size is None:
             is_lean = self.rungs.index(attempt.remat) >= self.rungs.index("full")
             return is_lean and not attempt.refused
         return attempt.size <= self.capacity and not attempt.refused
 
     def best(self, attempts: Sequence[Attempt]) -> Attempt | None:
-        """Returns the fastest of the attempts that fit; None for none."""
+        """Returns the fastest attempt that fits, or None."""
         fitting = [attempt for attempt in attempts if self.fits(attempt)]
         return min(fitting, key=lambda attempt: self.rungs.index(attempt.remat), default=None)
 
     def next_remat(self, attempts: Sequence[Attempt]) -> str | None:
-        """Returns the policy to compile after some attempts; None where the search is over.
+        """Returns the policy to compile next, or None if the search is over.
 
         A leaner policy follows one that does not fit. A faster one follows one that was compiled
         soon and leaves a third of the memory. After a slow compilation, only the leanest policy
@@ -182,7 +182,7 @@ class RematSearch:
         return None if is_tried else faster
 
     def _next_leaner(self, attempts: Sequence[Attempt]) -> str | None:
-        """Returns the policy to compile after attempts of which none fits; None for none."""
+        """Returns the next policy after attempts that do not fit, or None."""
         last_attempt = attempts[-1]
         leaner_rungs = self.rungs[self.rungs.index(last_attempt.remat) + 1 :]
         is_size_unknown = last_attempt.size is None and not last_attempt.refused
@@ -232,7 +232,7 @@ class RematSearch:
         return attempts
 
     def describe(self, attempts: Sequence[Attempt]) -> str:
-        """Returns the policy that the search ended with and its reason, in a line."""
+        """Returns a line with the chosen policy and the reason."""
         best = self.best(attempts)
         if best is None:
             sizes = "; ".join(f"{attempt.remat}: {self._size(attempt)}" for attempt in attempts)
@@ -240,7 +240,7 @@ class RematSearch:
         return f"remat: {best.remat} ({_KEPT[best.remat]}): {self._size(best)}"
 
     def _size(self, attempt: Attempt) -> str:
-        """Returns the size of a step, or the reason why it is not known, in words."""
+        """Returns a text with the size of a step, or the reason why it is unknown."""
         if attempt.refused:
             return "the compiler refuses the step for want of memory"
         if attempt.size is None:
@@ -252,7 +252,7 @@ class RematSearch:
 
 
 def rungs_for(platform: str, attention: str) -> tuple[str, ...]:
-    """Returns the policies of `LADDER` that differ from each other on a platform.
+    """Returns the policies of `LADDER` that make a difference on a platform.
 
     Args:
       platform: "cpu", whose memory is the host's, or another.
@@ -265,7 +265,7 @@ def rungs_for(platform: str, attention: str) -> tuple[str, ...]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Returns True if a compiler's error says that the program does not fit into the memory."""
+    """Returns True if a compiler error means that the program does not fit into memory."""
     return _REFUSAL in str(error)
 
 
@@ -284,6 +284,6 @@ def compiled_bytes(compiled: Any) -> dict[str, int]:
 
 
 def step_bytes(compiled: Any) -> int | None:
-    """Returns the bytes of a device that a compiled step takes; None if it is not reported."""
+    """Returns the bytes per device of a compiled step; None if they are not reported."""
     sizes = compiled_bytes(compiled)
     return sum(sizes.values()) - 2 * sizes["aliased"] if sizes else None

@@ -1,4 +1,4 @@
-"""The step of a run on its mesh: the sharding of its state, and its compilation.
+"""The training step on a mesh: the sharding of its state, and its compilation.
 
 A run passes arrays, and a plan of the run passes their shapes; both compile the same step.
 """
@@ -24,7 +24,7 @@ from lora_jax.training.step import Metrics, State, init_state, make_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The parts of a step, but for the model.
+    """The parts of a training step, without the model.
 
     Attributes:
       where: the sharding of each array of the state; an optimiser's arrays are sharded like the
@@ -52,7 +52,7 @@ class Setup:
         *,
         noise: float = 0.0,
     ) -> "Setup":
-        """Returns the setup for an adapted tree, of placed arrays or of shapes with shardings."""
+        """Returns the setup for an adapted tree of placed arrays, or of shapes with shardings."""
         adapter, _ = lj.split(params)
         return cls(
             layout=layout,
@@ -65,7 +65,7 @@ class Setup:
         )
 
     def forward(self, model: Model) -> Forward:
-        """Returns a model as the function that the loss calls, its activations on the mesh.
+        """Returns a model's function for the loss, with its activations on the mesh.
 
         Compile its caller with the layout's `compiler_options`, as `trace` does: on a TPU, the
         experts of a mixture rely on them.
@@ -80,7 +80,7 @@ class Setup:
         return state
 
     def abstract_state(self, adapter: Adapter) -> State:
-        """Returns the shapes of that state, with their shardings."""
+        """Returns the shapes and shardings of that state."""
         shapes: State = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(
                 shape.shape, shape.dtype, sharding=sharding
@@ -93,7 +93,7 @@ class Setup:
     def trace(
         self, forward: Forward, loss: Loss, state: State, base: Tree, batch: Mapping[str, Shaped]
     ) -> jax.stages.Traced:
-        """Traces the step for arrays such as these; the step donates the state.
+        """Traces the step for arrays like these; the step donates the state.
 
         Args:
           forward: the adapted function that the loss calls.
@@ -110,7 +110,7 @@ class Setup:
     def compile(
         self, forward: Forward, loss: Loss, state: State, base: Tree, batch: Mapping[str, Shaped]
     ) -> "jax.stages.Compiled | _Jitted":
-        """Compiles the step for arrays such as these; see `trace`."""
+        """Compiles the step for arrays like these; see `trace`."""
         jitted = self._jitted(forward, loss)
         with jax.set_mesh(self.layout.mesh):
             compiled: jax.stages.Compiled = jitted.lower(state, base, batch).compile()
@@ -119,7 +119,7 @@ class Setup:
         return compiled
 
     def _jitted(self, forward: Forward, loss: Loss) -> Any:
-        """Returns the step, to be called, traced or lowered on the layout's mesh."""
+        """Returns the jitted step on the layout's mesh."""
         step = make_step(
             forward,
             self.optimizer,
@@ -139,7 +139,7 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class _Jitted:
-    """A step that is called through `jax.jit`, after it was compiled ahead of time.
+    """A compiled step that is called through `jax.jit` instead of its executable.
 
     A program compiled ahead of time for CPUs refuses arrays of 4 bits: their `format` says another
     layout than the program's (JAX 0.10). The call compiles anew, or takes the compilation cache's.
@@ -158,31 +158,31 @@ class _Jitted:
 
 
 class CompiledStep:
-    """Runs a step that is compiled once for each shape of a batch."""
+    """Runs a step, compiled once for each shape of a batch."""
 
     def __init__(self, compiled: Callable[[State, Tree, Batch], Any]) -> None:
         self._compiled = compiled
         self._by_shape: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def __len__(self) -> int:
-        """Returns the number of compiled shapes."""
+        """Returns the number of shapes compiled so far."""
         return len(self._by_shape)
 
     def __call__(self, state: State, base: Tree, batch: Batch) -> tuple[State, Metrics]:
-        """Takes the step, which donates the state."""
+        """Runs the step, which donates the state."""
         program = self.program(state, base, batch)
         state_and_metrics: tuple[State, Metrics] = program(state, base, batch)
         return state_and_metrics
 
     def program(self, state: State, base: Tree, batch: Batch) -> Any:
-        """Returns the compiled step for a batch; compiles it for the first batch of a shape."""
+        """Returns the compiled step for a batch, compiled at the first batch of a shape."""
         shape = tuple(array.shape for array in batch.values())
         if shape not in self._by_shape:
             self._by_shape[shape] = self._compiled(state, base, batch)
         return self._by_shape[shape]
 
     def memory_analysis(self) -> Any:
-        """Returns the memory of the shape that was compiled first, the largest."""
+        """Returns the memory use of the first compiled shape, the largest one."""
         return next(iter(self._by_shape.values())).memory_analysis()
 
 
@@ -213,7 +213,7 @@ def _state_shapes(adapter: Adapter, optimizer: optax.GradientTransformation) -> 
 def _opt_state_shardings(
     opt_state: optax.OptState, adapter: Adapter, replicated: NamedSharding
 ) -> Tree:
-    """Returns the sharding of each array of an optimiser's state.
+    """Returns the sharding of each array of the optimiser's state.
 
     An optimiser keeps its arrays in trees like the adapter's, so the last two keys of an array's
     path name the parameter. An array of the parameter's shape is sharded like it. An array that
@@ -228,6 +228,7 @@ def _opt_state_shardings(
     """
 
     def sharding(keys: Any, array: Shaped) -> Sharding:
+        """Returns the sharding of one array."""
         names = [getattr(key, "key", "") for key in keys]
         if len(names) < 2 or not isinstance(names[-2], str):  # a count, and the like
             return replicated
@@ -243,7 +244,7 @@ def _opt_state_shardings(
 def _sharding_like(
     parameter: jax.Array, shape: tuple[int, ...], replicated: NamedSharding
 ) -> Sharding:
-    """Returns the sharding of an array that has a parameter's shape, or lacks one axis of it."""
+    """Returns the sharding of an array shaped like a parameter, perhaps without one axis."""
     sharding: Sharding = parameter.sharding
     if shape == parameter.shape:
         return sharding

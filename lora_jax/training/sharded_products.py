@@ -1,4 +1,4 @@
-"""Chooses the form of products with kernels that are sharded over TPUs.
+"""Chooses the implementation of products with kernels that are sharded over TPUs.
 
 XLA for TPUs has two forms. A windowed product (a collective matmul; Wang et al., ASPLOS 2023) is a
 loop: a device multiplies by its part of the kernel while the next part comes from its neighbour. A
@@ -30,7 +30,7 @@ COMPILER_OPTIONS: dict[Form, dict[str, str]] = {
 
 
 class ChosenForm(NamedTuple):
-    """The form of a run's products, and the reason in words."""
+    """The chosen implementation of products, with the reason."""
 
     form: Form
     reason: str
@@ -42,7 +42,7 @@ class ChosenForm(NamedTuple):
 def choose_form(
     mesh: Mapping[str, int], platform: str, asked: Form | None = None
 ) -> ChosenForm | None:
-    """Chooses the form of products with sharded kernels; None if no kernel is sharded over TPUs.
+    """Chooses the implementation of products with sharded kernels; None without such kernels.
 
     Args:
       mesh: sizes of the mesh's axes.

@@ -1,4 +1,4 @@
-"""One optimiser step, as one pure function: ``(state, base, batch) -> (state, metrics)``."""
+"""One optimiser step as one pure function: ``(state, base, batch) -> (state, metrics)``."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ _Sum = TypeVar("_Sum")
 
 
 class State(NamedTuple):
-    """Holds all that a step changes."""
+    """All arrays that a step changes."""
 
     adapter: Adapter  # what trains: the first half of `lora_jax.split`
     opt_state: optax.OptState
@@ -56,7 +56,7 @@ def make_step(
     loss: Loss = CROSS_ENTROPY,
     gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> Step:
-    """Returns the step: pure, to be jitted with its state donated.
+    """Returns the step, a pure function to jit with its state donated.
 
     Each array of a batch has one more axis in front, the parts that are accumulated. The sums of
     the loss and the gradient are added up over the parts; they are divided by the count once, or
@@ -120,7 +120,7 @@ def make_gradient(
     loss: Loss = CROSS_ENTROPY,
     gathered: Callable[[Adapter], Adapter] = lambda adapter: adapter,
 ) -> Callable[[State, Tree, Batch], tuple[Sums, Adapter]]:
-    """Returns the first half of a step: ``(state, base, batch) -> (sums, gradient of the total)``.
+    """Returns the first part of a step: ``(state, base, batch) -> (sums, gradient)``.
 
     Both are sums over the parts of the batch, not divided; see `make_step`.
     """
@@ -135,6 +135,7 @@ def make_gradient(
     value_and_grad = jax.value_and_grad(total_and_sums, has_aux=True)
 
     def gradient(state: State, base: Tree, batch: Batch) -> tuple[Sums, Adapter]:
+        """Computes the sums and the gradient of a batch."""
         key = jax.random.fold_in(state.key, state.step)
         gathered_adapter = gathered(state.adapter)
 
@@ -155,7 +156,7 @@ def make_update(
     *,
     either: Callable[..., Any] = jax.lax.cond,
 ) -> Callable[[State, Sums, Adapter], tuple[State, Metrics]]:
-    """Returns the second half of a step: ``(state, sums, gradient) -> (state, metrics)``.
+    """Returns the second part of a step: ``(state, sums, gradient) -> (state, metrics)``.
 
     It divides the sums as `loss` says. It skips a step that is not finite, and a batch without a
     counted token; see `make_step`.
@@ -166,6 +167,7 @@ def make_update(
     """
 
     def apply_gradient(state: State, sums: Sums, grads: Adapter) -> tuple[State, Metrics]:
+        """Applies the gradient, or skips a step that is not finite."""
         scale = _inverse_count(sums) if loss.reduction == "mean" else jnp.float32(1)
         grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
         grad_norm = optax.tree.norm(grads)
@@ -197,12 +199,12 @@ def make_update(
 
 
 def _inverse_count(sums: Sums) -> jax.Array:
-    """Returns 1 / count, fp32 []; 1 for a count of 0, whose sums are not divided."""
+    """Returns 1 / count, fp32 []; 1 if the count is 0."""
     return 1 / jnp.where(sums.count == 0, 1, sums.count)
 
 
 def _logs(sums: Sums) -> Metrics:
-    """Divides each log by its count, and adds the counts that belong to single logs.
+    """Divides each log by its count, and adds logs' own counts.
 
     A log whose own count (`Sums.log_counts`) is 0 is NaN.
     """
@@ -215,7 +217,7 @@ def _logs(sums: Sums) -> Metrics:
 
 
 def _sum_over_parts(part_gradient: Callable[..., _Sum], batch: Batch) -> _Sum:
-    """Returns the sum of ``part_gradient(part, index)``, a tree, over the parts of a batch."""
+    """Returns the sum of ``part_gradient(part, index)`` over the parts of a batch."""
     first_part = jax.tree.map(lambda array: array[0], batch)
     n_parts = jax.tree.leaves(batch)[0].shape[0]
     if n_parts == 1:
@@ -230,7 +232,7 @@ def _sum_over_parts(part_gradient: Callable[..., _Sum], batch: Batch) -> _Sum:
 
 
 def _update_count(state: State) -> jax.Array:
-    """Returns the number of updates by the optimiser's own count, which omits skipped steps."""
+    """Returns the optimiser's count of updates, without skipped steps."""
     counts = optax.tree.get_all_with_path(state.opt_state, "count")
     return counts[0][1] if counts else state.step
 

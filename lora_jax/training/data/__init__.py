@@ -1,1 +1,1 @@
-"""Turns rows of data sets into examples, and orders them."""
+"""Converts rows of data sets to examples, and orders the examples."""

@@ -1,4 +1,4 @@
-"""Examples, and the batches of fixed shape that are taken from them.
+"""Examples, and the batches of fixed shape that are made from them.
 
 A group is the rows that batches pad to one length. A unit is the sequences that stay together in a
 row, such as the two completions of a pair. A member of a row is the index of one of its sequences.
@@ -23,7 +23,7 @@ _LONG_MULTIPLE = 128  # of lengths from there on: long rows are cut into blocks,
 
 
 class Examples:
-    """Holds arrays of one length, from which batches are taken."""
+    """Arrays of equal length, from which batches are taken."""
 
     unit = "token"  # what `tokens` counts
 
@@ -36,26 +36,26 @@ class Examples:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Returns the group of each row, [n], or None; rows of one group need the least padding."""
+        """Returns the padding group of each row, [n]; None without groups."""
         return None
 
     @property
     def by_length(self) -> np.ndarray:
-        """Returns the rows in the order in which `parts` yields them: [n]."""
+        """Returns the row indices in the order in which `parts` yields them: [n]."""
         n = len(self)
         return np.arange(n) if self.groups is None else np.argsort(self.groups, kind="stable")
 
     @property
     def mixture(self) -> Shares | None:
-        """Returns the number of rows of each data set in an epoch; None for each row once."""
+        """Returns the rows that an epoch draws of each data set; None for each row once."""
         return None
 
     def take(self, rows: np.ndarray) -> HostBatch:
-        """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
+        """Returns the rows with these indices, of any shape: arrays [*rows.shape, …]."""
         return {name: array[rows] for name, array in self.by_name().items()}
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
-        """Yields all rows in order, in batches; the last one may be shorter."""
+        """Yields all rows in order, in batches; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             stop = min(start + batch_size, len(self))
             yield self.take(np.arange(start, stop))
@@ -65,11 +65,11 @@ class Examples:
         raise NotImplementedError
 
     def name(self, row: int) -> str:
-        """Returns a name of one of the rows, for messages."""
+        """Returns the name of a row, for messages."""
         return f"example {row}"
 
     def digest(self) -> str:
-        """Returns a fingerprint of all rows: a resumed run must go on with the same."""
+        """Returns a fingerprint of all rows, to check that a resumed run has the same data."""
         sha = hashlib.sha256()
         for name, array in self.by_name().items():
             sha.update(f"{name}{array.shape}".encode() + array.tobytes())
@@ -78,7 +78,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays(Examples):
-    """Holds a user's own arrays.
+    """Examples made of a user's own arrays.
 
     Attributes:
       arrays: [n, …], by the names that the loss knows them by.
@@ -97,28 +97,28 @@ class Arrays(Examples):
 
 
 class Padded(Examples):
-    """Holds rows that batches pad to the smallest of a few lengths that holds them."""
+    """Examples whose batches are padded to the smallest suitable length of a few."""
 
     def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
-        """Returns the lengths, ascending, and the number of places that each row needs: [n]."""
+        """Returns the padded lengths, ascending, and the unpadded size of each row: [n]."""
         raise NotImplementedError
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
-        """Returns for each row the index of the smallest of `lengths` that holds it: [n]."""
+        """Returns the index of the smallest of `lengths` that fits each row: [n]."""
         lengths, sizes = self._padding()
         return np.asarray(np.searchsorted(lengths, sizes))
 
     @property
     def filled(self) -> float:
-        """Returns the share of places in the padded rows that are no padding, over an epoch."""
+        """Returns the share of batch positions that are not padding, over an epoch."""
         draws = np.ones(len(self)) if self.mixture is None else self.mixture.often
         lengths, sizes = self._padding()
         padded_sizes = np.asarray(lengths)[self.groups]
         return float(draws @ sizes / (draws @ padded_sizes))
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
-        """Yields all rows, by length, in batches of few shapes; weights of 0 fill up the last."""
+        """Yields all rows by length, in batches of few shapes, padded with rows of weight 0."""
         order = self.by_length
         for start in range(0, len(self), batch_size):
             batch = self.take(np.resize(order[start : start + batch_size], batch_size))
@@ -127,18 +127,18 @@ class Padded(Examples):
 
 
 class Further(Protocol):
-    """Further arrays of each row of the data, such as its images."""
+    """A source of extra arrays for each row of the data, such as images."""
 
     def arrays(self, origin: int, row: int) -> HostBatch:
-        """Returns the arrays of a row of a data set, always of the same shapes."""
+        """Returns the extra arrays of a row, which have the same shapes for all rows."""
 
     def digest(self) -> str:
-        """Returns a fingerprint of all."""
+        """Returns a fingerprint of all arrays."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packs(Padded):
-    """Holds sequences ready to be batched, without padding; a row is one or several of them.
+    """Token sequences to be batched, stored without padding; a row has one or several sequences.
 
     A batch is padded to the smallest of `lengths` that holds its rows, so that a step has few
     shapes. Its arrays are int32, the first three [batch, seq], the others [batch, m]:
@@ -176,7 +176,7 @@ class Packs(Padded):
         return self.lengths, np.diff(self.table.starts[self.firsts])
 
     def take(self, rows: np.ndarray) -> HostBatch:
-        """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
+        """Returns the rows with these indices, of any shape: arrays [*rows.shape, …]."""
         batch = self.batch_of([(self, rows.ravel())])
         if self.further is not None:
             row_arrays = []
@@ -189,7 +189,7 @@ class Packs(Padded):
 
     @staticmethod
     def batch_of(parts: Sequence[tuple["Packs", np.ndarray]]) -> HostBatch:
-        """Returns rows of several `Packs` with the same lengths as one batch: arrays [rows, …].
+        """Returns rows of several `Packs` of equal lengths as one batch: arrays [rows, …].
 
         Args:
           parts: each `Packs`, with the indices of its rows: [n].
@@ -210,7 +210,7 @@ class Packs(Padded):
         return batch
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
-        """Returns `n` rows of padding, as long as the longest, or as those of a group.
+        """Returns `n` padding rows of the largest length, or of a group's length.
 
         If `counted`, the number of tokens that count in a row, exceeds what `predicted` says, the
         arrays of predicted tokens are as long as the row.
@@ -225,7 +225,7 @@ class Packs(Padded):
         return batch
 
     def _counted(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a row's tokens, and whether each is predicted and counts in the loss: [m]."""
+        """Returns a row's tokens, and a flag for each that the loss counts: [m]."""
         bounds = self._bounds(row)
         row_tokens = slice(bounds[0], bounds[-1])
         is_counted = self.table.counts[row_tokens].copy()
@@ -234,11 +234,11 @@ class Packs(Padded):
         return self.table.ids[row_tokens], is_counted
 
     def _bounds(self, row: int) -> np.ndarray:
-        """Returns the begin of each sequence of a row in the table, and the end of the last one."""
+        """Returns the start of each sequence of a row in the table, and the last one's end."""
         return self.table.starts[self.firsts[row] : self.firsts[row + 1] + 1]
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
-        """Writes a row into the arrays of its place in a batch, which are padding: [seq], [m]."""
+        """Writes a row into its slices of a padded batch's arrays: [seq], [m]."""
         bounds = self._bounds(row)
         lengths = np.diff(bounds)
         begins = bounds[:-1] - bounds[0]
@@ -256,7 +256,7 @@ class Packs(Padded):
         return int((batch["segment_ids"] > 0).sum())
 
     def name(self, row: int) -> str:
-        """Returns the names of the data's rows that a packed row has: "row 3, row 7"."""
+        """Returns the names of the data rows in a packed row: "row 3, row 7"."""
         names = []
         for origin, number in self.origins_of(row):
             source = f" of {self.sources[origin]}" if self.sources else ""
@@ -264,14 +264,14 @@ class Packs(Padded):
         return ", ".join(names)
 
     def origins_of(self, row: int) -> list[tuple[int, int]]:
-        """Returns the (data set, row of the data set) of each sequence of a row, each pair once."""
+        """Returns the distinct (data set, row) pairs of a packed row's sequences."""
         members = slice(self.firsts[row], self.firsts[row + 1])
         origins = self.table.origins[members].tolist()
         data_rows = self.table.rows[members].tolist()
         return list(dict.fromkeys(zip(origins, data_rows, strict=True)))
 
     def digest(self) -> str:
-        """Returns a fingerprint of all rows: a resumed run must go on with the same."""
+        """Returns a fingerprint of all rows, to check that a resumed run has the same data."""
         sha = hashlib.sha256(f"{self.lengths}{self.predicted}".encode())
         for array in (self.table.ids, self.table.counts, self.table.starts, self.firsts):
             sha.update(f"{array.shape}".encode() + array.tobytes())
@@ -302,7 +302,7 @@ def pack(
     like: Packs | None = None,
     a_unit: int = 1,
 ) -> Packs:
-    """Returns one sequence a row or, with `packing`, as many as fit; see `first_fit`.
+    """Returns one sequence per row or, with `packing`, as many as fit; see `first_fit`.
 
     Rows are as long as the longest needs, and no longer than `seq_len`. Without packing, batches
     have one of a few lengths; see `few_lengths`. With `like`, they have its lengths. Each `a_unit`
@@ -323,7 +323,7 @@ def pack_mixture(
     *,
     packing: bool,
 ) -> Packs:
-    """Returns the rows of several data sets together; see `pack`.
+    """Returns the joint rows of several data sets; see `pack`.
 
     With weights, an epoch draws rows of each data set in proportion to them (see `Shares`), and
     `packing` puts rows of one data set into a sequence. Without weights, it has each row once.
@@ -367,7 +367,7 @@ def pack_mixture(
 
 
 class _RowMembers(NamedTuple):
-    """The sequences of each row.
+    """The sequences of each packed row.
 
     Attributes:
       members: [n], indices of sequences in the order of the rows.
@@ -379,12 +379,12 @@ class _RowMembers(NamedTuple):
 
     @property
     def firsts(self) -> np.ndarray:
-        """Returns the first member of each row, and the end of the last row: [rows + 1]."""
+        """Returns the index of each row's first sequence, and the end: [rows + 1]."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
 
 def _row_members(table: Sequences, row_tokens: int, packing: bool, a_unit: int = 1) -> _RowMembers:
-    """Chooses the sequences of each row: one unit or, with `packing`, as many as fit."""
+    """Assigns sequences to rows: one unit each or, with `packing`, as many as fit."""
     sequences_of_units = np.arange(len(table)).reshape(-1, a_unit)
     n_units = len(sequences_of_units)
     if not packing:
@@ -397,7 +397,7 @@ def _row_members(table: Sequences, row_tokens: int, packing: bool, a_unit: int =
 
 
 def _make_packs(table: Sequences, rows: _RowMembers, row_tokens: int, *, packing: bool) -> Packs:
-    """Returns the rows with the lengths that batches are padded to, none above `row_tokens`."""
+    """Returns the rows, with padded lengths of at most `row_tokens`."""
     table = table.select(rows.members)
     firsts = rows.firsts
     sizes = np.diff(table.starts[firsts])
@@ -414,6 +414,6 @@ def _make_packs(table: Sequences, rows: _RowMembers, row_tokens: int, *, packing
 
 
 def round_up(lengths: Any, most: int) -> Any:
-    """Returns lengths that suit devices, none above `most`: multiples of 8, or of 128 if long."""
+    """Returns lengths rounded up to multiples of 8, or of 128 if long, but at most `most`."""
     multiple = np.where(np.asarray(lengths) < _LONG_TOKENS, _MULTIPLE, _LONG_MULTIPLE)
     return np.minimum(most, -(-lengths // multiple) * multiple)

@@ -1,4 +1,4 @@
-"""Turns rows of a dataset into token sequences, and marks the tokens that the loss counts.
+"""Converts chats to token sequences, and marks the tokens that the loss counts.
 
 The model's own template renders chats, with their tools. The loss counts what the assistant says,
 its tool calls included, up to and including the end of its turn, and nothing else. Where a template
@@ -43,7 +43,7 @@ def chats(
     images: AnyReader | None = None,
     source: str = "the rows",
 ) -> Packs:
-    """Returns chats as examples for a language model, which learns what the assistant says.
+    """Returns chats as examples for a language model, which learns the assistant's turns.
 
     Args:
       rows: dicts with `messages` (turns with `role` and `content`, also `tool_calls`) and perhaps
@@ -90,7 +90,7 @@ def read_images_of_rows(rows: Sequence[Row], reader: AnyReader, source: str) -> 
 
 
 def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> Packs:
-    """Returns rows whose batches have the model's inputs of images, if there are some.
+    """Returns rows whose batches include image inputs, if there are images.
 
     Args:
       packs: the rows.
@@ -115,7 +115,7 @@ def add_pictures(packs: Packs, parts: Sequence[Pictures], *, packing: bool) -> P
 
 
 def warn_caller(lines: Sequence[str], above: int = 1) -> None:
-    """Warns the caller of the function that calls `tokenize`, or of one `above` it."""
+    """Warns at the line that called the caller of `tokenize`, or `above` frames further up."""
     warnings.warn("; ".join(lines), stacklevel=3 + above)
 
 
@@ -131,7 +131,7 @@ def tokenize(
     drafted: Callable[[Row, int, Tokenizer, str], Drafts] | None = None,
     pictures: Pictures | None = None,
 ) -> Sequences:
-    """Returns each row as one sequence, or several.
+    """Returns the token sequences of each row, one or several.
 
     There are several where the template renders a turn differently once others follow, and does not
     mark what the assistant says.
@@ -156,6 +156,7 @@ def tokenize(
     numbered = range(1, len(rows) + 1) if numbers is None else numbers
 
     def tokenize_block(start: int) -> dict[str, Any]:
+        """Tokenizes one block of rows; returns JSON-compatible results."""
         drafts: list[Draft] = []
         counts: Counter[str] = Counter()
         names: dict[int, str] = {}
@@ -188,7 +189,7 @@ def tokenize(
 def _expand_images(
     sequences: Sequence[TokenSequence], pictures: Pictures, names: Mapping[int, str]
 ) -> list[TokenSequence]:
-    """Writes the tokens of images into the sequences of a block.
+    """Inserts image tokens into the sequences of a block.
 
     Only the last sequence of a row must have all images of the row.
 
@@ -205,7 +206,7 @@ def _expand_images(
 
 
 def _left_out_lines(counts: Mapping[str, int], source: str) -> list[str]:
-    """Returns a line on each field that the template shows in some turns only."""
+    """Returns a warning line for each field that the template omits in some turns."""
     lines = []
     fields = {name.partition(" ")[2] for name in counts}
     for field in sorted(fields):
@@ -225,7 +226,7 @@ def _left_out_lines(counts: Mapping[str, int], source: str) -> list[str]:
 
 
 def _encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenSequence]:
-    """Returns drafts as tokens; the tokenizer sees many texts at once."""
+    """Returns drafts as tokens, tokenized in large blocks of texts."""
     plain_texts: list[str] = []
     special_texts: list[str] = []
     for draft in drafts:
@@ -258,7 +259,7 @@ def _encode_drafts(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[TokenS
 def _encode_texts(
     texts: Sequence[str], special: bool, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
-    """Yields the tokens of each text, and the character at which each token begins.
+    """Yields the tokens of each text, and the start character of each token.
 
     The tokenizer gets so many texts at a time that they have some `_AT_ONCE` characters.
     """
@@ -278,13 +279,13 @@ def _encode_texts(
 
 
 def sequences_to_json(sequences: Sequence[TokenSequence], origin: int = 0) -> dict[str, Any]:
-    """Returns sequences as JSON, their arrays as text: a number a token would be slow to send."""
+    """Returns sequences as JSON with arrays encoded as text, for transfer."""
     content = b"".join(Sequences.from_list(sequences).as_bytes())
     return {"origin": origin, "sequences": base64.b64encode(content).decode()}
 
 
 def sequences_from_json(block: Mapping[str, Any]) -> Sequences:
-    """Returns the sequences that `sequences_to_json` wrote, all of one origin."""
+    """Returns the sequences that `sequences_to_json` encoded, all of one data set."""
     return Sequences.from_bytes(base64.b64decode(block["sequences"]), block["origin"])
 
 
@@ -296,7 +297,7 @@ def check_lengths(
     a_unit: int = 1,
     images: bool = False,
 ) -> Sequences:
-    """Returns the sequences, none longer than `seq_len`, each with a token that the loss counts.
+    """Returns the sequences, checked or cut to `seq_len`, each with tokens that count.
 
     If one sequence of a unit (`a_unit` sequences) has no such token, the unit is dropped. An error
     says how rows with `images` become shorter.

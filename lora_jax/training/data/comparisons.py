@@ -1,4 +1,4 @@
-"""Pairs of completions as texts for an encoder, which learns to give the better one more."""
+"""Converts preference pairs to texts for an encoder, which learns to score the better one."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def comparisons(
     source: str = "the rows",
     mapped: MapFunction = map_serially,
 ) -> Labelled:
-    """Returns pairs of completions as examples, from which a model of one logit learns to score.
+    """Returns preference pairs as examples for a model with one logit, which learns to score.
 
     A row is the chosen and the rejected completion, each the second text after its prompt.
 
@@ -58,13 +58,13 @@ def comparisons(
 
 
 def texts_of(row: Row, name: str) -> tuple[str, str, str]:
-    """Returns the prompt, the chosen and the rejected completion of a row that is called `name`."""
+    """Returns a row's prompt, chosen completion and rejected completion as texts."""
     prompt, (chosen, rejected) = read_pair(row, name, False)
     return as_text(prompt.messages), as_text(chosen), as_text(rejected)
 
 
 def as_text(turns: Sequence[Message]) -> str:
-    """Returns turns as a text: the content of a single turn, or a line "role: content" for each."""
+    """Returns turns as a text: a single turn's content, or a line "role: content" for each."""
 
     def content_of(turn: Message) -> str:
         if isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
@@ -80,7 +80,7 @@ def as_text(turns: Sequence[Message]) -> str:
 def encode(
     texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[dict[str, list[list[int]]], int]:
-    """Encodes prompts with their completions; returns also how many of them were shortened.
+    """Encodes prompts with completions; also returns the number of shortened texts.
 
     Those of more than `max_tokens` tokens lose the beginning of the prompt and, if that is not
     enough, the completion's end.

@@ -1,4 +1,4 @@
-"""Finds in each row the text of its sequences, and what the loss counts in it.
+"""Finds the text of each row's sequences, and the spans that the loss counts.
 
 A draft is a sequence before its texts are tokenised. An answer is a turn of the assistant. A field
 is left out if the template does not show it in some turns.
@@ -23,7 +23,7 @@ TrainOn = Literal["all", "assistant", "last"]
 
 
 class CountedText(NamedTuple):
-    """A text to be tokenised; tokens that begin within one of `spans` count."""
+    """A text to tokenize; tokens that start within one of `spans` count."""
 
     text: str
     spans: Sequence[tuple[int, int]]
@@ -31,7 +31,7 @@ class CountedText(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A sequence before its texts are tokenised, or already tokenised by the template's marks."""
+    """A sequence before tokenization, or tokenized already by the template's marks."""
 
     row: int
     parts: Sequence[CountedText]
@@ -40,7 +40,7 @@ class Draft(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """The sequences of a row, and the fields that the template shows in some turns only."""
+    """The drafts of a row, and the fields that the template shows only in some turns."""
 
     sequences: Sequence[Draft]
     left_out: Mapping[str, templates.LeftOut] = {}
@@ -49,7 +49,7 @@ class Drafts(NamedTuple):
 def draft_sequences(
     row: Row, number: int, tokenizer: Tokenizer, name: str, train_on: TrainOn
 ) -> Drafts:
-    """Returns the sequences of a row; see `lora_jax.training.data.chats.tokenize`.
+    """Returns the drafts of a row; see `lora_jax.training.data.chats.tokenize`.
 
     Raises:
       TrainingError: the row cannot be used, or the model's chat template drops some of it.
@@ -71,7 +71,7 @@ def draft_sequences(
 
 @contextlib.contextmanager
 def name_row_in_errors(name: str) -> Iterator[None]:
-    """Raises a template's error as a TrainingError that names the row."""
+    """Converts a template's error to a TrainingError that names the row."""
     try:
         yield
     except TrainingError as error:
@@ -84,7 +84,7 @@ def name_row_in_errors(name: str) -> Iterator[None]:
 
 
 def prompt_and_completion(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:
-    """Returns a prompt and its completion in a row, for a model without a chat template."""
+    """Returns a row's prompt and completion, for a model without a chat template."""
     turns = chat.messages
     if [turn["role"] for turn in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
         raise TrainingError(
@@ -101,7 +101,7 @@ def prompt_and_completion(chat: Conversation, name: str, train_on: TrainOn) -> l
 
 
 class AnswerSpan(NamedTuple):
-    """An assistant's turn: its index, the text up to its end, and its span in that text."""
+    """An assistant turn: its index, the text up to its end, and its span in that text."""
 
     turn: int
     text: str
@@ -111,7 +111,7 @@ class AnswerSpan(NamedTuple):
 def _drafts_by_text(
     chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
 ) -> Drafts:
-    """Returns the drafts of a chat; finds each answer by rendering the turns up to it."""
+    """Returns the drafts of a chat, by rendering the turns up to each answer."""
     answers = find_answers(chat, tokenizer)
     learned = [answer for answer in answers if is_learned(chat.messages[answer.turn])]
     if train_on != "all":  # the turns after the last that is learned are dropped
@@ -138,7 +138,7 @@ def _drafts_by_text(
 def count_partial_as_never(
     left_out: Mapping[str, templates.LeftOut],
 ) -> dict[str, templates.LeftOut]:
-    """Counts turns that lose a field once others follow as turns that never show it."""
+    """Counts turns that lose a field later as turns that never show it."""
     return {
         field: templates.LeftOut(turns=counts.turns, later=0, never=counts.later + counts.never)
         for field, counts in left_out.items()
@@ -146,12 +146,12 @@ def count_partial_as_never(
 
 
 def is_learned(turn: Message) -> bool:
-    """Returns True if the loss counts a turn of the assistant."""
+    """Returns True if the loss counts an assistant turn."""
     return turn.get("weight") != 0
 
 
 def find_answers(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> list[AnswerSpan]:
-    """Returns each assistant turn, from turn `first` on, with the text up to its end.
+    """Returns each assistant turn from turn `first` on, with the text up to its end.
 
     Raises:
       TrainingError: the template renders an answer otherwise than its prompt announces.
@@ -180,7 +180,7 @@ def find_answers(chat: Conversation, tokenizer: Tokenizer, first: int = 0) -> li
 def _answer_after_changed_prompt(
     chat: Conversation, index: int, prompt: str, tokenizer: Tokenizer
 ) -> str | None:
-    """Finds an answer in a text that does not begin with the prompt.
+    """Finds an answer whose template rewrites the prompt before it.
 
     Some templates render earlier turns differently once an answer follows: gpt-oss's drops the
     thoughts before a tool call. To find where the answer begins, the chat is rendered once more
@@ -216,7 +216,7 @@ def _answer_after_changed_prompt(
 def _spans_without_muted(
     answers: Sequence[AnswerSpan], chat: Conversation
 ) -> list[tuple[int, int]]:
-    """Returns the spans of the chat's text that lie outside turns of the weight 0."""
+    """Returns the spans of a chat's text outside turns with weight 0."""
     text = answers[-1].text
     spans = []
     begin = 0
@@ -237,7 +237,7 @@ def _spans_without_muted(
 def _drafts_by_marks(
     chat: Conversation, tokenizer: Tokenizer, row: int, train_on: TrainOn
 ) -> Drafts:
-    """Returns a chat as tokens; those count that the template marks as generated."""
+    """Returns a tokenized chat that counts the tokens marked by the template."""
     turns = chat.messages
     answer_indices = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     left_out: Mapping[str, templates.LeftOut] = {}
@@ -282,6 +282,6 @@ def _drafts_by_marks(
 
 
 def _bounds_of_runs(counts: np.ndarray) -> np.ndarray:
-    """Returns the bounds of each run of tokens that count: [runs, 2]."""
+    """Returns the start and end of each run of counted tokens: [runs, 2]."""
     edges = np.diff(counts.astype(np.int8), prepend=0, append=0)
     return np.flatnonzero(edges).reshape(-1, 2)

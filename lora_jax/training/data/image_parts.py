@@ -1,4 +1,4 @@
-"""Reads the parts of a turn's content: texts, and the images that a row shows in them."""
+"""Reads the parts of a turn's content: texts, and references to images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,24 +21,24 @@ def is_text(part: Any) -> bool:
 
 
 def is_image(part: Any) -> bool:
-    """Returns True if a part shows an image."""
+    """Returns True if a part is an image."""
     return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def images_in(content: Any) -> list[Any]:
-    """Returns the parts of a content that show an image."""
+    """Returns the image parts of a content."""
     return [part for part in content if is_image(part)] if isinstance(content, list) else []
 
 
 def has_images(row: Mapping[str, Any]) -> bool:
-    """Returns True if a row of any form has images, or a turn that shows one."""
+    """Returns True if a row has images, in any of its turns or fields."""
     lists = [value for value in row.values() if isinstance(value, list)]
     turns = [turn for value in lists for turn in value if isinstance(turn, Mapping)]
     return bool(row.get(IMAGES)) or any(images_in(turn.get("content")) for turn in turns)
 
 
 def _resolve_image_path(image: Any, row: Any) -> Any:
-    """Returns the path of an image, resolved beside the row's file; any other image unchanged."""
+    """Returns an image path relative to the row's file; other images unchanged."""
     place = getattr(row, "place", None)
     if place is None or not isinstance(image, str) or Path(image).exists():
         return image
@@ -50,7 +50,7 @@ def _resolve_image_path(image: Any, row: Any) -> Any:
 def shown_images(
     turns: Sequence[Mapping[str, Any]], row: Mapping[str, Any], name: str
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Returns turns as a chat template gets them, and their images in the order of their parts.
+    """Returns turns for a chat template, and their images in order.
 
     A part of the type "image" holds its image itself, or shows the next of the row's `images`, or
     the row's `image`. Where no part shows an image, the row's `images` come first in the first turn
@@ -94,7 +94,7 @@ def shown_images(
 
 
 def _row_images(row: Mapping[str, Any]) -> list[Any]:
-    """Returns the `images` of a row, which may be a single one or missing, as a list."""
+    """Returns a row's `images` as a list."""
     images = row.get(IMAGES)
     if images is None:
         return []
@@ -102,7 +102,7 @@ def _row_images(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _template_part(part: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a part of a content as a chat template gets it: without the image itself."""
+    """Returns a content part for a chat template, without the image itself."""
     if is_image(part):
         return {"type": "image"}
     return {"type": "text", "text": part["text"]}

@@ -1,4 +1,4 @@
-"""Labelled texts as arrays, and the predictions of a classifier."""
+"""Labelled texts as arrays, and a classifier's predictions."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ _MOST_LENGTHS = 4  # steps, losses and predictions are compiled for each
 
 @dataclasses.dataclass(frozen=True)
 class Labelled(Padded):
-    """Holds texts ready to be batched, int32.
+    """Labelled texts to be batched, as int32 arrays.
 
     A batch is cut to the smallest of `lengths` that holds its texts, so that a step has few shapes.
 
@@ -42,7 +42,7 @@ class Labelled(Padded):
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Returns the lengths that batches have, ascending."""
+        """Returns the padded lengths of batches, ascending."""
         return few_lengths(round_up(self._sizes, self.ids.shape[-1]), _MOST_LENGTHS)
 
     def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
@@ -50,7 +50,7 @@ class Labelled(Padded):
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
-        """Returns the places up to the last token of each row: [n]."""
+        """Returns the unpadded size of each row: [n]."""
         n_places = self.ids.shape[-1]
         is_token = (self.attention_mask != 0).reshape(len(self), -1, n_places)
         text_sizes = n_places - is_token[..., ::-1].argmax(axis=-1)
@@ -62,7 +62,7 @@ class Labelled(Padded):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def take(self, rows: np.ndarray) -> HostBatch:
-        """Returns the texts at the indices `rows`, of any shape, as long as the longest needs."""
+        """Returns the texts with these indices, padded to the longest of them."""
         length = self.lengths[self.groups[rows].max()]
         return {
             name: array if name in ("labels", "weights") else array[..., :length]
@@ -74,13 +74,13 @@ class Labelled(Padded):
         return int(batch["attention_mask"].sum())
 
     def digest(self) -> str:
-        """Returns a fingerprint of all texts, and of the lengths of batches."""
+        """Returns a fingerprint of all texts and of the padded lengths."""
         return hashlib.sha256(f"{self.lengths}{super().digest()}".encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names the fields of a row that hold its text, a second text (None for none), its label."""
+    """Names the fields of a row with its text, second text (or None) and label."""
 
     text: str = "text"
     text_pair: str | None = None
@@ -128,6 +128,7 @@ def texts(
     options = {"truncation": True, "max_length": seq_len} if truncate else {}
 
     def encode_block(block: slice) -> dict[str, list[list[int]]]:
+        """Tokenizes a block of texts, or of text pairs."""
         encoding = tokenizer(
             first_texts[block],
             second_texts[block] if second_texts else None,
@@ -209,7 +210,7 @@ def padded_texts(
 
 
 def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
-    """Raises TrainingError where a row lacks a text or a label; names the row and the field."""
+    """Raises TrainingError if a row lacks a text or a label; names the row and the field."""
     field_of_option = {"text": fields.text}
     if fields.text_pair:
         field_of_option["text_pair"] = fields.text_pair
@@ -225,7 +226,7 @@ def check_rows(rows: Sequence[Row], source: str, fields: Fields) -> None:
 
 
 def check_label(row: Row, where: str, field: str) -> None:
-    """Raises TrainingError where a row has no label; `where` names the row."""
+    """Raises TrainingError if a row lacks a label; `where` names the row."""
     if not isinstance(row.get(field), str | int) or row[field] == "":
         raise missing_field_error(row, where, "label", field, "a name or a whole number")
 
@@ -233,7 +234,7 @@ def check_label(row: Row, where: str, field: str) -> None:
 def missing_field_error(
     row: Row, where: str, option: str, field: str, needed: str
 ) -> TrainingError:
-    """Returns the error of a row without a field, or with another value than is needed there.
+    """Returns the error for a row whose field is missing or has a wrong type.
 
     Args:
       row: the row.
@@ -255,7 +256,7 @@ def missing_field_error(
 
 
 def label_names(rows: Sequence[Row], label: str = "label") -> tuple[str, ...]:
-    """Returns the classes in the order of their indices: numbers ascending, names by letter.
+    """Returns the class names by index: numbers in ascending order, names alphabetically.
 
     Args:
       rows: dicts, each with a label.

@@ -1,4 +1,4 @@
-"""Mixes several data sets in proportions: how many rows of each an epoch draws."""
+"""Mixes several data sets in proportions, by the number of rows that an epoch draws of each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _DATA_SET_STREAM = 2  # of draws within a data set; other streams draw orders of
 
 
 def draw_row_order(seed: int, epoch: int, n: int, *stream: int) -> np.ndarray:
-    """Returns the order of `n` rows in an epoch, [n]: a permutation that depends on the stream."""
+    """Returns a random order of `n` rows for an epoch, [n], which depends on the stream."""
     return np.random.Generator(np.random.PCG64([seed, epoch, *stream])).permutation(n)
 
 
@@ -39,16 +39,16 @@ class Shares:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Returns the number of rows that each data set has: [parts]."""
+        """Returns the number of rows in each data set: [parts]."""
         return tuple(np.diff([0, *self.ends]).tolist())
 
     @property
     def often(self) -> np.ndarray:
-        """Returns the times that an epoch has each row, on average: [rows of all]."""
+        """Returns the mean number of times that an epoch draws each row: [all rows]."""
         return np.repeat(np.array(self.drawn) / np.array(self.sizes), self.sizes)
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
-        """Returns the rows of an epoch, in a drawn order: [n_rows]."""
+        """Returns the rows of an epoch, in random order: [n_rows]."""
         rows_of_data_sets: list[np.ndarray] = []
         for data_set, (end, size, n_drawn) in enumerate(
             zip(self.ends, self.sizes, self.drawn, strict=True)
@@ -71,7 +71,7 @@ class Shares:
 def allot_rows(
     names: Sequence[str], weights: Sequence[float], *, rows: Sequence[int], units: Sequence[int]
 ) -> Shares:
-    """Returns the number of rows that an epoch draws of each data set; in all as many as exist.
+    """Returns the number of rows that an epoch draws of each data set.
 
     Args:
       names: names of the data sets, for messages.

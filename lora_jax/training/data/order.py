@@ -1,4 +1,4 @@
-"""The order of examples: which ones a step takes, as a function of the seed and the step."""
+"""The order of examples: the rows of each step, as a function of the seed and the step."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ _NAMED_ROWS = 32  # rows of a batch that a message names
 def order_by_group(
     seed: int, epoch: int, groups: np.ndarray, rows_a_step: int, rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns an order in which most steps have rows of one group: [m].
+    """Returns an order in which the rows of most steps belong to one group: [m].
 
     Rows are drawn, sorted by group, and cut into steps, whose order is drawn. As many steps as
     there are groups, less one, lie across a border; the step that spans two epochs is drawn from
@@ -47,7 +47,7 @@ def sort_by_group(
     *,
     largest_first: bool = False,
 ) -> None:
-    """Sorts drawn rows into steps of one group each, in a drawn order; changes `rows`.
+    """Groups drawn rows into steps of one group each, in random order; changes `rows`.
 
     Args:
       rows: [m], in a drawn order.
@@ -72,7 +72,7 @@ def sort_by_group(
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The rows of `n_rows` that each step takes. Epochs follow one another without a gap or a rest.
+    """The rows of each step; epochs follow one another without a partial step between them.
 
     Attributes:
       seed: seed of the draw.
@@ -93,7 +93,7 @@ class Order:
 
     @classmethod
     def of(cls, examples: Examples, seed: int, batch_size: int, accumulate: int = 1) -> "Order":
-        """Returns the order of examples, those of one length together."""
+        """Returns the order of examples, which groups rows of equal padded length."""
         mixture = examples.mixture
         n = len(examples) if mixture is None else mixture.n_rows
         return cls(
@@ -107,11 +107,11 @@ class Order:
 
     @property
     def rows_a_step(self) -> int:
-        """Returns the number of rows that one optimiser step sees."""
+        """Returns the number of rows in one optimiser step."""
         return self.batch_size * self.accumulate
 
     def rows(self, step: int) -> np.ndarray:
-        """Returns the rows of the step after `step` steps: [accumulate, batch_size]."""
+        """Returns the rows of the step with `step` steps before it: [accumulate, batch_size]."""
         draws = step * self.rows_a_step + np.arange(self.rows_a_step)  # of all epochs
         epochs, indices = np.divmod(draws, self.n_rows)
         rows = [
@@ -121,13 +121,13 @@ class Order:
         return np.array(rows).reshape(self.accumulate, self.batch_size)
 
     def seen(self, steps: int) -> tuple[int, np.ndarray]:
-        """Returns the number of epochs that some steps complete, and the rows after them: [m]."""
+        """Returns the number of completed epochs after some steps, and the rows since then: [m]."""
         n_epochs, n_rows = divmod(steps * self.rows_a_step, self.n_rows)
         return n_epochs, self._order(n_epochs)[:n_rows]
 
     @functools.cached_property
     def _order(self) -> Callable[[int], np.ndarray]:
-        """Returns a function from an epoch to its rows, which caches two epochs: a step's."""
+        """Returns a cached function from an epoch to its rows."""
 
         def draw_epoch(epoch: int) -> np.ndarray:
             rows = None if self.mixture is None else self.mixture.rows(self.seed, epoch)
@@ -143,12 +143,12 @@ class Order:
         return {"epoch": epoch, "row": row}
 
     def steps(self, epochs: float) -> int:
-        """Returns the number of steps that see every row `epochs` times."""
+        """Returns the number of steps that cover every row `epochs` times."""
         return max(1, -(-int(np.ceil(epochs * self.n_rows)) // self.rows_a_step))
 
 
 def list_rows(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
-    """Returns the names of a batch's rows, the first of many."""
+    """Returns the names of a batch's rows, shortened if there are many."""
     names = ", ".join(map(name, rows[:_NAMED_ROWS]))
     if len(rows) <= _NAMED_ROWS:
         return names
@@ -156,41 +156,41 @@ def list_rows(rows: Sequence[Item], name: Callable[[Item], str]) -> str:
 
 
 class Batches(Protocol):
-    """The batches of a run, each a function of the data, the seed, and the number of its step."""
+    """The batches of a run, as a function of the data, the seed and the step number."""
 
     @property
     def batch_size(self) -> int:
-        """Returns the rows in memory at once."""
+        """Returns the number of rows in memory at once."""
 
     @property
     def n_examples(self) -> int | None:
-        """Returns the number of examples; None where it is not known."""
+        """Returns the number of examples; None if it is not known."""
 
     def batch(self, number: int) -> HostBatch:
-        """Returns the batch of the step that has `number` steps before it, in this process."""
+        """Returns this process's batch for the step with `number` steps before it."""
 
     def first(self) -> HostBatch:
-        """Returns a batch to compile the step for: one of the largest, where there are several."""
+        """Returns a batch of the largest shape, for which the step is compiled first."""
 
     def named(self, number: int) -> str:
-        """Returns the names of what is in that batch."""
+        """Returns the names of the rows in that batch."""
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of units in a batch, without padding."""
 
     def digest(self) -> str:
-        """Returns a fingerprint of the data: a resumed run must go on with the same."""
+        """Returns a fingerprint of the data, to check that a resumed run has the same data."""
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns the position in the data after `step` steps, the last ones or those to come."""
+        """Returns the position in the data after `step` steps."""
 
     def seek(self, cursor: dict[str, int], step: int) -> bool:
-        """Goes to the position after `step` steps; returns True if the cursor is of these data."""
+        """Moves to the position after `step` steps; returns False if the cursor does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """The examples that each step takes; see `Batches`.
+    """Batches of examples in memory; see `Batches`.
 
     Attributes:
       examples: the examples to train on.
@@ -206,7 +206,7 @@ class Feed:
 
     @property
     def batch_size(self) -> int:
-        """Returns the rows in memory at once."""
+        """Returns the number of rows in memory at once."""
         return self.order.batch_size
 
     @property
@@ -215,15 +215,15 @@ class Feed:
         return len(self.examples)
 
     def batch(self, number: int) -> HostBatch:
-        """Returns the batch of the step that has `number` steps before it, in this process."""
+        """Returns this process's batch for the step with `number` steps before it."""
         return self.examples.take(self.order.rows(number))
 
     def first(self) -> HostBatch:
-        """Returns the first batch, whose rows are the longest."""
+        """Returns the first batch, which has the longest rows."""
         return self.batch(0)
 
     def named(self, number: int) -> str:
-        """Returns the names of what is in that batch."""
+        """Returns the names of the rows in that batch."""
         rows = self.order.rows(number).ravel().tolist()
         return list_rows(rows, self.name) + (f" of {self.source}" if self.source else "")
 
@@ -240,5 +240,5 @@ class Feed:
         return self.order.cursor(step)
 
     def seek(self, cursor: dict[str, int], step: int) -> bool:
-        """Returns True if a cursor is that of `step` steps; there is nothing to seek."""
+        """Returns True if a cursor belongs to `step` steps; no movement is needed."""
         return cursor == self.order.cursor(step)

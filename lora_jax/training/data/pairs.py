@@ -1,4 +1,4 @@
-"""Turns rows of preferences into token sequences: pairs of completions, or single ones with labels.
+"""Converts preferences to token sequences: pairs of completions, or single ones with labels.
 
 A completion begins, as in TRL, at the first token that differs between the prompt alone and the
 prompt with its completion. All that follows counts, except turns that are not the assistant's.
@@ -59,7 +59,7 @@ _NEEDED_LABELLED = "a row needs `prompt`, `completion` and `label` (true or fals
 
 
 def check_pairs(rows: Iterable[Row], source: str, *, labelled: bool = False) -> None:
-    """Raises TrainingError for the first row that is no pair, named by its number in `source`.
+    """Raises TrainingError for the first row that is not a pair; names its number.
 
     With `labelled`, it may also be a completion with a label.
     """
@@ -75,7 +75,7 @@ def _is_pair(row: Row) -> bool:
 
 
 def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[Turns]]:
-    """Returns the prompt of a row, and its completions.
+    """Returns the prompt and the completions of a row.
 
     A `system` of the row is the prompt's first turn. If the row has no `prompt` and its completions
     are texts, the prompt's `text` is set.
@@ -107,7 +107,7 @@ def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[T
 
 
 def _check_labelled(row: Row, name: str, labelled: bool) -> None:
-    """Raises TrainingError for a row that is neither a pair nor, if allowed, a labelled one."""
+    """Raises TrainingError for a row that is neither a pair nor an allowed labelled one."""
     if not labelled or any(row.get(field) is None for field in _LABELLED):
         check_nulls(row, _PAIR + _LABELLED if labelled else _PAIR, name)
         raise TrainingError(f"{name} has {field_names(row)}; {_needed(labelled)}")
@@ -118,7 +118,7 @@ def _check_labelled(row: Row, name: str, labelled: bool) -> None:
 
 
 def _completion_turns(answer: TextOrTurns, prompt: Turns, field: str, name: str) -> Turns:
-    """Returns the turns of a completion, without those of the prompt if it repeats them.
+    """Returns a completion's turns, without the prompt's turns if it repeats them.
 
     Raises:
       TrainingError: they do not begin and end with the assistant, or the assistant says nothing.
@@ -142,7 +142,7 @@ def _completion_turns(answer: TextOrTurns, prompt: Turns, field: str, name: str)
 
 
 def _check_read(row: Row, beginning: TextOrTurns, name: str) -> None:
-    """Raises TrainingError if a row without `prompt` has an unread one by another name.
+    """Raises TrainingError if a row without `prompt` seems to have one under another name.
 
     If the `beginning` of the completions has a turn of the user, such a field is something else.
     """
@@ -160,12 +160,12 @@ def _check_read(row: Row, beginning: TextOrTurns, name: str) -> None:
 
 
 def _one_spaced(text: str) -> str:
-    """Returns a text with a space for each run of white space, and none at its ends."""
+    """Returns a text with normalised white space."""
     return " ".join(text.split())
 
 
 def _common_beginning(row: Row, chosen: TextOrTurns, rejected: TextOrTurns, name: str) -> int:
-    """Returns the number of turns or characters that two completions share, as TRL counts them.
+    """Returns the number of leading turns or characters that two completions share.
 
     One turn or character is left to each completion, and so is the space before a completion.
     """
@@ -189,7 +189,7 @@ def _common_beginning(row: Row, chosen: TextOrTurns, rejected: TextOrTurns, name
 
 
 def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled: bool) -> Drafts:
-    """Returns a prompt and its completions; with `labelled`, a prompt before each completion."""
+    """Returns drafts of a prompt and its completions; with `labelled`, one prompt for each."""
     prompt, completions = read_pair(row, name, labelled)
     check_text(json.dumps([prompt, completions], ensure_ascii=False, default=repr), name)
     is_plain = prompt.text is not None or tokenizer.chat_template is None
@@ -223,7 +223,7 @@ def _drafts(row: Row, number: int, tokenizer: Tokenizer, name: str, *, labelled:
 def _render_chat(
     chat: Conversation, n_prompt: int, tokenizer: Tokenizer, left_out: dict[str, templates.LeftOut]
 ) -> tuple[str, CountedText]:
-    """Returns the text of a prompt, and that of all turns, which counts what is learned.
+    """Returns the texts of the prompt and of all turns, with the counted spans.
 
     What the template writes after the last answer belongs to it, as in TRL.
 
@@ -262,7 +262,7 @@ def _render_chat(
 def tokenize_pairs(
     rows: Sequence[Row], tokenizer: Tokenizer, source: str, *, labelled: bool = False, **how: Any
 ) -> Sequences:
-    """Returns two sequences a row: its prompt with the chosen completion, and with the rejected.
+    """Returns two sequences per row: the prompt with the chosen and the rejected completion.
 
     Args:
       rows: see `lora_jax.training.pairs`.
@@ -285,7 +285,7 @@ def tokenize_pairs(
 
 
 def _completions(table: Sequences, n: int) -> Sequences:
-    """Returns the completions of a table that has a prompt before each `n` of them.
+    """Returns the completions in a table of prompts, each followed by `n` completions.
 
     The tokens that the prompt and its `n` completions begin with do not count.
     """
@@ -300,14 +300,14 @@ def _completions(table: Sequences, n: int) -> Sequences:
 
 
 def _common_length(ids: np.ndarray, other_ids: np.ndarray) -> int:
-    """Returns the number of tokens that two sequences begin with."""
+    """Returns the number of leading tokens that two sequences share."""
     n = min(len(ids), len(other_ids))
     is_equal = ids[:n] == other_ids[:n]
     return int(np.argmin(np.append(is_equal, False)))
 
 
 def tokenize_prompts(rows: Sequence[Row], tokenizer: Tokenizer, source: str) -> list[list[int]]:
-    """Returns the tokens of each prompt, up to the beginning of an answer.
+    """Returns the tokens of each prompt, up to the start of an answer.
 
     Args:
       rows: `prompt` (a text, or turns), or `messages`, with `tools` where there are some.

@@ -19,7 +19,7 @@ from lora_jax.training.errors import TrainingError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preferences(Packs):
-    """Holds completions with their prompts; a row is one unit or several.
+    """Completions with their prompts, to be batched; a row has one or several units.
 
     A unit is a pair, or one completion with a label. Segments 2j + 1 and 2j + 2 of a row are the
     chosen and the rejected completion of its pair j; segment j + 1 is its labelled completion j.
@@ -62,7 +62,7 @@ class Preferences(Packs):
 
     @property
     def segments_a_row(self) -> int:
-        """Returns the number of completions in the row that has most."""
+        """Returns the largest number of completions in a row."""
         return int(self._completions_a_row.max())
 
     @property
@@ -75,7 +75,7 @@ class Preferences(Packs):
         return np.diff(self.firsts) * (1 if self.branches is None else self.a_unit)
 
     def take(self, rows: np.ndarray) -> HostBatch:
-        """Returns the rows at the indices `rows`, of any shape: arrays [*rows.shape, …]."""
+        """Returns the rows with these indices, of any shape: arrays [*rows.shape, …]."""
         batch = super().take(rows) | {"counts": self._counts[rows]}
         if self.a_unit == 1:
             batch["labels"] = self._labels[rows]
@@ -85,7 +85,7 @@ class Preferences(Packs):
         return batch | self._mean_counts(rows)
 
     def _mean_counts(self, rows: np.ndarray) -> HostBatch:
-        """Returns means over all of `rows`, repeated for each row: in the shape of `rows`."""
+        """Returns mean token counts over `rows`, repeated for each row."""
         if self.a_unit == 1:
             return {}
         chosen_counts = self._counts[rows][..., ::2]
@@ -97,7 +97,7 @@ class Preferences(Packs):
         return {name: np.full(rows.shape, mean, np.float32) for name, mean in means.items()}
 
     def parts(self, batch_size: int) -> Iterator[HostBatch]:
-        """Yields all rows, by length, in batches; weights of 0 fill up the last.
+        """Yields all rows by length, in batches padded with rows of weight 0.
 
         The means of each batch are those of all rows.
         """
@@ -107,7 +107,7 @@ class Preferences(Packs):
             yield batch | {name: np.full_like(batch[name], mean) for name, mean in means.items()}
 
     def blank(self, n: int, group: int = -1, counted: int = 0) -> HostBatch:
-        """Returns `n` rows of padding; see `Packs.blank`."""
+        """Returns `n` padding rows; see `Packs.blank`."""
         batch = super().blank(n, group, counted)
         if self.completion is not None:
             batch["completion"] = np.zeros_like(batch["weights"])
@@ -117,6 +117,7 @@ class Preferences(Packs):
         return batch
 
     def _fill(self, arrays: HostBatch, row: int) -> None:
+        """Writes a row into its slices of a batch's arrays, branches included."""
         super()._fill(arrays, row)
         bounds = self._bounds(row)
         row_tokens = slice(bounds[0], bounds[-1])
@@ -130,7 +131,7 @@ class Preferences(Packs):
     def _fill_branches(
         self, arrays: HostBatch, branches: np.ndarray, is_counted: np.ndarray
     ) -> None:
-        """Makes the rejected completions of a row continue the prompts that they share.
+        """Makes each rejected completion of a row continue the shared prompt.
 
         In the row, the chosen completion of a pair stands between its prompt and the rejected one.
 
@@ -154,7 +155,7 @@ class Preferences(Packs):
         arrays["sequences"][:n_targets] = sequence_of_token[is_counted]
 
     def digest(self) -> str:
-        """Returns a fingerprint of all rows and labels; the reference follows from these.
+        """Returns a fingerprint of all rows and labels.
 
         Rows with shared prompts have that of rows without: a run may go on in the other form.
         """
@@ -177,7 +178,7 @@ class Preferences(Packs):
         return self._count_by_segment(self.table.counts)
 
     def _count_by_segment(self, counts: np.ndarray) -> np.ndarray:
-        """Returns the number of tokens of each completion that count: [n, segments_a_row] int32."""
+        """Returns the number of counted tokens per completion: [n, segments_a_row]."""
         table = dataclasses.replace(self.table, counts=counts)
         if self.branches is None:
             return self._split_segments(table.predicted)
@@ -195,7 +196,7 @@ class Preferences(Packs):
         return self._split_segments(self.table.labels)
 
     def _split_segments(self, values: np.ndarray) -> np.ndarray:
-        """Returns values of the completions, in their order, by row: [n, segments_a_row] int32."""
+        """Returns values of completions by row: [n, segments_a_row] int32."""
         segments = np.zeros((len(self), self.segments_a_row), np.int32)
         segments[np.arange(self.segments_a_row) < self._completions_a_row[:, None]] = values
         return segments
@@ -210,7 +211,7 @@ def pack_pairs(
     predict_prompts: bool = False,
     share_prompt: bool = False,
 ) -> Preferences:
-    """Returns one unit a row or, with `packing`, as many as fit.
+    """Returns one unit per row or, with `packing`, as many as fit.
 
     Args:
       sequences: sequences that `tokenize_pairs` returned, none longer than `seq_len`.
@@ -266,7 +267,7 @@ def pairs(
     share_prompt: bool = False,
     source: str = "the rows",
 ) -> Preferences:
-    """Returns pairs of completions as examples, from which a model learns to prefer the chosen.
+    """Returns preference pairs as examples, from which a model learns to prefer the chosen one.
 
     Args:
       rows: dicts with `prompt`, `chosen` and `rejected`, each a text or turns with `role` and

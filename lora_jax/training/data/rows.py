@@ -1,4 +1,4 @@
-"""Reads rows of a dataset, in any of the usual forms, as conversations.
+"""Reads rows of a data set, in any of the usual forms, as conversations.
 
 A row is a chat (``messages``, with ``tools`` where there are some), a pair (``prompt``,
 ``completion``), ShareGPT's ``conversations``, Alpaca's ``instruction``, ``input`` and ``output``,
@@ -37,7 +37,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
 
 
 class PlacedRow(dict[str, Any]):
-    """A row that knows where it was read: `place` is a file and a line, as text or with a `str`."""
+    """A row with its origin: `place` is a file and a line, as text or convertible to text."""
 
     __slots__ = ("place",)
     place: tuple[str, object]
@@ -53,7 +53,7 @@ def replace_values(row: Row, values: Mapping[str, Any]) -> Row:
 
 
 class Conversation(NamedTuple):
-    """The variables of a chat template.
+    """The variables of a chat template: messages, tools and options.
 
     Attributes:
       messages: the turns, as the template gets them; [] for a plain text.
@@ -71,14 +71,14 @@ class Conversation(NamedTuple):
 
 
 def name_of(row: Row, source: str, number: int) -> str:
-    """Returns a row's name in messages: its file and line, or its number in `source`, from 1."""
+    """Returns a row's name for messages: its file and line, or its number in `source`."""
     if isinstance(row, PlacedRow):
         return ", ".join(map(str, row.place))
     return f"{source}, row {number}"
 
 
 def conversation(row: Row, name: str) -> Conversation:
-    """Returns the turns of a row that is called `name` in errors.
+    """Returns the conversation of a row, which errors call `name`.
 
     Raises:
       TrainingError: fields are missing or of the wrong type, or no assistant turn is there.
@@ -124,7 +124,7 @@ def _form_of(row: Row, name: str) -> tuple[str, ...]:
 
 
 def check_nulls(row: Row, fields: Sequence[str], name: str) -> None:
-    """Raises TrainingError if one of these fields is there and null."""
+    """Raises TrainingError if one of these fields is null."""
     for field in fields:
         if field in row and row[field] is None:
             raise TrainingError(f"{name}: `{field}` is null. Fill it in, or remove the row.")
@@ -136,7 +136,7 @@ def check_rows(
     read: Callable[[Row, str], Conversation] = conversation,
     needed: str = NEEDED,
 ) -> None:
-    """Checks that all rows can be used.
+    """Checks that every row can be used.
 
     Args:
       rows: the rows.
@@ -160,7 +160,7 @@ def check_rows(
 
 
 def question(row: Row, name: str, *, images: bool = False) -> Conversation:
-    """Returns the turns that a row asks a model to answer: its ``messages``, or its ``prompt``.
+    """Returns the turns that the model should answer: a row's ``messages`` or ``prompt``.
 
     Args:
       row: ``messages``, with ``tools`` where there are some; or ``prompt``, a text or such turns.
@@ -196,7 +196,7 @@ def _conversation_of(turns: list[dict[str, Any]], row: Row, name: str) -> Conver
 
 
 def system_turns(row: Row, turns: Sequence[Message], name: str) -> list[dict[str, Any]]:
-    """Returns the turn of a row's `system`; none where it is empty, or the first of its turns."""
+    """Returns the turn of a row's `system`, or none if it is empty or already a turn."""
     system = row.get("system")
     if system is None or system == "":
         return []
@@ -217,7 +217,7 @@ def system_turns(row: Row, turns: Sequence[Message], name: str) -> list[dict[str
 
 
 def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) -> TextOrTurns:
-    """Returns the value of a field that has a text, as it is, or turns, as templates get them.
+    """Returns a field's value as a text, or as turns for a chat template.
 
     Raises:
       TrainingError: it is empty, or neither; or it has images, which are not allowed.
@@ -233,11 +233,12 @@ def text_or_turns(value: Any, field: str, name: str, *, images: bool = False) ->
 
 
 def as_turns(content: TextOrTurns, role: str) -> list[dict[str, Any]]:
-    """Returns a list of turns unchanged, and a text as one turn of `role`."""
+    """Returns turns unchanged, and a text as one turn of `role`."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def _options(row: Row, name: str) -> Mapping[str, Any]:
+    """Returns a row's `chat_template_kwargs`, checked."""
     options = parse_json(row.get("chat_template_kwargs")) or {}
     if not isinstance(options, Mapping):
         raise TrainingError(
@@ -263,7 +264,7 @@ def _text(row: Row, field: str, name: str) -> str:
 
 
 def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | None:
-    """Returns a field that holds a list of objects; None where it is empty or missing."""
+    """Returns a field's list of objects; None if it is empty or missing."""
     objects = parse_json(row.get(field))
     if not objects:
         return None
@@ -275,7 +276,7 @@ def _objects(row: Row, field: str, name: str, remedy: str = "") -> list[Any] | N
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises TrainingError for a text that has half of a character (a lone surrogate)."""
+    """Raises TrainingError for a text with half a character (a lone surrogate)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -287,5 +288,5 @@ def check_text(text: str, name: str) -> None:
 
 
 def field_names(row: Row) -> str:
-    """Returns the names of a row's fields, with what is invisible in them written out."""
+    """Returns the names of a row's fields, with invisible characters escaped."""
     return ", ".join(f"`{repr(str(field))[1:-1]}`" for field in row) or "nothing"

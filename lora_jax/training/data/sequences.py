@@ -1,4 +1,4 @@
-"""Token sequences of rows, the few lengths that they are padded to, and their packing."""
+"""Token sequences of rows, their padded lengths, and their packing."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ _CANDIDATES = 256  # lengths that are tried
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Puts sequences into rows of `room` tokens: first fit, the longest first (FFD).
+    """Assigns sequences to rows of `room` tokens, by first fit, longest first (FFD).
 
     At most 11/9 of the fewest rows possible are needed, and one more (Dósa, 2007). A tree over the
     rows' free tokens finds the first that fits, so n sequences take O(n log n).
@@ -60,7 +60,7 @@ def few_lengths(
     least: int | None = None,
     worth: float = _WORTH,
 ) -> tuple[int, ...]:
-    """Returns at most `most` lengths that rows are padded to, with the least padding.
+    """Returns at most `most` padded lengths for rows, with the least padding.
 
     Dynamic programming over the distinct lengths finds them. There are fewer lengths than `most` if
     a further one saves almost no padding, or would have few rows.
@@ -109,7 +109,7 @@ _STORED_DTYPES = {"lengths": "<i8", "rows": "<i8", "ids": "<i4", "counts": "?", 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """Holds one sequence: `ids` [n] int32, and `counts` [n] bool, True where the loss counts."""
+    """One sequence: `ids` [n] int32, and `counts` [n] bool, True if the loss counts a token."""
 
     ids: np.ndarray
     counts: np.ndarray
@@ -121,7 +121,7 @@ class TokenSequence:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequences(Sequence[TokenSequence]):
-    """Holds many sequences end to end, in a few arrays.
+    """A table of many sequences, concatenated in a few arrays.
 
     Attributes:
       ids: [total] int32, the tokens of all.
@@ -141,7 +141,7 @@ class Sequences(Sequence[TokenSequence]):
 
     @classmethod
     def from_list(cls, sequences: Sequence[TokenSequence]) -> "Sequences":
-        """Returns a list of sequences as a table; a table as it is."""
+        """Returns a list of sequences as a table; returns a table unchanged."""
         if isinstance(sequences, cls):
             return sequences
         no_tokens = np.empty(0, np.int32)
@@ -163,7 +163,7 @@ class Sequences(Sequence[TokenSequence]):
         origins: Any = 0,
         labels: Any = False,
     ) -> "Sequences":
-        """Returns a table of sequences, from arrays as `Sequences` has them and their lengths."""
+        """Returns a table made of concatenated arrays and the sequences' lengths."""
         rows = np.asarray(rows, np.int64)
         return cls(
             ids=np.asarray(ids, np.int32),
@@ -176,14 +176,14 @@ class Sequences(Sequence[TokenSequence]):
 
     @classmethod
     def join(cls, tables: Sequence["Sequences"]) -> "Sequences":
-        """Concatenates the tables of several data sets; the index of each becomes its origin."""
+        """Concatenates the tables of several data sets; each origin is the data set's index."""
         lengths = [len(table) for table in tables]
         origins = np.repeat(np.arange(len(tables), dtype=np.int32), lengths)
         return dataclasses.replace(cls.concatenate(tables), origins=origins)
 
     @classmethod
     def concatenate(cls, tables: Iterable["Sequences"]) -> "Sequences":
-        """Returns the sequences of several tables, one after the other, with their origins."""
+        """Returns the sequences of several tables, in order, with their origins."""
         tables = [cls.from_list([]), *tables]
         arrays = {}
         for name in ("ids", "counts", "lengths", "rows", "origins", "labels"):
@@ -204,7 +204,7 @@ class Sequences(Sequence[TokenSequence]):
         return cls.from_arrays(**arrays, origins=origin)
 
     def as_bytes(self) -> list[memoryview]:
-        """Returns the sequences, without their origins, as the bytes of several arrays."""
+        """Returns the sequences as the bytes of several arrays, without their origins."""
         header = np.array([len(self), len(self.ids)], "<i8")
         arrays = [
             np.ascontiguousarray(getattr(self, name), dtype)
@@ -222,7 +222,7 @@ class Sequences(Sequence[TokenSequence]):
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
-        """Returns the number of tokens of each that the loss counts; never its first: [n]."""
+        """Returns the number of counted tokens of each sequence, without its first: [n]."""
         has_tokens = self.lengths > 0
         starts = self.starts[:-1][has_tokens]
         n_predicted = np.zeros(len(self), np.int64)
@@ -246,19 +246,19 @@ class Sequences(Sequence[TokenSequence]):
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: np.ndarray) -> "Sequences":
-        """Returns the sequences at `indices`, [m], in their order."""
+        """Returns the sequences at `indices`, [m], in that order."""
         if np.array_equal(indices, np.arange(len(self))):
             return self
         return self._cut(indices, self.lengths[indices])
 
     def split(self, rows: np.ndarray) -> tuple["Sequences", "Sequences"]:
-        """Splits the sequences in two: the rows that are not in `rows`, and those that are."""
+        """Splits the sequences in two: those whose rows are not in `rows`, and those that are."""
         is_in_rows = np.isin(self.rows, rows)
         others = self.select(np.flatnonzero(~is_in_rows))
         return others, self.select(np.flatnonzero(is_in_rows))
 
     def cut(self, most: int) -> "Sequences":
-        """Returns the sequences, each cut off after `most` tokens."""
+        """Returns the sequences, each cut to at most `most` tokens."""
         if not len(self) or self.lengths.max() <= most:
             return self
         return self._cut(np.arange(len(self)), np.minimum(self.lengths, most))

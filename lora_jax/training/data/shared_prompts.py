@@ -1,4 +1,4 @@
-"""Pairs of completions whose prompt stands in a row once, before both."""
+"""Preference pairs in which both completions share one copy of the prompt."""
 
 import itertools
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class JoinedPairs(NamedTuple):
 
 
 def share_of_prompts(table: Sequences) -> float:
-    """Returns the share of the tokens of pairs that are prompts: 0 for no tokens.
+    """Returns the share of prompt tokens among the tokens of pairs; 0 without tokens.
 
     Args:
       table: two sequences a pair, of which completions count.
@@ -32,7 +32,7 @@ def share_of_prompts(table: Sequences) -> float:
 
 
 def join_pairs(table: Sequences) -> JoinedPairs:
-    """Joins the two sequences of each pair into one, which has their prompt once.
+    """Joins the two sequences of each pair to one, with a single copy of the prompt.
 
     A prompt is the common beginning of both sequences, before a token counts. A completion's first
     token does not count if there is no prompt to predict it from.
@@ -62,7 +62,7 @@ def join_pairs(table: Sequences) -> JoinedPairs:
 
 
 def split_pairs(joined: JoinedPairs) -> Sequences:
-    """Inverts `join_pairs`; a prompt that counts does so before the chosen completion alone."""
+    """Inverts `join_pairs`; a counted prompt counts only before the chosen completion."""
     table = joined.table
     token_indices = [np.empty(0, np.int64)]
     counts = [np.empty(0, bool)]
@@ -85,7 +85,7 @@ def split_pairs(joined: JoinedPairs) -> Sequences:
 
 
 def _prompt_lengths(table: Sequences) -> list[int]:
-    """Returns the number of tokens of the prompt of each pair; see `join_pairs`."""
+    """Returns the number of prompt tokens of each pair; see `join_pairs`."""
     lengths = []
     for index in range(0, len(table), 2):
         chosen = table[index]

@@ -1,4 +1,4 @@
-"""Batches of data larger than memory: read a chunk at a time, from any place in the data.
+"""Batches of data larger than memory: read in chunks, from any position in the data.
 
 The data are cut into blocks that can be read on their own. An epoch draws their order; a chunk is
 as many of them as fit into a buffer, and its rows are shuffled, packed or grouped by length there.
@@ -29,7 +29,7 @@ _NAMED_STEPS = 512  # steps whose rows can be named
 
 
 class Position(NamedTuple):
-    """The position of a chunk.
+    """The position of a chunk in the data.
 
     Attributes:
       epoch: its epoch, from 0.
@@ -44,7 +44,7 @@ class Position(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The blocks of each chunk.
+    """The division of an epoch's blocks into chunks.
 
     Attributes:
       seed: seed of the draw.
@@ -57,7 +57,7 @@ class Chunks:
     room: int
 
     def blocks_of_epoch(self, epoch: int) -> list[np.ndarray]:
-        """Returns the blocks of each chunk, in a drawn order."""
+        """Returns the blocks of each chunk, in random order."""
         blocks = draw_row_order(self.seed, epoch, len(self.sizes))
         sizes = self.sizes[blocks]
         starts = np.cumsum(sizes) - sizes
@@ -68,7 +68,7 @@ class Chunks:
 
 @dataclasses.dataclass(frozen=True)
 class _LoadedChunk:
-    """Holds a chunk in memory: its rows of batches, and the order in which steps take them."""
+    """A chunk in memory: its packed rows, and the order in which steps take them."""
 
     position: Position
     packs: Packs
@@ -84,7 +84,7 @@ class _LoadedChunk:
 
 
 class BlockSource(NamedTuple):
-    """Data that are read in blocks.
+    """Data that can be read block by block.
 
     Attributes:
       load: reads blocks, [n], as sequences.
@@ -100,7 +100,7 @@ class BlockSource(NamedTuple):
 
 
 class StepSize(NamedTuple):
-    """The rows of a step.
+    """The number of rows in a step.
 
     Attributes:
       batch_size: rows in memory at once.
@@ -114,7 +114,7 @@ class StepSize(NamedTuple):
 
 
 class Stream:
-    """Batches of data that are read while training; see `Batches`.
+    """Batches of data that are read during training; see `Batches`.
 
     Steps have to be asked for one after the other. The next chunk is read in the background.
     """
@@ -124,7 +124,7 @@ class Stream:
     def __init__(
         self, source: BlockSource, like: Packs, size: StepSize, *, packing: bool, ahead: bool = True
     ) -> None:
-        """Begins at the first row of the first epoch.
+        """Starts at the first row of the first epoch.
 
         Args:
           source: the data.
@@ -147,7 +147,7 @@ class Stream:
         self.begin(Position(epoch=0, chunk=0, first=0))
 
     def begin(self, position: Position) -> None:
-        """Goes on with the chunk at a position. Call it before any call of `batch`."""
+        """Continues with the chunk at a position. Call it before any call of `batch`."""
         self._positions = deque([position], maxlen=2)  # of the last chunks with rows
         self._loaded_chunks: list[_LoadedChunk] = []
         self._next_position = position
@@ -156,12 +156,12 @@ class Stream:
 
     @property
     def batch_size(self) -> int:
-        """Returns the rows in memory at once."""
+        """Returns the number of rows in memory at once."""
         return self._batch_size
 
     @property
     def rows_a_step(self) -> int:
-        """Returns the number of rows that one optimiser step sees."""
+        """Returns the number of rows in one optimiser step."""
         return self._batch_size * self._accumulate
 
     def digest(self) -> str:
@@ -173,7 +173,7 @@ class Stream:
         return self._like.tokens(batch)
 
     def first(self) -> HostBatch:
-        """Returns a batch of the largest shape, of padding alone; has the first rows read."""
+        """Returns a padding batch of the largest shape; starts to read the first rows."""
         is_reading = self._next_sequences is not None
         if not is_reading and not self._loaded_chunks:
             self._read_ahead()
@@ -181,7 +181,7 @@ class Stream:
         return {name: self._split_batches(array) for name, array in batch.items()}
 
     def batch(self, number: int) -> HostBatch:
-        """Returns the batch of the step that has `number` steps before it, in this process.
+        """Returns this process's batch for the step with `number` steps before it.
 
         Raises:
           TrainingError: a row cannot be read or used, or there is no row in all the data.
@@ -207,11 +207,11 @@ class Stream:
         return {name: self._split_batches(array) for name, array in batch.items()}
 
     def _split_batches(self, array: np.ndarray) -> np.ndarray:
-        """Returns the rows of a step as [accumulate, batch, …]."""
+        """Reshapes the rows of a step to [accumulate, batch, …]."""
         return array.reshape(self._accumulate, self._batch_size, -1)
 
     def _take_next(self) -> None:
-        """Puts the next chunk behind those in memory, and has the one after it read."""
+        """Appends the next chunk to those in memory, and starts to read the one after it."""
         position = self._next_position
         if self._next_sequences is None:
             sequences = self._read(position)
@@ -248,7 +248,7 @@ class Stream:
         return self._source.load(blocks)
 
     def _shuffle(self, position: Position, sequences: Sequences) -> _LoadedChunk:
-        """Returns a chunk with its rows in a drawn order; rows of one length share a step."""
+        """Returns a chunk with shuffled rows, in which rows of equal length share a step."""
         if not len(sequences):
             return _LoadedChunk(position, self._like, np.empty(0, np.int64))
         packs = pack(sequences, self._like.lengths[-1], packing=self._packing, like=self._like)
@@ -263,14 +263,14 @@ class Stream:
         return _LoadedChunk(position, packs, rows)
 
     def named(self, number: int) -> str:
-        """Returns the names of what is in a batch, unless it is long gone."""
+        """Returns the names of the rows in a batch, if it is recent."""
         for step, origins in self._step_origins:
             if step == number:
                 return list_rows(origins, lambda origin: self._source.named(*origin))
         return f"that of step {number + 1}, which is gone from memory"
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Returns the position in the data after `step` steps: the chunk that goes on there."""
+        """Returns the position after `step` steps: that of the chunk that continues there."""
         first_row = step * self.rows_a_step
         for position in reversed(self._positions):
             if position.first <= first_row:
@@ -278,7 +278,7 @@ class Stream:
         raise AssertionError("this step is long gone")
 
     def seek(self, cursor: dict[str, Any], step: int) -> bool:
-        """Goes on after `step` steps, from their cursor; returns True if it can be one."""
+        """Continues after `step` steps from a cursor; returns False if it does not fit."""
         if cursor.keys() != set(Position._fields):
             return False
         position = Position(**cursor)

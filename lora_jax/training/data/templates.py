@@ -1,4 +1,4 @@
-"""Renders chats with the model's own template, and refuses what the template would drop.
+"""Renders chats with the model's own template, and rejects content that the template would omit.
 
 A template ignores a role, a field or a variable that it does not know. So what a chat has is looked
 for in the text: as it stands, or by rendering the chat once more without it.
@@ -42,7 +42,7 @@ _MARK = "qzjxvk"  # stands in no text
 
 
 class LeftOut(NamedTuple):
-    """Counts turns with a field that the template shows in some turns only.
+    """Counts of turns with a field that the template shows only in some turns.
 
     Attributes:
       turns: turns that have the field.
@@ -56,7 +56,7 @@ class LeftOut(NamedTuple):
 
 
 def template_of(tokenizer: Tokenizer, chat: Conversation) -> str:
-    """Returns the chat template that renders a conversation; some models have one for tools."""
+    """Returns the chat template for a conversation; some models have a second one for tools."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     template: str = tokenizer.get_chat_template(None, chat.tools)
@@ -64,12 +64,12 @@ def template_of(tokenizer: Tokenizer, chat: Conversation) -> str:
 
 
 def tells_today(template: str) -> bool:
-    """Returns True if a template tells the day on which it renders a chat."""
+    """Returns True if a template includes the date on which it is rendered."""
     return bool(_DATES.search(template)) and not template.startswith(_MACRO)
 
 
 def with_date(template: str, day: datetime.date) -> str:
-    """Returns a template that tells one day, whenever it renders a chat.
+    """Returns a template with a fixed date in place of the current one.
 
     Some templates tell the date (gpt-oss's, Llama 3.1's). With today's, rows become other tokens on
     another day, and a run that is resumed then goes on with other rows.
@@ -98,14 +98,14 @@ def with_date(template: str, day: datetime.date) -> str:
 
 
 def marks_answers(template: str) -> bool:
-    """Returns True if a template marks what the assistant says."""
+    """Returns True if a template marks the assistant's text as generated."""
     return _GENERATION.search(template) is not None
 
 
 def render(
     chat: Conversation, n: int, tokenizer: Tokenizer, *, ask: bool = False, **how: Any
 ) -> Any:
-    """Returns the first `n` turns as the template renders them.
+    """Returns the first `n` turns as rendered by the template.
 
     Args:
       chat: the turns, tools and variables.
@@ -128,14 +128,14 @@ def render(
 
 
 def _content_as_parts(turn: dict[str, Any]) -> dict[str, Any]:
-    """Returns a turn whose content, if it is a text, is a list with one part."""
+    """Returns a turn with its text content as a list of one part."""
     if not isinstance(turn.get("content"), str):
         return turn
     return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
 
 def render_prompt(chat: Conversation, tokenizer: Tokenizer) -> str:
-    """Returns the turns of a chat up to the beginning of the answer to the last.
+    """Returns a chat rendered up to the start of the answer to its last turn.
 
     Raises:
       TrainingError: the template drops something of the chat.
@@ -151,7 +151,7 @@ def render_prompt(chat: Conversation, tokenizer: Tokenizer) -> str:
 
 
 def check_variables(chat: Conversation, template: str) -> None:
-    """Raises TrainingError for a variable of a chat that its template does not read."""
+    """Raises TrainingError for a chat's variable that the template does not use."""
     if not chat.options:
         return
     template_variables = _variables(template)
@@ -176,7 +176,7 @@ def check_variables(chat: Conversation, template: str) -> None:
 
 
 def check_template(template: str) -> None:
-    """Raises TrainingError for a text that is no chat template.
+    """Raises TrainingError for a text that is not a valid chat template.
 
     >>> from lora_jax.training.data.templates import check_template
     >>> check_template("{% if %}")
@@ -203,13 +203,14 @@ def check_template(template: str) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _variables(template: str) -> frozenset[str]:
-    """Returns the names that a template looks up outside itself."""
+    """Returns the undeclared variables of a template."""
     jinja2 = _jinja2()
     tree = jinja2.Environment(extensions=_EXTENSIONS).parse(_TAGS.sub("", template))
     return frozenset(jinja2.meta.find_undeclared_variables(tree))
 
 
 def _jinja2() -> ModuleType:
+    """Returns the package jinja2; an ImportError says how to install it."""
     try:
         import jinja2
         import jinja2.meta
@@ -222,7 +223,7 @@ def _jinja2() -> ModuleType:
 
 
 def check_without_template(chat: Conversation, name: str) -> None:
-    """Raises TrainingError for what only a template could show, if the model has none."""
+    """Raises TrainingError for fields that need a template, if the model has none."""
     template_names = ["tools"] if chat.tools else []
     template_names += chat.options
     for turn in chat.messages:
@@ -236,7 +237,7 @@ def check_without_template(chat: Conversation, name: str) -> None:
 
 
 class Rendered(NamedTuple):
-    """Turns of a chat as the template renders them.
+    """Turns of a chat with their rendered text.
 
     Attributes:
       chat: the chat.
@@ -253,7 +254,7 @@ class Rendered(NamedTuple):
     ask: bool = False
 
     def check(self, n: int) -> None:
-        """Raises TrainingError if the text lacks calls, tools, or what one of `n` turns says."""
+        """Raises TrainingError if the text omits calls, tools, or the content of a turn."""
         for turn in self.chat.messages[:n]:
             check_calls(turn, self.text)
         self._check_tools()
@@ -261,7 +262,7 @@ class Rendered(NamedTuple):
             self._check_said(index, turn)
 
     def _check_tools(self) -> None:
-        """Raises TrainingError if the template does not show a tool's name."""
+        """Raises TrainingError if the text omits the name of a tool."""
         name_of_tool = {}
         for index, tool in enumerate(self.chat.tools or []):
             name = _name(tool)
@@ -281,7 +282,7 @@ class Rendered(NamedTuple):
         )
 
     def _hidden_tools(self, name_of_tool: Mapping[int, str]) -> list[str]:
-        """Returns the tools, of those whose name is in the text, that the template does not show.
+        """Returns tools whose names occur in the text, but not because the template shows them.
 
         A name may stand in a turn as well, or in the template. With others, which stand nowhere, it
         tells whether it shows the tools.
@@ -305,7 +306,7 @@ class Rendered(NamedTuple):
         ]
 
     def _check_said(self, index: int, turn: Message) -> None:
-        """Raises TrainingError if the text of a turn is missing that is no assistant's."""
+        """Raises TrainingError if the text omits the content of a non-assistant turn."""
         text = turn.get("content")
         role = turn["role"]
         if role == "assistant" or not isinstance(text, str) or not text.strip():
@@ -329,7 +330,7 @@ class Rendered(NamedTuple):
         )
 
     def left_out(self, n: int, texts: Mapping[int, str]) -> dict[str, LeftOut]:
-        """Returns the fields of `n` turns that the template shows in some turns only.
+        """Returns the fields that the template shows only in some of the first `n` turns.
 
         Args:
           n: the number of turns that are looked at.
@@ -370,19 +371,19 @@ class Rendered(NamedTuple):
         return counts
 
     def _upto(self, index: int, texts: Mapping[int, str]) -> "Rendered":
-        """Returns the turns up to one, as they are rendered when no others follow."""
+        """Returns the turns up to `index`, rendered without the later turns."""
         text = texts.get(index) or render(self.chat, index + 1, self.tokenizer)
         return self._replace(end=index + 1, text=text, ask=False)
 
     def _fields_of(self, index: int, field_names: Iterable[str]) -> list[str]:
-        """Returns the fields of a turn, among some, that the template has to show."""
+        """Returns those of these fields that the template must show for a turn."""
         turn = self.chat.messages[index]
         if turn["role"] == "tool" and turn.get("name") in _called_names(self.chat.messages[:index]):
             return []  # the name is that of a call, which is shown
         return _fields_in(turn, field_names)
 
     def _without(self, fields_of_turn: Mapping[int, list[str]]) -> list[int]:
-        """Returns the turns whose fields are not in the text."""
+        """Returns the indices of turns whose fields are missing in the text."""
         messages = self.chat.messages
         values = [
             messages[index][field] for index, fields in fields_of_turn.items() for field in fields
@@ -411,7 +412,7 @@ class Rendered(NamedTuple):
         ]
 
     def _has(self, content: Any, min_characters: int = 0) -> bool:
-        """Returns True if a text stands in the rendered one, as it is or as JSON has it."""
+        """Returns True if the rendered text contains a text, directly or as JSON."""
         if not isinstance(content, str) or len(content.strip()) < min_characters:
             return False
         if content.strip() in self.text:
@@ -421,7 +422,7 @@ class Rendered(NamedTuple):
         return ascii_json in self.text or unicode_json in self.text
 
     def _differs(self, changed_turns: Mapping[int, Message]) -> bool:
-        """Returns True if the text is another one with some turns changed, by their indices."""
+        """Returns True if changing some turns changes the rendered text."""
         messages = []
         for index, turn in enumerate(self.chat.messages):
             messages.append(dict(changed_turns.get(index, turn)))
@@ -434,7 +435,7 @@ class Rendered(NamedTuple):
 
 
 def needs_check(chat: Conversation) -> bool:
-    """Returns True if a chat has more than turns of a user and an assistant, who say texts."""
+    """Returns True unless a chat has only plain user and assistant texts."""
     if chat.tools:
         return True
     for turn in chat.messages:
@@ -446,7 +447,7 @@ def needs_check(chat: Conversation) -> bool:
 
 
 def check_calls(turn: Message, text: str) -> None:
-    """Raises TrainingError if the rendered turn lacks one of its calls."""
+    """Raises TrainingError if the rendered turn omits one of its calls."""
     for call in turn.get("tool_calls", ()):
         name = (call.get("function") or call)["name"]
         if name not in text:
@@ -457,12 +458,12 @@ def check_calls(turn: Message, text: str) -> None:
 
 
 def _fields_in(turn: Message, fields: Iterable[str]) -> list[str]:
-    """Returns the names, among `fields`, that a turn has."""
+    """Returns those of these fields that a turn has."""
     return [field for field in fields if turn.get(field)]
 
 
 def _name(call: Mapping[str, Any]) -> Any:
-    """Returns the name of a tool, or of a call of one."""
+    """Returns the name of a tool, or of a tool call."""
     return (call.get("function") or call).get("name")
 
 
@@ -475,7 +476,7 @@ def _renamed_tool(tool: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _called_names(turns: Iterable[Message]) -> set[str]:
-    """Returns the names of the tools that turns call."""
+    """Returns the names of the tools that these turns call."""
     names = set()
     for turn in turns:
         for call in turn.get("tool_calls", ()):

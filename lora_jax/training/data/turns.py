@@ -1,4 +1,4 @@
-"""Reads turns of chats: roles, contents, calls of tools and weights, checked.
+"""Reads and checks the turns of chats: roles, contents, tool calls and weights.
 
 The name of a row, and the label of a field in it, begin the messages of errors.
 """
@@ -21,7 +21,7 @@ _USUAL = {"function_call": "'assistant', with `tool_calls`"}
 
 
 def read_turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
-    """Returns the turns of a field, of which one at least is learned.
+    """Returns the turns of a field, of which the loss counts at least one.
 
     Raises:
       TrainingError: a turn is malformed, or none of the assistant's has a weight.
@@ -47,7 +47,7 @@ def read_turns(messages: Any, field: str, name: str) -> list[dict[str, Any]]:
 
 
 def read_turn(turn: Any, index: int, name: str) -> dict[str, Any]:
-    """Returns a turn without fields that are None: Parquet adds those that it lacks."""
+    """Returns a turn without None fields, which Parquet adds for missing ones."""
     if not isinstance(turn, Mapping):
         raise TrainingError(f"{name}: turn {index} is {shown(turn)}; {_A_TURN}")
     role: Any = turn.get("role")
@@ -73,7 +73,7 @@ def read_turn(turn: Any, index: int, name: str) -> dict[str, Any]:
 
 
 def _check_role(role: Any, label: str) -> None:
-    """Raises a TrainingError unless a role is a text that chat templates know it by."""
+    """Raises a TrainingError unless a role is a string that chat templates know."""
     if not isinstance(role, str):
         raise TrainingError(f"{label} is {shown(role)}; {_A_TURN}")
     template_role = _ROLES.get(role.strip().lower(), role)
@@ -85,7 +85,7 @@ def _check_role(role: Any, label: str) -> None:
 
 
 def _check_weight(turn: Message, role: str, label: str) -> None:
-    """Raises a TrainingError unless a turn's weight is 0 or 1 and the turn is the assistant's."""
+    """Raises a TrainingError unless a weight is 0 or 1 and belongs to an assistant turn."""
     weight = turn.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise TrainingError(
@@ -99,7 +99,7 @@ def _check_weight(turn: Message, role: str, label: str) -> None:
 
 
 def _calls(calls: Any, role: str, label: str) -> list[dict[str, Any]]:
-    """Returns the calls of a turn; arguments that are JSON as text become objects.
+    """Returns the tool calls of a turn, with JSON arguments parsed.
 
     Servers do the same before they render a chat, since most templates write arguments as JSON: a
     text would be quoted twice.
@@ -117,7 +117,7 @@ def _calls(calls: Any, role: str, label: str) -> list[dict[str, Any]]:
 
 
 def _parsed_call(call: Any, label: str) -> dict[str, Any]:
-    """Returns a call whose arguments are an object."""
+    """Returns a tool call with its arguments as an object."""
     function = None
     if isinstance(call, Mapping):
         function = call.get("function") or call
@@ -138,7 +138,7 @@ def _parsed_call(call: Any, label: str) -> dict[str, Any]:
 
 
 def sharegpt_turn(turn: Any, index: int, name: str) -> Any:
-    """Returns a ShareGPT turn (`from`, `value`) with `role` and `content`; others unchanged."""
+    """Returns a ShareGPT turn (`from`, `value`) in the standard form; others unchanged."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     role = _ROLES.get(turn["from"])
@@ -156,7 +156,7 @@ def sharegpt_turn(turn: Any, index: int, name: str) -> Any:
 
 
 def as_list(value: Any, field: str, name: str) -> Sequence[Any]:
-    """Returns the list of turns that a field holds, as it is or as JSON."""
+    """Returns a field's list of turns, parsed from JSON if it is a text."""
     items = parse_json(value)
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         raise TrainingError(
@@ -166,7 +166,7 @@ def as_list(value: Any, field: str, name: str) -> Sequence[Any]:
 
 
 def parse_json(value: Any) -> Any:
-    """Returns a list or an object that stands as JSON in a text; anything else as it is."""
+    """Returns the list or object in a JSON text; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -176,6 +176,6 @@ def parse_json(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Returns the beginning of a value's `repr`."""
+    """Returns the `repr` of a value, shortened for messages."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

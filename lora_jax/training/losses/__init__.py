@@ -1,4 +1,4 @@
-"""Losses: their contract; of tokens, by their names (`TOKEN_LOSSES`), of classes, of scored pairs.
+"""Losses: their contract, token losses by name (`TOKEN_LOSSES`), and losses of classes and pairs.
 
 Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabilities, for loops of
 your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.

@@ -1,4 +1,4 @@
-"""Chunks of predictions: the head's logits exist for one chunk at a time.
+"""Computes predictions in chunks, so that the logits exist for only one chunk at a time.
 
 A slope is the gradient of one token's value with regard to its hidden state. A leaf is an array of
 the parameters, or of what else the head reads.
@@ -27,7 +27,7 @@ _Values = Callable[[Tree, jax.Array, jax.Array, jax.Array], Tree]
 
 
 class ValueWithFacts(NamedTuple):
-    """A value of each token, and facts about the token that are constants to the gradient.
+    """A value of each token, and facts about it that receive no gradient.
 
     Attributes:
       value: the value, [...].
@@ -39,7 +39,7 @@ class ValueWithFacts(NamedTuple):
 
 
 def predictions_at_once(placement: Placement, words: int) -> int:
-    """Returns the predictions whose logits a device has in memory at once, by default.
+    """Returns the default number of predictions whose logits a device holds at once.
 
     256 on a CPU. On an accelerator, products with so few rows take as long as reading the head
     does: there it is as many as have 512 MiB of logits in fp32, a multiple of 256. (A TPU v5e's
@@ -80,7 +80,7 @@ def map_chunks(
     parts: int = 1,
     where: Sequence[Any] = (),
 ) -> Any:
-    """Maps a function of hidden states and targets over chunks of them.
+    """Maps a function of hidden states and targets over chunks.
 
     What the head reads is gathered once, before the loop. If the head does not train, the slope of
     each token is computed along with its value, while the logits exist. Otherwise the head runs
@@ -134,7 +134,7 @@ def map_chunks(
 
 
 class _Loop:
-    """A scan over chunks, with three ways to differentiate it.
+    """A scan over chunks that can be differentiated in three ways.
 
     Its `chunk_values` are called as ``chunk_values(leaves, index, hidden, targets)``, for the
     leaves that it reads.
@@ -148,7 +148,7 @@ class _Loop:
         self._n_facts = n_facts  # of the last outputs, which are constants to the gradient
 
     def _gather(self, leaves: Sequence[Leaf], trains: Sequence[bool]) -> list[Leaf]:
-        """Gathers the leaves that do not train: the gradient of the others is sharded."""
+        """Gathers the frozen leaves, and leaves trained ones sharded like their gradients."""
         gathered = []
         for leaf, sharding, is_trained in zip(leaves, self._shardings, trains, strict=True):
             if sharding is None or is_trained:
@@ -158,7 +158,7 @@ class _Loop:
         return gathered
 
     def _scan(self, function: Callable[..., Tree], hidden: jax.Array, targets: jax.Array) -> Tree:
-        """Calls ``function(index, hidden, targets)`` for each chunk; stacks the results."""
+        """Calls ``function(index, hidden, targets)`` for each chunk, and stacks the results."""
 
         def body(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Tree]:
             return None, function(*chunk)
@@ -166,7 +166,7 @@ class _Loop:
         return lax.scan(body, None, (jnp.arange(len(hidden)), hidden, targets))[1]
 
     def recomputed(self, leaves: Sequence[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:
-        """Returns the values; the backward pass computes the logits again."""
+        """Returns the values; the backward pass recomputes the logits."""
         # Inside a scan, nothing can be merged with the forward pass: the barrier would only cost.
         chunk_values = jax.checkpoint(self._chunk_values, prevent_cse=False)
         outputs: _Outputs = self._scan(functools.partial(chunk_values, leaves), hidden, targets)
@@ -175,7 +175,7 @@ class _Loop:
     def differentiable(
         self, leaves: Sequence[Leaf], hidden: jax.Array, targets: jax.Array
     ) -> _Outputs:
-        """Returns the values; their derivative is computed for differentiated arrays alone."""
+        """Returns the values, with a derivative only for differentiated arrays."""
 
         @jax.custom_jvp
         def mapped(leaves: list[Leaf], hidden: jax.Array, targets: jax.Array) -> _Outputs:
@@ -189,7 +189,7 @@ class _Loop:
         return outputs
 
     def _jvp(self, primals: Any, tangents: Any) -> tuple[_Outputs, _Outputs]:
-        """Differentiates with regard to the leaves and hidden states that have a tangent."""
+        """Differentiates by the leaves and hidden states that have a tangent."""
         leaves, hidden, targets = primals
         leaf_tangents, hidden_tangent, _ = tangents
         trains = [not isinstance(tangent, SymbolicZero) for tangent in leaf_tangents]
@@ -205,6 +205,7 @@ class _Loop:
         ]
 
         def moving_outputs(*moving_primals: jax.Array) -> _Outputs:
+            """Returns the outputs as a function of the arrays with tangents."""
             primals = list(all_primals)
             for index, primal in zip(moving_indices, moving_primals, strict=True):
                 primals[index] = primal
@@ -218,7 +219,7 @@ class _Loop:
         )
 
     def _is_loss(self, leaves: Sequence[Leaf], hidden: jax.Array, targets: jax.Array) -> bool:
-        """Returns True if a chunk has one value that is no fact: a float for each token."""
+        """Returns True if a chunk has exactly one value per token, apart from its facts."""
         shapes = jax.eval_shape(self._chunk_values, leaves, jnp.int32(0), hidden[0], targets[0])
         values = shapes[: len(shapes) - self._n_facts]
         if len(values) != 1:
@@ -233,7 +234,7 @@ class _Loop:
         targets: jax.Array,
         hidden_tangent: jax.Array,
     ) -> tuple[_Outputs, _Outputs]:
-        """Computes each token's value and its gradient together: two products with the head."""
+        """Computes each token's value with its gradient, by two products with the head."""
 
         def value_slope_and_facts(index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
             def value_and_facts(hidden: jax.Array) -> tuple[jax.Array, _Outputs]:
@@ -251,7 +252,7 @@ class _Loop:
 
 
 def _without_dead_code(traced: Any) -> tuple[Any, list[int]]:
-    """Removes equations that no output needs; returns also the indices of the inputs it reads."""
+    """Removes unneeded equations; also returns the indices of the inputs that remain."""
     jaxpr: Jaxpr = getattr(traced, "jaxpr", traced)
     needed = needed_equations(jaxpr, (True,) * len(jaxpr.outvars))
     equations = [equation for equation, *_ in needed.equations]
@@ -264,7 +265,7 @@ def _without_dead_code(traced: Any) -> tuple[Any, list[int]]:
 
 
 def _split_chunks(array: jax.Array, n: int, parts: int) -> jax.Array:
-    """Reshapes [batch, m, …] to [n, batch, parts * ceil(m / (n * parts)), …], filled with zeros."""
+    """Reshapes [batch, m, …] to [n, batch, parts * ceil(m / (n * parts)), …], zero-padded."""
     batch, m, *features = array.shape
     size = -(-m // (n * parts))
     padding = [(0, 0)] * array.ndim

@@ -1,4 +1,4 @@
-"""The cross entropy of a classifier's texts or images, and the loss of a reward model, in nats."""
+"""Cross entropy of a classifier, and the loss of a reward model, in nats."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ _TEXT_ARRAYS = ("ids", "attention_mask", "token_type_ids")
 def logits_of(
     forward: Callable[..., jax.Array], params: Tree, batch: Batch, **options: Any
 ) -> jax.Array:
-    """Returns the logits of the classes of a batch's texts or images: [batch, classes], fp32."""
+    """Returns the class logits of a batch's texts or images: [batch, classes], fp32."""
     if "pixel_values" in batch:
         logits = forward({"params": params}, batch["pixel_values"], **options)
     else:
@@ -36,7 +36,7 @@ def classification_loss(
     batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> Sums:
-    """Sums the cross entropy of a batch's classes, in nats, over the texts or images that count.
+    """Sums the cross entropy over the counted texts or images of a batch, in nats.
 
     The cross entropy of each text or image is multiplied by its weight, which may be negative.
     Those whose weight is not zero are counted.
@@ -67,7 +67,7 @@ def comparison_loss(
     batch: Batch,
     dropout_key: jax.Array | None = None,
 ) -> Sums:
-    """Sums -log σ(s - r) over pairs, where s scores the chosen text and r the rejected one.
+    """Sums -log σ(s - r) over pairs; s scores the chosen text, r the rejected one.
 
     The model of Bradley and Terry (1952): σ(s - r) is the probability that s is chosen. TRL's
     RewardTrainer has the same loss.
@@ -96,7 +96,7 @@ def comparison_loss(
 def pair_margins(
     forward: Callable[..., jax.Array], params: Tree, batch: Batch, **dropout: jax.Array
 ) -> jax.Array:
-    """Returns the score of each chosen text minus that of the rejected; see `comparison_loss`.
+    """Returns each chosen text's score minus the rejected one's; see `comparison_loss`.
 
     Args:
       forward: the ``apply`` of a classifier of one class, adapted or not.

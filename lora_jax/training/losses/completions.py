@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Completions(NamedTuple):
-    """Log-probabilities of completions, each the sum over its tokens in fp32.
+    """Log-probabilities of completions, each summed over its tokens in fp32.
 
     Attributes:
       policy: [n], under the parameters that train.
@@ -33,7 +33,7 @@ class Completions(NamedTuple):
 
     @property
     def mean(self) -> jax.Array:
-        """Returns the mean log-probability of a completion's tokens, [n]."""
+        """Returns the mean log-probability per token of each completion, [n]."""
         return self.policy / self.tokens
 
 
@@ -44,7 +44,7 @@ def completions(
     segments: jax.Array | None = None,
     n: int = 0,
 ) -> Completions:
-    """Sums log-probabilities of tokens over completions, in fp32.
+    """Sums token log-probabilities by completion, in fp32.
 
     Args:
       logps: [batch, seq], log-probabilities of tokens.
@@ -68,6 +68,7 @@ def completions(
     is_counted = mask.astype(bool)
 
     def sum_by_completion(values: jax.Array) -> jax.Array:
+        """Sums token values by completion."""
         values = jnp.where(is_counted, values.astype(jnp.float32), 0.0)
         if segments is None:
             return jnp.sum(values, axis=1)
@@ -85,7 +86,7 @@ def completions(
 
 
 def summed_nll(completions: Completions, tokens: jax.Array | float | None = None) -> jax.Array:
-    """Returns the cross-entropy of completions, a mean over their tokens, times their number: [].
+    """Returns the mean cross entropy per token times the number of completions: [].
 
     Args:
       completions: the completions.
@@ -101,7 +102,7 @@ def summed_nll(completions: Completions, tokens: jax.Array | float | None = None
 
 
 def without_padding(completions: Completions) -> Completions:
-    """Sets `counted`, and gives padding a log-probability for which every loss is finite."""
+    """Sets `counted`, and gives padding a log-probability that keeps all losses finite."""
     counted = completions.counted
     if counted is None:
         counted = jnp.ones_like(completions.policy, bool)

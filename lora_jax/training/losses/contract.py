@@ -1,4 +1,4 @@
-"""The contract of a loss: its sums over a batch, and who divides them."""
+"""The contract of a loss: its sums over a batch, and how they are divided."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ SCORE = "score_"  # prefix of a task's own scores
 
 
 class Sums(NamedTuple):
-    """Holds the sums of a loss over a batch.
+    """The sums of a loss over a batch.
 
     Attributes:
       total: the loss, fp32 []; the only sum that is differentiated.
@@ -39,13 +39,13 @@ class Sums(NamedTuple):
     log_counts: dict[str, jax.Array] | None = None
 
     def count_of(self, name: str) -> jax.Array:
-        """Returns the number of units that a log is about."""
+        """Returns the number of units by which a log is divided."""
         return (self.log_counts or {}).get(name, self.count)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """Sums a loss over a batch, and says who divides the sum.
+    """A loss as a sum over a batch, with a rule for dividing the sum.
 
     With "mean", a step divides total and gradient once, by the count of all its accumulated parts
     on all devices, so that accumulation equals the large batch. With "sum", they stay sums: for a
@@ -100,7 +100,7 @@ class Loss:
 
     @property
     def held_out(self) -> "Loss":
-        """Returns the loss to measure on held-out examples."""
+        """Returns the loss that is measured on held-out examples."""
         return self.measured or self
 
     @property
@@ -110,7 +110,7 @@ class Loss:
 
 
 def number_of_units(weights: jax.Array) -> jax.Array:
-    """Returns the number of weights that are not zero, fp32 [].
+    """Returns the number of non-zero weights, fp32 [].
 
     >>> from lora_jax import training
     >>> float(training.number_of_units(jnp.array([1.0, 0.0, -0.5])))

@@ -1,4 +1,4 @@
-"""Losses of preferences and of rollouts, from batches of tokens: what a step minimises."""
+"""Losses of preferences and rollouts as functions of token batches."""
 
 import functools
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from lora_jax.training.losses.tokens import cross_entropy, entropy_of, token_val
 
 
 class _Chunks(NamedTuple):
-    """The arguments of `token_values` that say how the head runs over predictions."""
+    """The arguments of `token_values` that control chunks of predictions."""
 
     chunk: int | None
     parts: int
@@ -38,7 +38,7 @@ def sequence_logps(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Completions:
-    """Returns the log-probabilities of a batch's sequences, with its reference's.
+    """Returns the log-probabilities of a batch's sequences, by the model and the reference.
 
     Args:
       forward, params, dropout_key, chunk, parts, placement: see `token_values`.
@@ -60,7 +60,7 @@ def sequence_logps(
 def _sequences(
     forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None, chunks: _Chunks
 ) -> tuple[Completions, Completions]:
-    """Returns the log-probabilities of completions, and those of prompts and completions together.
+    """Returns log-probabilities of completions, and of prompts with completions.
 
     The first are the result of `sequence_logps`, with the reference's.
     """
@@ -95,7 +95,7 @@ def pair_loss(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Loss:
-    """Returns a loss of pairs, for batches of `training.pairs`; equal arguments give the same one.
+    """Returns a loss of pairs for batches of `training.pairs`, cached by its arguments.
 
     Args:
       terms: see `preference_loss`; "nll" is the cross-entropy of prompts and chosen completions
@@ -111,13 +111,14 @@ def pair_loss(
 def _pair_loss(
     term_weights: tuple[tuple[str, float], ...], options: PreferenceOptions, chunks: _Chunks
 ) -> Loss:
-    """Returns the loss of `pair_loss`; the weights by name are a tuple, which can be hashed."""
+    """Returns the loss of `pair_loss`, with hashable weights."""
     weights = dict(term_weights)
     nll_weight = weights.pop(NLL, 0.0)
 
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
+        """Sums the loss over the pairs of a batch."""
         sequences, with_prompts = _sequences(forward, params, batch, dropout_key, chunks)
         # Each pair is the chosen completion, then the rejected one.
         chosen = jax.tree.map(lambda x: x[::2], sequences)
@@ -156,7 +157,7 @@ def unpaired_loss(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Loss:
-    """Returns KTO's loss of rows that are desirable or not; equal arguments give the same one.
+    """Returns KTO's loss of labelled completions, cached by its arguments.
 
     A batch has `labels`, int32 [batch, n], 1 for a desirable completion, and `kl`, fp32 [batch],
     KTO's estimate (see `mismatched_kl`), the same number over the whole batch.
@@ -171,6 +172,7 @@ def unpaired_loss(
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
+        """Sums the loss over the completions of a batch."""
         rows, _ = _sequences(forward, params, batch, dropout_key, chunks)
         desirable = batch["labels"].reshape(-1) > 0
         return kto_loss(rows, desirable, batch["kl"][0], beta=beta, weights=weights)
@@ -188,7 +190,7 @@ def rollout_loss(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Loss:
-    """Returns a loss of rollouts; equal arguments give the same one.
+    """Returns a loss of rollouts, cached by its arguments.
 
     A batch has `advantages`, fp32 [batch] or [batch, m], and `old`, fp32 [batch, m], the
     log-probabilities at `predict_at` before the first update; `reference`, of the same shape, where
@@ -213,6 +215,7 @@ def rollout_loss(
     def sums(
         forward: Logits, params: Tree, batch: Batch, dropout_key: jax.Array | None = None
     ) -> Sums:
+        """Sums the loss over the rollouts of a batch."""
         logps, facts = token_values(
             logps_with_entropy,
             forward,

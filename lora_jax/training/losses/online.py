@@ -1,4 +1,4 @@
-"""Losses of rollouts, as functions of log-probabilities: GRPO and its kin, RLOO, distillation.
+"""Losses of rollouts by log-probabilities: GRPO and variants, RLOO, distillation.
 
 One function with options gives grpo, bnpo, dapo, dr_grpo, gspo and cispo (`ONLINE`). Write ρ for
 π / π_old of a token or of a sequence, and A for a sequence's advantage.
@@ -20,7 +20,7 @@ STD_FLOOR = 1e-4  # added to a standard deviation before it divides
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Online:
-    """Options of a loss of rollouts.
+    """The options of a rollout loss.
 
     Attributes:
       level: whether ρ is a token's, or e to the mean log-ratio of its sequence (GSPO).
@@ -63,7 +63,7 @@ ONLINE = {
 
 
 def dr_grpo(length: int) -> Online:
-    """Returns Dr. GRPO's options: sums over sequences and a length (arXiv 2503.20783)."""
+    """Returns Dr. GRPO's options: sums over sequences with a fixed length (arXiv 2503.20783)."""
     return Online(over="length", length=length)
 
 
@@ -83,7 +83,7 @@ def clipped_loss(
 def weighted_loss(
     ratio: jax.Array, logps: jax.Array, advantages: jax.Array, low: Limit, high: Limit
 ) -> jax.Array:
-    """Returns CISPO's -clip(ρ, low, high) A log π, the clipped ρ a constant, [...]."""
+    """Returns CISPO's -clip(ρ, low, high) A log π, with a constant clipped ρ, [...]."""
     return -jax.lax.stop_gradient(jnp.clip(ratio, low, high)) * advantages * logps
 
 
@@ -179,7 +179,7 @@ def rloo_loss(
     clip: float = 0.2,
     there: jax.Array | None = None,
 ) -> Sums:
-    """Sums RLOO with the clipped ratio of whole sequences (Ahmadian et al., arXiv 2402.14740).
+    """Sums RLOO with clipped ratios of sequences (Ahmadian et al., arXiv 2402.14740).
 
     Args:
       logps, mask, advantages, old, there: see `online_loss`.
@@ -199,7 +199,7 @@ def rloo_loss(
 
 
 def _number_of_sequences(logps: jax.Array, there: jax.Array | None) -> jax.Array:
-    """Returns the number of rows that do not fill up a batch, fp32 []."""
+    """Returns the number of rows that are not padding, fp32 []."""
     return jnp.float32(len(logps)) if there is None else jnp.sum(there).astype(jnp.float32)
 
 
@@ -213,7 +213,7 @@ def importance_weights(
     floor: float = 0.0,
     masked: bool = False,
 ) -> jax.Array:
-    """Returns π / π_sampler within bounds, for completions that another policy drew, [n, seq].
+    """Returns bounded ratios π / π_sampler for completions of another policy, [n, seq].
 
     Importance sampling as TRL's `vllm_importance_sampling_mode` has it: "token_truncate" and
     "sequence_truncate", or, with `masked`, "token_mask" and "sequence_mask". A token that does not
@@ -241,7 +241,7 @@ Scale = Literal["group", "batch", "none"]
 
 
 def advantages_of(rewards: jax.Array, group: int, scale: Scale = "group") -> jax.Array:
-    """Returns each reward minus its group's mean, [n], divided as `scale` says.
+    """Returns each reward minus its group's mean, [n], scaled as `scale` says.
 
     NaN stands for no reward: it has advantage 0, and the mean of its group is over the others.
 
@@ -267,7 +267,7 @@ def advantages_of(rewards: jax.Array, group: int, scale: Scale = "group") -> jax
 
 
 def leave_one_out(rewards: jax.Array, group: int) -> jax.Array:
-    """Returns each reward minus the mean of the others of its group, [n]: RLOO's advantage.
+    """Returns each reward minus the mean of its group's other rewards, [n] (RLOO).
 
     NaN stands for no reward: it has advantage 0, and so has the only reward of a group.
     """

@@ -1,4 +1,4 @@
-"""Losses of preferences, as functions of log-probabilities: DPO and its kin, KTO, ORPO, CPO, SimPO.
+"""Losses of preferences by log-probabilities: DPO and variants, KTO, ORPO, CPO, SimPO.
 
 They differ in one function of a pair; `PREFERENCES` is the table. These functions take the chosen
 completions w (winner), the rejected ones r, and the options o. The ratio of a completion is its
@@ -40,7 +40,7 @@ class PreferenceOptions:
 
 
 class Preference(NamedTuple):
-    """A loss of pairs that has a name.
+    """A named loss of pairs.
 
     Attributes:
       each: ``(chosen, rejected, options) -> the loss of each pair``, [pairs].
@@ -72,7 +72,7 @@ def _smooth_log_sigmoid(logits: jax.Array, smoothing: float) -> jax.Array:
 
 
 def _log_ratio_margin(chosen: Completions, rejected: Completions) -> jax.Array:
-    """Returns DPO's log-ratio of the chosen completion minus that of the rejected one, [pairs]."""
+    """Returns DPO's chosen log-ratio minus the rejected one, [pairs]."""
     return chosen.ratio - rejected.ratio
 
 
@@ -88,6 +88,7 @@ def _robust(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
 
 
 def _exo_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    """Returns EXO's pairwise loss, [pairs]."""
     logits = o.beta * _log_ratio_margin(w, r)
     # KL of the policy's two probabilities from the labels' 1 - ε and ε.
     chosen_log_ratio = _log_sigmoid(logits) - jnp.log1p(-o.smoothing)
@@ -110,6 +111,7 @@ def _nca_pair(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array
 
 
 def _aot(w: Completions, r: Completions, o: PreferenceOptions) -> jax.Array:
+    """Returns AOT's loss of the sorted margins, [pairs]."""
     if w.reference is None or r.reference is None:
         raise ValueError(
             "aot compares the model with a reference, but reference is None. Pass the reference's "
@@ -126,7 +128,7 @@ def _aot_unpaired(w: Completions, r: Completions, o: PreferenceOptions) -> jax.A
 
 
 def _sort_counted(values: jax.Array, completions: Completions) -> jax.Array:
-    """Sorts the values of completions, [n]; those of padding become 0, in the last places."""
+    """Sorts values of completions, [n]; padding gets 0 in the last places."""
     counted = completions.counted
     if counted is None:
         return jnp.sort(values)
@@ -284,7 +286,7 @@ def preference_loss(
 
 
 def _preference(name: str, options: PreferenceOptions) -> Preference:
-    """Returns a loss by its name; raises ValueError if it is unknown or does not take `options`."""
+    """Returns a loss by its name; raises ValueError for unknown names or invalid `options`."""
     if name not in PREFERENCES:
         raise ValueError(
             f"the loss {name!r} is unknown. Choose from these: sft, {', '.join(PREFERENCES)}."
@@ -308,7 +310,7 @@ def kto_loss(
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Sums:
-    """Sums KTO over rows that are desirable or not (Ethayarajh et al., arXiv 2402.01306).
+    """Sums KTO over desirable and undesirable completions (Ethayarajh et al., arXiv 2402.01306).
 
     Args:
       rows: the completions, with a reference.
@@ -343,7 +345,7 @@ def kto_loss(
 
 
 def mismatched_kl(mismatched: Completions) -> jax.Array:
-    """Returns KTO's estimate of a KL divergence, [], a constant to the gradient.
+    """Returns KTO's KL estimate, [], without a gradient.
 
     Args:
       mismatched: prompts with the completions of other rows of the batch.

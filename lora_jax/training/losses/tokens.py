@@ -1,4 +1,4 @@
-"""Losses of language models, which are sums over tokens, at once or over chunks of them."""
+"""Losses of language models as sums over tokens, at once or in chunks."""
 
 import functools
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def _cross_entropy_and_log_divisor(
     logits: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the cross entropy of each target and the log of the softmax's divisor, [...] each."""
+    """Returns the cross entropy of each target and the softmax's log sum."""
     log_divisor: jax.Array = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return log_divisor - target_logits, log_divisor
@@ -52,7 +52,7 @@ def _cross_entropy_jvp(
 
 
 def entropy_of(logits: jax.Array) -> jax.Array:
-    """Returns -Σ p log p over the vocabulary, fp32 [...], of logits, fp32 [..., vocab]."""
+    """Returns the entropy -Σ p log p of each token's logits, fp32 [...]."""
     log_probs = jax.nn.log_softmax(logits)
     return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
@@ -72,7 +72,7 @@ def dft(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 class TokenLoss(NamedTuple):
-    """A loss of tokens that has a name.
+    """A named loss of tokens.
 
     Attributes:
       each: the loss of each token.
@@ -109,7 +109,7 @@ def token_values(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Any:
-    """Returns values of each token that a batch predicts.
+    """Returns values of each predicted token of a batch.
 
     With `chunk`, logits and their gradient exist for so many predictions at a time, never as
     [batch, m, vocab]. The gradient of a token's hidden state is computed along with its value, if
@@ -148,7 +148,7 @@ def token_values(
 
 
 def _flatten_predictions(batch: Batch) -> Batch:
-    """Returns a batch whose predictions of all completions of a row are one axis: [batch, m]."""
+    """Returns a batch with one axis for the predictions of each row: [batch, m]."""
     if batch["predict_at"].ndim == 2:
         return batch
     flat_batch = {**batch}
@@ -170,7 +170,7 @@ def sum_over_tokens(
     parts: int = 1,
     placement: Placement = UNPLACED,
 ) -> Sums:
-    """Sums a loss of a batch over the tokens that count.
+    """Sums a loss of a batch over the counted tokens.
 
     The loss of each token is multiplied by its weight, which may be negative (an advantage,
     unlikelihood). Tokens whose weight is not zero are counted.
@@ -201,7 +201,7 @@ def _head_values(
     parts: int,
     placement: Placement,
 ) -> Any:
-    """Returns the values of `token_values`.
+    """Computes the values of `token_values` from hidden states.
 
     Rows that are split have their values at the places that predict the tokens: [batch, seq].
     """
@@ -249,7 +249,7 @@ def _dropout_options(key: jax.Array | None) -> dict[str, jax.Array]:
 
 
 def _place_at_predictors(values: jax.Array, batch: Batch) -> jax.Array:
-    """Returns values, [batch, m], at the places that predict them: [batch, seq]."""
+    """Returns values, [batch, m], at the positions that predict them: [batch, seq]."""
     rows = jnp.arange(values.shape[0])[:, None]
     zeros = jnp.zeros(batch["ids"].shape, values.dtype)
     return zeros.at[rows, batch["predict_at"]].add(values)
@@ -261,7 +261,7 @@ summed_loss = functools.partial(sum_over_tokens, cross_entropy)
 def token_loss(
     name: str = DEFAULT, *, chunk: int | None = 0, parts: int = 1, placement: Placement = UNPLACED
 ) -> Loss:
-    """Returns a loss of tokens; equal arguments give the same object.
+    """Returns a loss of tokens, cached by its arguments.
 
     Held-out examples are measured by the cross entropy, whatever the loss, so that runs compare.
 

@@ -1,4 +1,4 @@
-"""Muon's direction: the momentum of each matrix, orthogonalised; AdamW's for all other arrays.
+"""Muon: orthogonalised momentum for matrices, and AdamW for all other arrays.
 
 An array is called by its path and its name among the parts of the node there. Its matrix axes are
 those that are contracted and those that come out; Optax calls them dimension numbers.
@@ -24,7 +24,7 @@ _RMS = 0.2  # of AdamW's updates, as Liu et al. measured it
 
 
 def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransformation:
-    """Returns Muon's direction for matrices, and AdamW's for all else that trains.
+    """Returns Muon's transformation for matrices, and AdamW's for other trained arrays.
 
     A and B of each layer and expert are matrices, [rank, in] and [rank, out]; so are kernels that
     train in full, each layer and expert by itself. Tables, output heads, norms, biases and
@@ -46,6 +46,7 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
         return update if isinstance(update, optax.MaskedNode) else matrix_axes[path, name]
 
     def scale_update(path: str, name: str, update: jax.Array) -> Any:
+        """Scales the update of one matrix by its shape."""
         axes = matrix_axes[path, name]
         if axes is None or isinstance(update, optax.MaskedNode):
             return update
@@ -66,7 +67,7 @@ def orthogonalised(params: Tree, *, momentum: float) -> optax.GradientTransforma
 
 
 def dimension_numbers(params: Tree) -> dict[tuple[str, str], MuonDimensionNumbers | None]:
-    """Returns the axes of each trained array that make its matrix; None where it is none.
+    """Returns the matrix axes of each trained array; None if it is not a matrix.
 
     Args:
       params: the adapted tree.
@@ -82,7 +83,7 @@ def dimension_numbers(params: Tree) -> dict[tuple[str, str], MuonDimensionNumber
 
 
 def _matrix_axes(path: str, node: Node, name: str, array: Shaped) -> MuonDimensionNumbers | None:
-    """Returns the matrix axes of a node's array; None where it is no matrix."""
+    """Returns the matrix axes of a node's array; None if it is not a matrix."""
     # Flax's convention: the axes before the last two count layers or experts.
     last_axes = MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,))
     if isinstance(node, LoraWeight) and node.axes_of(name).count("rank") == 2:
@@ -105,7 +106,7 @@ def _matrix_axes(path: str, node: Node, name: str, array: Shaped) -> MuonDimensi
 
 
 def described(params: Tree) -> str:
-    """Returns a line on the number of matrices, and on the arrays that go to AdamW."""
+    """Returns a line with the number of matrices, and the arrays that AdamW updates."""
     matrix_axes = dimension_numbers(params)
     n_matrices = sum(axes is not None for axes in matrix_axes.values())
     adamw_paths = sorted({path for (path, _), axes in matrix_axes.items() if axes is None})

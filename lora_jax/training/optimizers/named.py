@@ -1,4 +1,4 @@
-"""Optimisers by name: each one's direction, the options that it reads, and its learning rate."""
+"""Optimisers by name: the transformation, the options, and the default learning rate of each."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ _MAX_RMS = 1.0  # the largest root mean square of a matrix's update
 
 
 def factored_rms(params: Tree = None) -> optax.GradientTransformation:
-    """Returns Adafactor's direction, without its scaling by the parameters' size.
+    """Returns Adafactor's transformation, without scaling by the parameters' size.
 
     As transformers' Trainer uses it: the learning rate is the size of a step, as Adam's is. Second
     moments of a matrix are factored where both its sides have 128 or more; in a stack, each layer
@@ -37,7 +37,7 @@ def factored_rms(params: Tree = None) -> optax.GradientTransformation:
     batch_axes = {} if params is None else _batch_axes(params)
 
     def moments_of_array(path: str, name: str, array: Shaped) -> str:
-        """Names the group of an array, whose second moments are factored or whole."""
+        """Returns "factored" or "whole", for an array's second moments."""
         axes_by_size = sorted(range(array.ndim), key=lambda axis: array.shape[axis])
         has_large_batch = set(axes_by_size[-2:]) & batch_axes.get((path, name), set())
         return "whole" if has_large_batch else "factored"
@@ -60,7 +60,7 @@ def factored_rms(params: Tree = None) -> optax.GradientTransformation:
 
 
 def _batch_axes(params: Tree) -> dict[tuple[str, str], set[int]]:
-    """Returns the axes of each trained array that count layers or experts."""
+    """Returns the layer and expert axes of each trained array."""
     batch_axes: dict[tuple[str, str], set[int]] = {}
     for path, node in nodes_of(params).items():
         for name, array in node.parts().items():
@@ -77,7 +77,7 @@ def _batch_axes(params: Tree) -> dict[tuple[str, str], set[int]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NamedOptimizer:
-    """An optimiser of the table.
+    """An entry of the optimiser table.
 
     Attributes:
       direction: (adapted tree or None, **options) -> the direction of a step, which weight decay
@@ -109,7 +109,7 @@ def _sgd(params: Tree, *, momentum: float) -> optax.GradientTransformation:
 def _without_momentum(
     params: Tree, *, beta1: float, beta2: float, eps: float
 ) -> optax.GradientTransformation:
-    """Returns Adam's direction without its first moment, which averaging replaces."""
+    """Returns Adam's transformation without the first moment, which averaging replaces."""
     return optax.scale_by_rms(decay=beta2, eps=eps, eps_in_sqrt=False, bias_correction=True)
 
 
@@ -147,7 +147,7 @@ def optimizer_named(name: str) -> NamedOptimizer:
 
 
 def settings(name: str, values: Mapping[str, float | None]) -> dict[str, float]:
-    """Returns the options of an optimiser: the values that are not None, else the defaults.
+    """Returns an optimiser's options: the given values, else the defaults.
 
     Raises:
       ValueError: it does not read an option with a value, or there is no optimiser of this name.

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: a warmup, and the way down after it."""
+"""Learning rate schedules: a warmup, and a decay."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ def warmed_up(
     floor: float = 0.0,
     decay: float = DECAY,
 ) -> optax.Schedule:
-    """Returns a schedule of the learning rate: a linear warmup, then what `kind` says.
+    """Returns a learning rate schedule with a linear warmup, followed by a decay of `kind`.
 
     The warmup's first step has rate / warmup rather than 0, so that no step is lost. After it:
 

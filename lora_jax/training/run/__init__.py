@@ -1,1 +1,1 @@
-"""A run's folder: its lock, checkpoints, log and best scores, and the signals that end it."""
+"""A run's folder: its lock, checkpoints, log and best scores, and signals that end the run."""

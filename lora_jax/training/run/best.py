@@ -1,4 +1,4 @@
-"""The best adapter of a run, by one measurement, and the end of a run that no longer improves.
+"""The best adapter of a run by one measurement, and early stopping.
 
 Each adapter that was the best when it was measured is saved in a folder of its own, named by its
 step. The older one is deleted only once no checkpoint needs it: a run that goes back to an earlier
@@ -36,7 +36,7 @@ class Standing:
     waited: int = 0
 
     def after(self, step: int, value: float, *, goal: Literal["min", "max"]) -> "Standing":
-        """Returns the standing after one more measurement; of equal ones, the first is the best.
+        """Returns the standing after another measurement; the first of equal ones is best.
 
         >>> from lora_jax.training.run.best import Standing
         >>> Standing(2.0, 10).after(20, 1.5, goal="min")
@@ -56,7 +56,7 @@ class Standing:
 
 
 class Best:
-    """Keeps the best adapter of a run.
+    """Tracks and saves the best adapter of a run.
 
     Attributes:
       metric: the measurement that decides: "eval_loss".
@@ -72,7 +72,7 @@ class Best:
         patience: int | None = None,
         about: Fields | None = None,
     ) -> None:
-        """Keeps the best in a folder.
+        """Starts without a measurement; the best adapters are saved in `folder`.
 
         Args:
           folder: folder of the adapters, each in a folder of its step's number.
@@ -90,12 +90,12 @@ class Best:
 
     @property
     def is_over(self) -> bool:
-        """Returns True if training ends, as `patience` measurements brought nothing better."""
+        """Returns True if `patience` measurements brought no improvement."""
         return self._patience is not None and self.standing.waited >= self._patience
 
     @property
     def about(self) -> dict[str, Any]:
-        """Returns the step and the value of the best, as its adapter's folder states them.
+        """Returns the step and value of the best measurement, to store with its adapter.
 
         Returns {} where nothing was measured.
         """
@@ -104,7 +104,7 @@ class Best:
         return {"step": self.standing.step, self.metric: self.standing.value}
 
     def judge(self, step: int, tree: Callable[[], Tree], measured: Mapping[str, float]) -> bool:
-        """Saves the adapter if it is the best so far; all processes have to call this.
+        """Saves the adapter if it is the best so far; all processes must call this.
 
         Args:
           step: the step that was measured.
@@ -125,7 +125,7 @@ class Best:
         return self.is_over
 
     def keep_for(self, checkpoints: Sequence[int]) -> None:
-        """Deletes the adapters that neither the run nor one of its checkpoints needs.
+        """Deletes the adapters that neither the run nor its checkpoints need.
 
         Args:
           checkpoints: their steps.
@@ -137,7 +137,7 @@ class Best:
         self._delete_all_but(needed_steps)
 
     def go_on_from(self, step: int, saved: Fields | None) -> None:
-        """Restores the best score so far, and its step, as a checkpoint holds them.
+        """Restores the best measurement that a checkpoint recorded.
 
         Args:
           step: the checkpoint's.
@@ -171,11 +171,11 @@ class Best:
         self._delete_all_but({best_step for best_step in self._steps() if best_step <= step})
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the standing, for a checkpoint to keep."""
+        """Returns the standing in the form that checkpoints store."""
         return {"metric": self.metric, **dataclasses.asdict(self.standing)}
 
     def load(self, params: Tree) -> Tree:
-        """Returns an adapted tree with the best adapter; as it is, if nothing was measured."""
+        """Returns an adapted tree with the best adapter, or unchanged if nothing was measured."""
         if self.standing.value is None:
             return params
         best_folder = self.folder / str(self.standing.step)
@@ -183,13 +183,13 @@ class Best:
         return lj.load_adapter(best_folder, params, allow_base_mismatch=True)
 
     def _steps(self) -> list[int]:
-        """Returns the steps of the adapters that the folder holds."""
+        """Returns the steps of the adapters in the folder."""
         if not self.folder.is_dir():
             return []
         return [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
 
     def _delete_all_but(self, needed_steps: set[int]) -> None:
-        """Deletes other adapters in the first process, and what a killed run left beside them."""
+        """Deletes all other adapters, in the first process."""
         if is_first() and self.folder.is_dir():
             for path in self.folder.iterdir():
                 is_needed = path.name.isdecimal() and int(path.name) in needed_steps

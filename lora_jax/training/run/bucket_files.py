@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints in a bucket, which Orbax writes beside the steps that follow.
+"""Checkpoint files in a bucket, which Orbax writes in the background.
 
 `save` copies the state to the host and returns; a thread writes it. A store has no renames: Orbax
 puts a mark into each folder that is whole (commit_success.txt), and the record beside the
@@ -32,13 +32,13 @@ _MAX_TRIES = 3  # of Orbax, whose own layers do not try again after each error t
 
 
 class BucketFiles:
-    """Checkpoints in a folder of a bucket.
+    """Checkpoint files in a folder of a bucket.
 
     What lies there is listed once: this run alone writes to its folder.
     """
 
     def __init__(self, folder: BucketPath, record: str, before_record: Callable[[], None]) -> None:
-        """Keeps checkpoints in a bucket.
+        """Opens a bucket's folder of checkpoints, which is listed at the first use.
 
         Args:
           folder: their folder.
@@ -56,11 +56,11 @@ class BucketFiles:
 
     @property
     def is_writing(self) -> bool:
-        """True while a checkpoint is still on its way."""
+        """True while a checkpoint is being uploaded."""
         return self._thread is not None and self._thread.is_alive()
 
     def steps(self) -> set[int]:
-        """Returns the steps whose checkpoint is there, complete or not."""
+        """Returns the steps of all checkpoints, complete or not."""
         if self._steps is None:
             names = {name.partition("/")[0] for name in list_objects(self._folder)}
             self._steps = {int(name) for name in names if name.isdecimal()}
@@ -74,11 +74,12 @@ class BucketFiles:
         begun: Callable[[], None],
         written: Callable[[], None],
     ) -> None:
-        """Begins to write a checkpoint; see `CheckpointFiles.save`."""
+        """Starts to write a checkpoint; see `CheckpointFiles.save`."""
         state_copy = jax.tree.map(_copy_to_host, args["state"].item)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state_copy), run=args["run"])
 
         def write() -> None:
+            """Writes the checkpoint, in a thread."""
             try:
                 begun()
                 self._write(step, items)
@@ -96,7 +97,7 @@ class BucketFiles:
         self._thread.start()
 
     def _write(self, step: int, items: Any) -> None:
-        """Writes a checkpoint; a run of one process tries again after an error."""
+        """Writes a checkpoint, with retries in a run of one process."""
         last_try = 1 if jax.process_count() > 1 else _MAX_TRIES
         for attempt in range(1, last_try + 1):
             try:
@@ -109,7 +110,7 @@ class BucketFiles:
                 self.delete(step)
 
     def restore(self, step: int, args: Any) -> Any:
-        """Returns the items that Orbax reads of a checkpoint.
+        """Returns the items that Orbax restores from a checkpoint.
 
         Its layers take some errors that pass for a file that is missing, so it reads again.
         """
@@ -122,19 +123,19 @@ class BucketFiles:
                     raise
 
     def delete(self, step: int) -> None:
-        """Deletes a checkpoint, in the first process alone."""
+        """Deletes a checkpoint, in the first process."""
         if is_first():
             folder = self._folder / str(step)
             run_parallel(lambda name: delete_object(folder / name), list_objects(folder))
         self._steps = self.steps() - {step}
 
     def digests(self, step: int) -> Digests:
-        """Returns the store's own checksum of each object of a checkpoint."""
+        """Returns the store's checksum of each object of a checkpoint."""
         objects = list_objects(self._folder / str(step))
         return {name: f"crc32c:{facts.crc32c}" for name, facts in sorted(objects.items())}
 
     def read_record(self) -> str:
-        """Returns the text of the record; raises FileNotFoundError where there is none."""
+        """Returns the record's text; raises FileNotFoundError if there is none."""
         if self._record_text is None:
             record_object = read_object(self._record_path)
             if record_object is None:
@@ -144,17 +145,17 @@ class BucketFiles:
         return self._record_text
 
     def write_record(self, text: str) -> None:
-        """Writes the record, in the first process alone."""
+        """Writes the record, in the first process."""
         if is_first():
             write_object(self._record_path, text.encode())
         self._record_text = text
 
     def free_bytes(self) -> int | None:
-        """Returns None: a bucket has no limit."""
+        """Returns None, because a bucket has no size limit."""
         return None
 
     def wait(self) -> None:
-        """Waits until what was saved is written; raises what went wrong."""
+        """Waits until the checkpoint is written; raises errors of the writing thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -172,10 +173,10 @@ class BucketFiles:
         ) from error
 
     def agree(self, what: str) -> None:
-        """Returns at once: the first process alone calls `written`."""
+        """Returns immediately, because only the first process calls `written`."""
 
     def close(self) -> None:
-        """Waits until what was saved is written."""
+        """Waits until the checkpoint is written."""
         self.wait()
 
     def _url(self, step: int) -> str:
@@ -183,7 +184,7 @@ class BucketFiles:
 
 
 def checkpoint_writer() -> ocp.Checkpointer:
-    """Returns Orbax's reader and writer of a checkpoint's items, of all processes together."""
+    """Returns an Orbax checkpointer for all processes together."""
     n_processes = jax.process_count()
     processes = ocp.options.MultiprocessingOptions(
         active_processes=set(range(n_processes)) if n_processes > 1 else None
@@ -201,7 +202,7 @@ def checkpoint_writer() -> ocp.Checkpointer:
 
 
 def _copy_to_host(leaf: Any) -> Any:
-    """Returns a copy of an array that the next step may not donate, in the host's memory.
+    """Returns a host copy of an array, which the next step cannot donate.
 
     Of an array over several processes, each copies its own part.
     """

@@ -1,4 +1,4 @@
-"""The lock of a run's folder in a bucket: an object that is created only where there is none.
+"""The lock of a run's folder in a bucket: an object that is created only if it does not exist.
 
 The store itself compares generations (ifGenerationMatch), so that of two runs one has it. Its
 holder writes it again every few seconds.
@@ -30,11 +30,11 @@ class BucketLock:
         self._generation = ABSENT
 
     def place(self) -> bool:
-        """Places the lock, with its content at once; returns False where there is one."""
+        """Creates the lock; returns False if there is one already."""
         return self._write(ABSENT)
 
     def read(self) -> HeldLock | None:
-        """Returns the lock that is there; None where there is no lock."""
+        """Returns the existing lock, or None."""
         lock_object = read_object(self._path)
         if lock_object is None:
             return None
@@ -42,12 +42,12 @@ class BucketLock:
         return HeldLock(holder=parse_holder(content), version=generation)
 
     def touch(self) -> None:
-        """Shows that this process still runs."""
+        """Updates the lock, to show that this process still runs."""
         with contextlib.suppress(BucketError):
             self._write(self._generation)
 
     def remove(self, lock: HeldLock | None = None) -> None:
-        """Removes a lock that was read, by default this process's; leaves that of any other run."""
+        """Removes the given lock, by default this process's, but no other run's lock."""
         if lock is not None:
             delete_object(self._path, lock.version)
             return
@@ -55,7 +55,7 @@ class BucketLock:
             delete_object(self._path, self._generation)
 
     def _write(self, generation: int) -> bool:
-        """Writes the lock if it has this generation; returns True if it is this process's."""
+        """Writes the lock if it has this generation; returns True on success."""
         content = json.dumps(self._holder).encode()
         try:
             self._generation = write_object(self._path, content, generation)

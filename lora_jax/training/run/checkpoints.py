@@ -1,4 +1,4 @@
-"""Checkpoints of a run: adapter, optimiser, rng, step and data cursor, never the base.
+"""Checkpoints of a run: adapter, optimiser, rng, step and data cursor, without the base.
 
 Once Orbax has written one, the checksums of its files are recorded in one file beside the
 checkpoints, so that a damaged one is found and named. A checkpoint is complete only with that
@@ -40,7 +40,7 @@ RECORD = "checkpoints.json"  # the checksums of their files, beside their folder
 
 
 class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` of them, each named by its step."""
+    """The newest `keep` checkpoints in one folder, each named by its step."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Checkpoints:
         before_record: Callable[[], None] = lambda: None,
         notice: Callable[[str], object] = lambda line: None,
     ) -> None:
-        """Keeps checkpoints in a folder.
+        """Opens the checkpoints in a folder.
 
         Args:
           folder: the folder; in the copy of a folder in a bucket, they are written to the bucket.
@@ -82,7 +82,7 @@ class Checkpoints:
         return sorted(step for step in steps if str(step) in digests_of_steps)
 
     def save(self, state: State, run: Fields) -> None:
-        """Saves the state; all processes have to call this.
+        """Saves the state; all processes must call this.
 
         Does nothing where there is a complete checkpoint of the step.
 
@@ -102,6 +102,7 @@ class Checkpoints:
         kept_steps = [*earlier_steps, step][-self._keep :]
 
         def begun() -> None:
+            """Prepares the folder for a new checkpoint."""
             if is_first() and not self._is_recorded():
                 self._write_record({})  # from here on, one that is missing was lost
             self._remove_all_but(earlier_steps)
@@ -119,13 +120,13 @@ class Checkpoints:
         self._files.save(step, args, kept_steps, begun, written)
 
     def settle(self) -> None:
-        """Waits until what was saved is written, and says so; raises what went wrong."""
+        """Waits, with a notice, until the checkpoint is written; raises its errors."""
         if self._files.is_writing:
             self._notice(f"waiting until the checkpoint is in {replace_copy_paths(self.folder)}")
         self._files.wait()
 
     def run_of_newest(self) -> dict[str, Any] | None:
-        """Returns the `run` of the newest checkpoint; None if it is damaged, which `restore` says.
+        """Returns the `run` of the newest checkpoint; None if it is damaged.
 
         It can be read whatever the shapes of the state.
         """
@@ -139,7 +140,7 @@ class Checkpoints:
             return None
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """Returns the state of the newest checkpoint, and the `run` that it was saved with.
+        """Returns the state of the newest checkpoint, and the `run` saved with it.
 
         Args:
           like: a state with the shapes, dtypes and shardings to restore.
@@ -168,7 +169,7 @@ class Checkpoints:
         )
 
     def _newest_whole(self, steps: list[int], like: State) -> int | None:
-        """Returns the last of some steps whose checkpoint can be read; None if there is none."""
+        """Returns the newest step whose checkpoint can be read, or None."""
         for step in reversed(steps):
             try:
                 self._read(step, like)
@@ -178,6 +179,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """Reads and checks the state and the `run` of one checkpoint."""
         self._check_files(step)
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays_of_state(like))
         args = ocp.args.Composite(
@@ -195,7 +197,7 @@ class Checkpoints:
         return State(**{**arrays, "key": key}), run
 
     def _check_files(self, step: int) -> None:
-        """Raises a DamagedCheckpoint if a file is not the one that was saved."""
+        """Raises a DamagedCheckpoint if a file differs from what was saved."""
         recorded_digests = self._recorded()[str(step)]
         digests = self._files.digests(step)
         for name, recorded_digest in recorded_digests.items():
@@ -205,7 +207,7 @@ class Checkpoints:
                 raise DamagedCheckpoint(f"its file {name} has changed since it was saved")
 
     def _recorded(self) -> dict[str, Digests]:
-        """Returns the digests of each complete checkpoint, by step."""
+        """Returns the recorded digests of each complete checkpoint, by step."""
         try:
             digests_of_steps: dict[str, Digests] = json.loads(self._files.read_record())
             return digests_of_steps
@@ -224,6 +226,7 @@ class Checkpoints:
             ) from error
 
     def _is_recorded(self) -> bool:
+        """Returns True if the record of complete checkpoints exists."""
         try:
             self._files.read_record()
         except FileNotFoundError:
@@ -235,7 +238,7 @@ class Checkpoints:
         self._files.write_record(text + "\n")
 
     def _record_files(self, step: int, kept_steps: list[int]) -> None:
-        """Records a checkpoint's digests beside those of the others that are kept."""
+        """Adds a checkpoint's digests to the record."""
         if is_first():
             digests_of_steps = self._recorded()
             digests_of_steps[str(step)] = self._files.digests(step)
@@ -243,18 +246,18 @@ class Checkpoints:
         self._files.agree("the checkpoint's files are recorded")
 
     def _remove_all_but(self, kept_steps: list[int]) -> None:
-        """Removes checkpoints that are too old, or that a kill left incomplete."""
+        """Deletes old and incomplete checkpoints."""
         for step in sorted(self._files.steps() - set(kept_steps)):
             self._files.delete(step)
 
     def close(self) -> None:
-        """Releases the folder, once what was saved is written."""
+        """Releases the folder after the last checkpoint is written."""
         self.settle()
         self._files.close()
 
 
 def _check_free_space(folder: Path, free_bytes: int, state: State) -> None:
-    """Raises an OSError, shorter than Orbax's, if this process's part of a state does not fit.
+    """Raises an OSError if this process's part of a state does not fit on the disk.
 
     A limit on the size of files applies to a file of Orbax's, which holds 2 GiB at most.
     """

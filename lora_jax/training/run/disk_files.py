@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints on a disk: Orbax writes each aside, and renames it."""
+"""Checkpoint files on a disk, which Orbax writes under a temporary name and renames."""
 
 import functools
 import hashlib
@@ -15,14 +15,14 @@ Digests = dict[str, str]  # a file's path in the checkpoint's folder -> a checks
 
 
 class CheckpointFiles(Protocol):
-    """The checkpoints of a run on their storage, with the record that says which are complete."""
+    """The interface of checkpoint storage, with the record of complete checkpoints."""
 
     @property
     def is_writing(self) -> bool:
-        """True while a checkpoint is still being written."""
+        """True while a checkpoint is being written."""
 
     def steps(self) -> set[int]:
-        """Returns the steps whose checkpoint is there, complete or not."""
+        """Returns the steps of all checkpoints, complete or not."""
 
     def save(
         self,
@@ -32,7 +32,7 @@ class CheckpointFiles(Protocol):
         begun: Callable[[], None],
         written: Callable[[], None],
     ) -> None:
-        """Writes a checkpoint; all processes call it.
+        """Writes a checkpoint; all processes must call this.
 
         Args:
           step: its step.
@@ -44,35 +44,35 @@ class CheckpointFiles(Protocol):
         """
 
     def restore(self, step: int, args: Any) -> Any:
-        """Returns the items that Orbax reads of a checkpoint."""
+        """Returns the items that Orbax restores from a checkpoint."""
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint."""
 
     def digests(self, step: int) -> Digests:
-        """Returns the checksums of the files of a checkpoint."""
+        """Returns the checksums of a checkpoint's files."""
 
     def read_record(self) -> str:
-        """Returns the text of the record; raises FileNotFoundError where there is none."""
+        """Returns the record's text; raises FileNotFoundError if there is none."""
 
     def write_record(self, text: str) -> None:
-        """Writes the record, in the first process alone."""
+        """Writes the record, in the first process."""
 
     def free_bytes(self) -> int | None:
-        """Returns the room for more files; None where there is no limit."""
+        """Returns the free space for more files; None without a limit."""
 
     def wait(self) -> None:
-        """Waits until what was saved is written; raises what went wrong."""
+        """Waits until the checkpoint is written; raises errors of the writing."""
 
     def agree(self, what: str) -> None:
-        """Waits for all processes where each calls `written`."""
+        """Waits for all processes, if each of them calls `written`."""
 
     def close(self) -> None:
-        """Waits, and releases what is held."""
+        """Waits, and releases resources."""
 
 
 class DiskFiles:
-    """Checkpoints in a folder of this machine, or one that is mounted."""
+    """Checkpoint files in a local or mounted folder."""
 
     is_writing = False
 
@@ -87,7 +87,7 @@ class DiskFiles:
         return ocp.CheckpointManager(self._folder, options=options)
 
     def steps(self) -> set[int]:
-        """Returns the steps whose checkpoint is there, complete or not."""
+        """Returns the steps of all checkpoints, complete or not."""
         return {*self._manager.all_steps()} if self._folder.is_dir() else set()
 
     def save(
@@ -104,7 +104,7 @@ class DiskFiles:
         written()
 
     def restore(self, step: int, args: Any) -> Any:
-        """Returns the items that Orbax reads of a checkpoint."""
+        """Returns the items that Orbax restores from a checkpoint."""
         return self._manager.restore(step, args=args)
 
     def delete(self, step: int) -> None:
@@ -122,19 +122,19 @@ class DiskFiles:
         return digests
 
     def read_record(self) -> str:
-        """Returns the text of the record; raises FileNotFoundError where there is none."""
+        """Returns the record's text; raises FileNotFoundError if there is none."""
         return self._record.read_text()
 
     def write_record(self, text: str) -> None:
-        """Writes the record, in the first process alone."""
+        """Writes the record, in the first process."""
         write_text(self._record, text)
 
     def free_bytes(self) -> int | None:
-        """Returns the room on the disk."""
+        """Returns the free space on the disk."""
         return shutil.disk_usage(self._folder.parent).free
 
     def wait(self) -> None:
-        """Returns at once: nothing is written later."""
+        """Returns immediately, because checkpoints are written synchronously."""
 
     def agree(self, what: str) -> None:
         """Waits for all processes."""

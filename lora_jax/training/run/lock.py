@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one run at a time writes to it.
+"""The lock of a run's folder, to which only one run may write at a time.
 
 The lock is a file that names its holder, which touches it every few seconds. It is stale if its
 holder is a dead process of this host, or if it was not touched for a minute (its host was restarted
@@ -29,7 +29,7 @@ Holder = dict[str, Any]  # a process, as a lock names it
 
 
 class HeldLock(NamedTuple):
-    """Describes a lock that is there.
+    """The state of an existing lock.
 
     Attributes:
       holder: the process that holds the lock.
@@ -43,25 +43,25 @@ class HeldLock(NamedTuple):
 
 
 class LockFile(Protocol):
-    """The file, or the object in a bucket, by which a run holds its folder."""
+    """The file or bucket object that locks a run's folder."""
 
     folder: Any
 
     def place(self) -> bool:
-        """Places the lock, with its content at once; returns False where there is one."""
+        """Creates the lock; returns False if there is one already."""
 
     def read(self) -> HeldLock | None:
-        """Returns the lock that is there; None where there is no lock."""
+        """Returns the existing lock, or None."""
 
     def touch(self) -> None:
-        """Shows that this process still runs."""
+        """Updates the lock, to show that this process still runs."""
 
     def remove(self, lock: HeldLock | None = None) -> None:
-        """Removes a lock that was read, by default this process's; leaves that of any other run."""
+        """Removes the given lock, by default this process's, but no other run's lock."""
 
 
 class RunLock:
-    """Holds the lock of a folder; a context manager.
+    """Holds the lock of a folder, as a context manager.
 
     Args:
       file: the lock's file, in a folder that exists, or its object in a bucket.
@@ -97,7 +97,7 @@ class RunLock:
         self._file.remove()
 
     def _is_stale(self, lock: HeldLock) -> bool:
-        """Returns True if the holder is gone; may wait to see whether it touches the lock."""
+        """Returns True if the holder has died; may wait to see if it touches the lock."""
         is_dead = is_dead_process(lock.holder)
         if is_dead is not None:
             return is_dead
@@ -123,7 +123,7 @@ class RunLock:
 
 
 class FolderLock:
-    """The lock of a folder on a disk; see `LockFile`. Its version is the time of its last touch."""
+    """The lock of a folder on a disk; see `LockFile`. Its version is the time of the last touch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,7 +131,7 @@ class FolderLock:
         self._holder = describe_this_process()
 
     def place(self) -> bool:
-        """Places the lock, with its content at once; returns False where there is one."""
+        """Creates the lock; returns False if there is one already."""
         with _temporary_file(self._path, self._holder) as complete_file:
             try:
                 os.link(complete_file, self._path)
@@ -146,7 +146,7 @@ class FolderLock:
         return True
 
     def read(self) -> HeldLock | None:
-        """Returns the lock that is there; None where there is no lock."""
+        """Returns the existing lock, or None."""
         with _temporary_file(self._path, {}) as file:
             file_system_time = file.stat().st_mtime
         try:
@@ -157,12 +157,12 @@ class FolderLock:
         return HeldLock(holder=holder, version=touch_time, age=file_system_time - touch_time)
 
     def touch(self) -> None:
-        """Shows that this process still runs."""
+        """Updates the lock, to show that this process still runs."""
         with contextlib.suppress(OSError):
             os.utime(self._path)
 
     def remove(self, lock: HeldLock | None = None) -> None:
-        """Removes a lock that was read, by default this process's; leaves that of any other run."""
+        """Removes the given lock, by default this process's, but no other run's lock."""
         expected_holder = self._holder if lock is None else lock.holder
         # Renaming is atomic, so only one process gets the file. Only then is its holder compared.
         removed_path = self._path.with_name(f".{LOCK}.{self._holder['host']}.{os.getpid()}")
@@ -175,7 +175,7 @@ class FolderLock:
 
 
 def _read_holder(path: Path) -> Holder:
-    """Returns the holder that a file names; {} where the file cannot be read."""
+    """Returns the holder named in a lock file; {} if the file cannot be read."""
     try:
         return parse_holder(path.read_bytes())
     except FileNotFoundError:
@@ -185,7 +185,7 @@ def _read_holder(path: Path) -> Holder:
 
 
 def parse_holder(content: str | bytes) -> Holder:
-    """Returns the holder that a lock names; {} where the lock is damaged."""
+    """Returns the holder named in a lock; {} if the lock is damaged."""
     try:
         holder = json.loads(content)
     except ValueError:
@@ -195,7 +195,7 @@ def parse_holder(content: str | bytes) -> Holder:
 
 @contextlib.contextmanager
 def _temporary_file(path: Path, content: Holder) -> Any:
-    """Yields the path of a file with a content, beside another path, and deletes it."""
+    """Yields a temporary file with this content, and deletes it."""
     descriptor, name = tempfile.mkstemp(prefix=f".{LOCK}.", dir=path.parent)
     with os.fdopen(descriptor, "w") as file:
         json.dump(content, file)
@@ -206,7 +206,7 @@ def _temporary_file(path: Path, content: Holder) -> Any:
 
 
 def _describe_process(pid: int) -> Holder:
-    """Returns a process's number and its start, if known; {} if there is no such process."""
+    """Returns a process's id and start time, if known; {} if it does not exist."""
     if os.name != "posix":  # elsewhere, a signal of 0 would end the process
         return {"pid": pid, "started": None}
     try:
@@ -225,7 +225,7 @@ def _describe_process(pid: int) -> Holder:
 
 
 def _describe_host() -> Holder:
-    """Returns the host, boot and container, without which a process number says nothing."""
+    """Returns the host, boot and container, in which a process id is valid."""
     boot = container = None
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -234,12 +234,12 @@ def _describe_host() -> Holder:
 
 
 def describe_this_process() -> Holder:
-    """Returns the fields by which a lock names this process as its holder."""
+    """Returns the fields that identify this process in a lock."""
     return {**_describe_host(), **_describe_process(os.getpid())}
 
 
 def is_dead_process(holder: Holder) -> bool | None:
-    """Returns True for a dead process of this host; None for one of another host."""
+    """Returns True for a dead process of this host; None for a process of another host."""
     is_of_this_host = {**holder, **_describe_host()} == holder
     if os.name != "posix" or "pid" not in holder or not is_of_this_host:
         return None
@@ -249,5 +249,5 @@ def is_dead_process(holder: Holder) -> bool | None:
 
 
 def name_of_holder(holder: Holder) -> str:
-    """Returns the process and host that a lock names, for messages."""
+    """Returns the process and host named in a lock, for messages."""
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"

@@ -1,4 +1,4 @@
-"""The log of a run, as the loop uses it."""
+"""The log of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -13,24 +13,24 @@ NO_TOKENS = "no token of its batch counts"  # the reason of a step that was skip
 
 
 class Log(Protocol):
-    """Gets a line of metrics a window of steps; used in a `with`."""
+    """Receives one line of metrics per window of steps; used as a context manager."""
 
     def __enter__(self) -> "Log": ...
 
     def __exit__(self, *_: Any) -> None: ...
 
     def add(self, line: Line) -> None:
-        """Takes a line of metrics, which has a `step`."""
+        """Receives a line of metrics, which has a `step`."""
 
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of a step that was skipped.
+        """Receives the metrics of a skipped step.
 
         `lost` says why if its batch does. It is `NO_TOKENS` where the batch has no counted token.
         """
 
 
 class NullLog:
-    """Keeps nothing: the log of all processes but the first, which keeps it for all."""
+    """Discards everything; used by all processes but the first."""
 
     def __enter__(self) -> Self:
         return self
@@ -39,14 +39,14 @@ class NullLog:
         pass
 
     def add(self, line: Line) -> None:
-        """Keeps nothing."""
+        """Discards the line."""
 
     def skipped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keeps nothing."""
+        """Discards the metrics."""
 
 
 def skipped_line(step: int, metrics: Mapping[str, Any]) -> Line:
-    """Returns the line of a step that was skipped, with a `reason` where no token counted.
+    """Returns the log line of a skipped step, with a `reason` if no token counted.
 
     Args:
       step: the step.
@@ -64,7 +64,7 @@ def window_line(
     tokens_per_s: float | None,
     reduction: Reduction,
 ) -> Line:
-    """Returns the metrics of a window of steps, but for the number of its last step.
+    """Returns the metrics of a window of steps, without the step number.
 
     The loss is the mean over the window's units or, of a loss that is a sum, over its steps. Logs
     are means over the units, of steps without any over the steps. 0 stands for one that a step does
@@ -95,13 +95,13 @@ def window_line(
 
 
 def _log_names(steps: Sequence[Mapping[str, float]]) -> list[str]:
-    """Returns the names of the loss's logs in the metrics of steps, each once."""
+    """Returns the distinct names of the loss's logs in the metrics of steps."""
     metric_names = dict.fromkeys(name for metrics in steps for name in metrics)
     return [name for name in metric_names if name not in OWN_METRICS and not name.endswith(UNITS)]
 
 
 def _mean_over_units(steps: Sequence[Mapping[str, float]], name: str) -> float | None:
-    """Returns the mean of a metric as a line has it; None for a log that no unit counts for."""
+    """Returns the mean of a metric over units; None if no unit counts for it."""
     own_count_name = f"{name}{UNITS}"
     has_own_count = own_count_name in steps[0]
     has_units = any(metrics["count"] for metrics in steps)
@@ -120,7 +120,7 @@ def _mean_over_units(steps: Sequence[Mapping[str, float]], name: str) -> float |
 
 
 def _batch_line(batches: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Returns the metrics of a window's batches, as one line has them.
+    """Returns the batch metrics of a window, combined to one line.
 
     A metric is the mean over the steps, whose batches have as many completions each; it is not
     weighted by their tokens. A maximum (`…_max`) is the largest one. None stands for a metric that
@@ -140,20 +140,20 @@ def _batch_line(batches: Sequence[Mapping[str, float | None]]) -> dict[str, floa
 
 
 def losses_of(line: Line) -> str:
-    """Returns the loss of a line and its logs, as "loss 0.3333  accuracy 0.875"."""
+    """Returns a text of a line's loss and logs: "loss 0.3333  accuracy 0.875"."""
     logs = (f"  {name} {value:.4g}" for name, value in line.items() if name not in OWN_METRICS)
     norm = f"  grad_norm {line['grad_norm']:.3g}" if "grad_norm" in line else ""
     return f"loss {line['loss']:.4f}{''.join(logs)}{norm}"
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds in words: "3 min 20 s"."""
+    """Returns seconds as text: "3 min 20 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def show(line: Line) -> None:
-    """Prints a line of metrics: a window of steps, a measurement on held-out data, or a skip.
+    """Prints a line of metrics: a window of steps, a held-out measurement, or a skipped step.
 
     Args:
       line: as `finetune` gives it to its `log`.
@@ -174,7 +174,7 @@ def show(line: Line) -> None:
 
 
 class Recorder(NullLog):
-    """Keeps all lines, and hands each on.
+    """Records all lines, and passes each to a callback.
 
     Attributes:
       lines: the lines so far; of a step that was skipped, as `skipped_line` returns it.
@@ -185,11 +185,11 @@ class Recorder(NullLog):
         self._heard = heard
 
     def add(self, line: Line) -> None:
-        """Keeps a line, and hands it on in the first process."""
+        """Records a line, and calls the callback in the first process."""
         self.lines.append(line)
         if self._heard is not None and is_first():
             self._heard(line)
 
     def skipped(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keeps that a step was skipped."""
+        """Records a skipped step."""
         self.add(skipped_line(step, metrics))

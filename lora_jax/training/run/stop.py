@@ -1,4 +1,4 @@
-"""Stops a run on Ctrl-C or SIGTERM: at once if there is nothing to save, else after the step."""
+"""Stops a run on Ctrl-C or SIGTERM: immediately if nothing needs saving, else after the step."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ _AGAIN = 0.05  # seconds until a signal whose exception Python dropped comes aga
 
 
 class Stop:
-    """Knows whether the run was asked to stop.
+    """Records signals that ask the run to stop, and decides when it stops.
 
     Attributes:
       remedy: tells an interrupted user how to go on, at this point of the run.
@@ -38,7 +38,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals within, by raising `Interrupted`.
+        """Handles signals within a block, by raising `Interrupted`.
 
         Python drops an exception that is raised in a destructor or while garbage is collected (JAX
         has a callback there); such a signal comes again a moment later.
@@ -60,7 +60,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Defers the first signal within, which only sets `signal`; the second one raises."""
+        """Defers the first signal in a block to `signal`; a second one raises."""
         self.deferring = True
         try:
             yield
@@ -69,7 +69,7 @@ class Stop:
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
-        """Raises `Interrupted` for a signal that came or comes within, also where it is deferred.
+        """Raises `Interrupted` for any signal in a block whose work a resumed run repeats.
 
         For work that the run does again when it goes on. A signal of another process counts, too;
         see `hear`.
@@ -83,14 +83,14 @@ class Stop:
             self.raising = False
 
     def hear(self, number: int) -> None:
-        """Takes note that a signal came to another process, in any thread; see `dropping`."""
+        """Records that another process received a signal; see `dropping`."""
         self._elsewhere = number
         main = threading.main_thread().ident
         if self.raising and _LOOK is not None and main is not None:
             signal.pthread_kill(main, _LOOK)
 
     def agreed(self, agreement: Agreement, turn: Any = ()) -> bool:
-        """Returns True if a signal came to one of the processes; all have to call this, each turn.
+        """Returns True if any process received a signal; all processes must call this each turn.
 
         Args:
           agreement: counts the turns.
@@ -101,22 +101,22 @@ class Stop:
         return number is not None
 
     def check(self) -> None:
-        """Raises `Interrupted` where a signal came while it was deferred."""
+        """Raises `Interrupted` if a deferred signal has arrived."""
         if self.signal is not None:
             raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
-        """Returns the interruption at this point of the run."""
+        """Returns the exception for an interruption at this point of the run."""
         return Interrupted(f"interrupted by {self.name}. {self.remedy}", self.code)
 
     @property
     def code(self) -> int:
-        """Returns the exit code that shells give for the signal."""
+        """Returns the exit code that shells use for the signal."""
         return 128 + (self.signal or signal.SIGINT)
 
     @property
     def name(self) -> str:
-        """Returns the signal's name: "SIGTERM"."""
+        """Returns the name of the signal: "SIGTERM"."""
         return signal.Signals(self.signal or signal.SIGINT).name
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -132,6 +132,7 @@ class Stop:
     def _send_again(
         self, report: Callable[["sys.UnraisableHookArgs"], Any], dropped: "sys.UnraisableHookArgs"
     ) -> None:
+        """Sends a signal again whose exception Python has dropped."""
         if not isinstance(dropped.exc_value, Interrupted) or self.signal is None:
             report(dropped)
             return

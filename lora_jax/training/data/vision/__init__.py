@@ -1,1 +1,1 @@
-"""Images of classes, and images in chats."""
+"""Labelled images, and images in chats."""

@@ -1,4 +1,4 @@
-"""Labelled images as arrays: decoded, resized and cut once, normalised batch by batch."""
+"""Labelled images as arrays: decoded, resized and cropped once, and normalised per batch."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ _BLOCK = 256  # images that are hashed at once
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images(Padded):
-    """Holds images ready to be batched; a batch has ``pixel_values`` as the model takes them.
+    """Labelled images to be batched; a batch has ``pixel_values`` for the model.
 
     Attributes:
       pixels: [n, channels, height, width] uint8, resized and cut.
@@ -42,23 +42,23 @@ class Images(Padded):
     length: int = 1
 
     def by_name(self) -> HostBatch:
-        """Returns the arrays that do not depend on the processor's last steps."""
+        """Returns the stored arrays, before normalisation."""
         return {"pixels": self.pixels, "labels": self.labels, "weights": self.weights}
 
     def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
         return (self.length,), np.full(len(self), self.length)
 
     def take(self, rows: np.ndarray) -> HostBatch:
-        """Returns the images at the indices `rows`, of any shape."""
+        """Returns the images with these indices, of any shape."""
         batch = super().take(rows)
         return {"pixel_values": self.processor.values(batch.pop("pixels")), **batch}
 
     def tokens(self, batch: HostBatch) -> int:
-        """Returns the number of tokens that the model makes of a batch."""
+        """Returns the number of model tokens in a batch."""
         return self.length * batch["labels"].size
 
     def digest(self) -> str:
-        """Returns a fingerprint of all images and of what makes values of them."""
+        """Returns a fingerprint of all images and of the normalisation."""
         sha = hashlib.sha256(f"{self.pixels.shape}{self.processor}".encode())
         for start in range(0, len(self), _BLOCK):
             sha.update(self.pixels[start : start + _BLOCK].tobytes())
@@ -117,7 +117,7 @@ def images(
 
 
 def check_rows(rows: Sequence[Row], source: str, image: str, label: str | None) -> None:
-    """Raises TrainingError where a row lacks an image or a label; names the row and the field."""
+    """Raises TrainingError if a row lacks an image or a label; names the row and the field."""
     for number, row in enumerate(rows, start=1):
         row_name = name_of(row, source, number)
         if row.get(image) in (None, ""):
@@ -128,7 +128,7 @@ def check_rows(rows: Sequence[Row], source: str, image: str, label: str | None) 
 
 
 def names_of(rows: Sequence[Row], image: str, source: str) -> list[str]:
-    """Returns names of images for messages: their paths, or the places of their rows."""
+    """Returns the names of images for messages: their paths, or their rows."""
     names = []
     for number, row in enumerate(rows, start=1):
         is_path = isinstance(row[image], str | os.PathLike)
@@ -153,7 +153,7 @@ def read_pixels(
         pixels = np.memmap(file, np.uint8, "w+", shape=(len(sources), *processor.shape))
 
     def read(index: int) -> str | None:
-        """Reads an image; returns the problem if it is broken."""
+        """Reads an image; returns the problem if it is damaged."""
         try:
             pixels[index] = processor.pixels(sources[index])
             return None

@@ -1,4 +1,4 @@
-"""The images of chats: read once, written as tokens, and given to batches as pixel values."""
+"""Images of chats: read once, expanded to tokens, and passed to batches as pixel values."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ _BLOCK = 64  # tiles that are hashed at once
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pictures:
-    """Holds the images of rows.
+    """The images of rows.
 
     Attributes:
       reader: the model's.
@@ -38,12 +38,12 @@ class Pictures:
 
     @functools.cached_property
     def tile_starts(self) -> np.ndarray:
-        """Returns the index of the first tile of each row, and the number of all tiles: [n + 1]."""
+        """Returns the index of each row's first tile, and the total: [n + 1]."""
         tile_counts = [sum(map(self.reader.count, row_grids)) for row_grids in self.grids]
         return np.concatenate([[0], np.cumsum(tile_counts, dtype=np.int64)])
 
     def expand(self, tokens: TokenSequence, name: str, *, whole: bool = True) -> TokenSequence:
-        """Returns a row's tokens with those of its images; the loss counts none of these.
+        """Returns a row's tokens with image tokens inserted, which the loss does not count.
 
         Args:
           tokens: with one token for each image.
@@ -78,13 +78,13 @@ class Pictures:
         return dataclasses.replace(tokens, ids=ids, counts=counts)
 
     def tiles_of(self, row: int) -> np.ndarray:
-        """Returns the tiles of a row, counted from 1: [n, channels, height, width] uint8."""
+        """Returns the tiles of a row, by its number from 1: [n, channels, height, width] uint8."""
         return self.pixels[self.tile_starts[row - 1] : self.tile_starts[row]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelValues:
-    """Gives images of the rows of data sets to batches; see ``Packs.further``.
+    """Passes the images of rows to batches; see ``Packs.further``.
 
     Attributes:
       parts: the images of each data set.
@@ -96,7 +96,7 @@ class PixelValues:
 
     @functools.cached_property
     def max_tiles(self) -> int:
-        """Returns the tiles that each row gets: as many as the row with most of them."""
+        """Returns the padded number of tiles of each row."""
         max_tiles = 1
         for pictures, rows in zip(self.parts, self.rows, strict=True):
             tile_counts = np.diff(pictures.tile_starts)[rows - 1]
@@ -105,7 +105,7 @@ class PixelValues:
 
     @functools.cached_property
     def max_images(self) -> int:
-        """Returns the number of images of the row with most of them, 1 at least."""
+        """Returns the largest number of images in a row, at least 1."""
         max_images = 1
         for pictures, rows in zip(self.parts, self.rows, strict=True):
             for row in rows.tolist():
@@ -113,13 +113,13 @@ class PixelValues:
         return max_images
 
     def arrays(self, origin: int, row: int) -> HostBatch:
-        """Returns the model's inputs of a row's images, with room for as many as any row has."""
+        """Returns the image inputs of a row, padded to the largest row."""
         pictures = self.parts[origin]
         room = (self.max_tiles, self.max_images)
         return pictures.reader.inputs(pictures.tiles_of(row), pictures.grids[row - 1], room)
 
     def digest(self) -> str:
-        """Returns a fingerprint of all images and of what makes values of them."""
+        """Returns a fingerprint of all images and of their processing."""
         sha = hashlib.sha256()
         for pictures in self.parts:
             sha.update(f"{pictures.reader.processor}{pictures.grids}".encode())
@@ -136,7 +136,7 @@ class RowImages(NamedTuple):
 
 
 def image_inputs(rows: Sequence[RowImages], reader: AnyReader) -> dict[str, np.ndarray]:
-    """Returns a model's inputs of the images of rows, all with room for as many as any has."""
+    """Returns the image inputs of rows, padded to the row with most images."""
     max_tiles = reader.room(max(len(row.tiles) for row in rows))
     max_images = max(len(row.grids) for row in rows)
     row_inputs = [reader.inputs(row.tiles, row.grids, (max_tiles, max_images)) for row in rows]
@@ -151,7 +151,7 @@ def read_pictures(
     names: Sequence[str],
     reader: AnyReader,
 ) -> Pictures:
-    """Reads the images of rows, in all threads, into a temporary file that is mapped into memory.
+    """Reads the images of rows, in threads, into a memory-mapped temporary file.
 
     Args:
       rows: the images of each row; see ``ImageProcessor.pixels``.
@@ -165,7 +165,7 @@ def read_pictures(
     problems = []
 
     def read(row: int, image: Any) -> Any:
-        """Returns an image's tiles and its grid, or the problem if it is broken."""
+        """Returns an image's tiles and grid, or the problem if it is damaged."""
         try:
             return reader.processor.tiles(image)
         except ImageError as error:
@@ -195,7 +195,7 @@ def read_pictures(
 
 
 def check_read(problems: Sequence[str], n_images: int) -> None:
-    """Raises TrainingError where some of the images are broken; names the first of them."""
+    """Raises TrainingError if some images could not be read; names the first ones."""
     if not problems:
         return
     problem_list = "; ".join(problems[:_MAX_NAMED])
