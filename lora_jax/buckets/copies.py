@@ -343,6 +343,8 @@ def writes_to_buckets(
     """
 
     def decorate(save: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        """Returns the decorated function."""
+
         @functools.wraps(save)
         def save_anywhere(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
             """Calls the function with a local folder, and uploads it."""

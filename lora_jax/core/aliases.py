@@ -113,6 +113,7 @@ def flatten_with_aliases(
     visited: dict[int, object] = {}  # objects by id; holding them keeps their ids unique
 
     def is_leaf_or_repeated(value: Leaf) -> bool:
+        """Returns True for a leaf, and for an object that was visited before."""
         if is_leaf is not None and is_leaf(value):
             return True
         if not is_nnx_object(value):
@@ -158,6 +159,7 @@ def resolve_aliases(tree: Tree) -> Tree:
             return is_original or isinstance(child, Alias)
 
         def rebuild_leaf(path: KeyPath, leaf: Leaf) -> Leaf:
+            """Returns the object of an alias, a rebuilt object, or the leaf itself."""
             if isinstance(leaf, Alias):
                 # The original comes before its aliases in the tree, so that it is rebuilt already.
                 original_id = id(original_of_alias[path])

@@ -26,6 +26,7 @@ def _unpack_words(files: FolderTensors, name: str) -> np.ndarray:
 
 
 def _matrix_shape(files: FolderTensors, name: str) -> tuple[int, int]:
+    """Returns the two sizes of a matrix; raises an error for other tensors."""
     shape = files.tensors[name].shape
     if len(shape) != 2:
         raise WeightsError(

@@ -254,6 +254,7 @@ def _initial_recurrent(
 
 
 def _empty_routing(config: Any, batch: int, max_len: int) -> jax.Array:
+    """Returns the experts of an empty cache, -1 in each slot; raises an error for dense models."""
     if not (getattr(config, "num_experts", 0) or 0):
         raise ValueError(
             "with_routing=True stores the experts of each token, but this model has no experts. "

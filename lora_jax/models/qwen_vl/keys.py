@@ -22,6 +22,7 @@ def qwen_vl_table(config: QwenVLConfig) -> list[Row]:
 
 
 def _vision_table(config: QwenVLConfig) -> KeyTable:
+    """Returns the rows of the image encoder."""
     vision = config.vision
     trunk = "model/visual"
     width = vision.hidden_size

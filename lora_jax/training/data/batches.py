@@ -97,7 +97,7 @@ class Arrays(Examples):
 
 
 class Padded(Examples):
-    """Examples whose batches are padded to the smallest suitable length of a few."""
+    """Examples with batches that are padded to the smallest suitable length of a few."""
 
     def _padding(self) -> tuple[tuple[int, ...], np.ndarray]:
         """Returns the padded lengths, ascending, and the unpadded size of each row: [n]."""

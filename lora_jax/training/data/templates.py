@@ -376,7 +376,7 @@ class Rendered(NamedTuple):
         return self._replace(end=index + 1, text=text, ask=False)
 
     def _fields_of(self, index: int, field_names: Iterable[str]) -> list[str]:
-        """Returns those of these fields that the template must show for a turn."""
+        """Returns the subset of `field_names` that the template must show for a turn."""
         turn = self.chat.messages[index]
         if turn["role"] == "tool" and turn.get("name") in _called_names(self.chat.messages[:index]):
             return []  # the name is that of a call, which is shown
@@ -458,7 +458,7 @@ def check_calls(turn: Message, text: str) -> None:
 
 
 def _fields_in(turn: Message, fields: Iterable[str]) -> list[str]:
-    """Returns those of these fields that a turn has."""
+    """Returns the subset of `field_names` that a turn has."""
     return [field for field in fields if turn.get(field)]
 
 

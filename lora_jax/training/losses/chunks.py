@@ -112,6 +112,7 @@ def map_chunks(
     run_jaxpr = jaxpr_as_fun(jaxpr)
 
     def values_of_read_leaves(read_leaves: Sequence[Leaf], *chunk: jax.Array) -> _Outputs:
+        """Returns the values of a chunk, given the leaves that they read."""
         # The jaxpr reads no other leaf, so that 0 stands for each of them.
         all_leaves: list[Leaf] = [0] * len(leaves)
         for index, leaf in zip(leaf_indices, read_leaves, strict=True):
@@ -237,6 +238,8 @@ class _Loop:
         """Computes each token's value with its gradient, by two products with the head."""
 
         def value_slope_and_facts(index: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
+            """Returns the value of each token, its gradient, and its facts."""
+
             def value_and_facts(hidden: jax.Array) -> tuple[jax.Array, _Outputs]:
                 value, *facts = self._chunk_values(leaves, index, hidden, targets)
                 return value, facts

@@ -54,6 +54,7 @@ class Cudnn(Implementation):
         return None
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
+        """Computes attention by cuDNN, or by the fallback if cuDNN cannot run the call."""
         if self.refusal(inputs.call):
             return self.fallback(*inputs)
         _, k, v, mask, *_ = inputs

@@ -104,6 +104,7 @@ class Splash(Implementation):
         return seq**2 * visited // blocks
 
     def compute(self, inputs: AttentionInputs) -> jax.Array:
+        """Computes attention by the kernel, or by the fallback if the kernel refuses the call."""
         if self.refusal(inputs.call):
             return self.fallback(*inputs)
         _, _, _, mask, _, cap, sinks = inputs
@@ -115,6 +116,7 @@ class Splash(Implementation):
         branched = mask.keys.branches is not None
 
         def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
+            """Computes attention of one row."""
             q, k, v = (x.transpose(1, 0, 2) for x in row[:3])
             segment_ids = kernels.SegmentIds(*row[3:])
             with jax.named_scope(visits):
@@ -148,6 +150,7 @@ class Splash(Implementation):
         size, key_size = self._blocks(band)
 
         def make_kernel(band: _Band) -> Any:
+            """Returns the kernel for a mask with or without the window."""
             sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
             sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
             hides = band.causal or band.window is not None

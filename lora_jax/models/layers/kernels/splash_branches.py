@@ -50,6 +50,7 @@ def attend_branches(
         return forward(mask_tables, q, k, v, segments)[0]
 
     def forward(mask_tables: Any, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> Any:
+        """Returns attention and the residuals of its gradient."""
         options_with_sums = {**options, "save_residuals": True}
         forward_kernel = type(kernel)(mask_tables[0], None, None, **options_with_sums)
         outputs = []
@@ -69,6 +70,7 @@ def attend_branches(
         return out, (mask_tables, q, k, v, segments, out, total)
 
     def backward(residuals: Any, cotangent: jax.Array) -> Any:
+        """Returns the gradients of q, k and v, summed over the calls."""
         mask_tables, q, k, v, segments, out, total = residuals
         # Each call adds its terms to the gradients, given the joined output and logsumexp.
         gradients = []
