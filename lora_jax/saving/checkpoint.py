@@ -38,7 +38,7 @@ from lora_jax.core.weight import (
 from lora_jax.folders import TEMPLATE_FILE, local_path, partial_folder_of, replace_folder
 from lora_jax.lorafy import nodes_of, strip, swap
 from lora_jax.saving.derived import Remaker, remove_derived_arrays
-from lora_jax.saving.errors import AdapterError
+from lora_jax.saving.errors import AdapterError, DamagedAdapterError
 from lora_jax.saving.fingerprint import base_fingerprint, checksum, keys_that_differ
 from lora_jax.select.sharing import check_owners_exist, fill_in_shared_arrays
 from lora_jax.variants import PARTS
@@ -381,11 +381,11 @@ def _read_metadata(folder: Path) -> JsonObject:
     try:
         metadata = json.loads(file.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(
+        raise DamagedAdapterError(
             f"{file} is damaged and cannot be read ({error}). Copy or save the adapter again."
         ) from None
     if not isinstance(metadata, dict) or not _METADATA_FIELDS <= set(metadata):
-        raise AdapterError(
+        raise DamagedAdapterError(
             f"{file} is damaged, because some of the fields {sorted(_METADATA_FIELDS)} are "
             "missing. Copy or save the adapter again."
         )
@@ -477,7 +477,9 @@ def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarr
             restored = checkpointer.restore(folder, items)["adapter"]
     except Exception as error:  # whatever the storage layers raise for a damaged file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise AdapterError(
+        # TensorStore appends its settings, which do not help.
+        reason = reason.partition(" See full TensorStore details")[0].rstrip(".")
+        raise DamagedAdapterError(
             f"the adapter {folder} is damaged and cannot be read ({reason[:300]}). Copy or save it "
             "again."
         ) from None
@@ -486,7 +488,7 @@ def _read_arrays(folder: Path, metadata: Fields) -> dict[str, dict[str, np.ndarr
         changed_names = keys_that_differ(saved_checksums, checksums)
         if changed_names:
             name = f"{path}/{changed_names[0]}"
-            raise AdapterError(
+            raise DamagedAdapterError(
                 f"the adapter {folder} is damaged, because the checksum of {name} is wrong. Copy "
                 "or save it again."
             )

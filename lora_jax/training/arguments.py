@@ -174,7 +174,12 @@ def matching_examples(
 
 
 class NumberRange(NamedTuple):
-    """The valid range of an option, and the error for values outside it."""
+    """The valid range of an option.
+
+    Attributes:
+      hold: tells if a number is in the range.
+      needed: what to pass, in words, such as "a positive number".
+    """
 
     hold: Callable[[float], bool]
     needed: str
@@ -182,22 +187,22 @@ class NumberRange(NamedTuple):
 
 def numbers_from(least: int) -> NumberRange:
     """Returns the range of numbers not below `least`."""
-    return NumberRange(lambda x: x >= least, f"at least {least} is needed")
+    return NumberRange(lambda x: x >= least, f"a number of at least {least}")
 
 
-POSITIVE = NumberRange(lambda x: 0 < x < math.inf, "a positive number is needed")
-NOT_NEGATIVE = NumberRange(lambda x: 0 <= x < math.inf, "a number from 0 on is needed")
+POSITIVE = NumberRange(lambda x: 0 < x < math.inf, "a positive number")
+NOT_NEGATIVE = NumberRange(lambda x: 0 <= x < math.inf, "0 or a positive number")
 # JAX takes a larger seed by its last 32 bits.
-SEED = NumberRange(lambda x: 0 <= x < 2**32, f"a number from 0 to {2**32 - 1} is needed")
-_DECAY_RATE = NumberRange(lambda x: 0 <= x < 1, "a number from 0 to below 1 is needed")
-_FINITE = "at least 0 is needed, and a finite number"
+SEED = NumberRange(lambda x: 0 <= x < 2**32, f"a number from 0 to {2**32 - 1}")
+_DECAY_RATE = NumberRange(lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_FINITE = "0 or a positive finite number"
 
 # The range of each number, by the names of arguments and options.
 NUMBERS = {
     **dict.fromkeys(("steps", "batch_size", "grad_accum", "keep", "patience"), numbers_from(1)),
     **dict.fromkeys(("log_every", "eval_every", "save_every", "max_skipped"), numbers_from(1)),
-    "epochs": POSITIVE._replace(needed="a positive number of passes over the data is needed"),
-    "lr": POSITIVE._replace(needed="a learning rate is a positive number"),
+    "epochs": POSITIVE._replace(needed="a positive number of passes over the data"),
+    "lr": POSITIVE._replace(needed="a positive learning rate"),
     "warmup": numbers_from(0),
     "weight_decay": NOT_NEGATIVE._replace(needed=_FINITE),
     "grad_clip": NOT_NEGATIVE._replace(needed=f"{_FINITE} (0 does not clip)"),
@@ -221,7 +226,9 @@ def check_numbers(values: Mapping[str, Any], numbers: Mapping[str, NumberRange] 
 
 
 def _out_of_range(name: str, value: Any, number_range: NumberRange) -> TrainingError:
-    return TrainingError(lambda option: f"{option(name, value)}: {number_range.needed}")
+    return TrainingError(
+        lambda option: f"{option(name, value)} is out of range. Pass {number_range.needed}."
+    )
 
 
 def check_options_agree(values: Mapping[str, Any]) -> None:

@@ -377,12 +377,15 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
         ("--head-only --peft-config x", "Remove --peft-config"),
         ("--head-only --rank 4", "without an adapter. Remove --rank"),
         ("--text word", "its own rows and its own test. Remove --text"),
-        ("--seq-len 2", "--seq-len 2: at least 3"),
+        ("--seq-len 2", "--seq-len 2 is out of range. Pass a number of at least 3"),
         ("--test x.csv", "are split by their stems"),
         ("--lr-rule llama", "--lr-rule was fitted to language models"),
-        ("--batch-size 0", "--batch-size 0: at least 1"),
+        ("--batch-size 0", "--batch-size 0 is out of range. Pass a number of at least 1"),
         ("--eval-rows 9", "nothing is measured. Remove --eval-rows"),
-        ("--eval-every 2 --eval-rows 0", "--eval-rows 0: at least 1"),
+        (
+            "--eval-every 2 --eval-rows 0",
+            "--eval-rows 0 is out of range. Pass a number of at least 1",
+        ),
     ],
 )
 def test_options_that_make_no_sense(args, message):

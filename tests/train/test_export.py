@@ -359,6 +359,15 @@ def test_what_is_there_is_not_overwritten(base, trained, tmp_path, capsys):
     assert (copy / "adapter").is_dir()
 
 
+def test_a_damaged_adapter_is_not_taken_for_that_of_another_base(trained, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    shutil.copytree(trained / "adapter", folder)
+    metadata = folder / "lora" / "metadata"
+    metadata.write_text(metadata.read_text()[:-20])
+    message = fails(capsys, "--adapter", folder, "--output", tmp_path / "out")
+    assert "is damaged and cannot be read" in message and "--model" not in message
+
+
 def test_a_base_without_a_tokenizer(base, trained, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -366,7 +375,7 @@ def test_a_base_without_a_tokenizer(base, trained, tmp_path, capsys):
         shutil.copyfile(base / name, bare / name)
     args = ["--adapter", trained / "adapter", "--model", bare, "--merged"]
     export(*args, "--output", tmp_path / "out")
-    assert f"{bare} contains neither a tokenizer" in capsys.readouterr().err
+    assert f"{bare} holds no tokenizer" in capsys.readouterr().err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors"}
 

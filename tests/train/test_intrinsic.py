@@ -94,7 +94,7 @@ def test_a_dry_run_compiles_its_step(inputs, tmp_path, capsys):
         ("--intrinsic 9 --full", "a subspace of all parameters. Remove --full"),
         ("--intrinsic 9 --head-only", "a subspace of all parameters. Remove --head-only"),
         ("--intrinsic 9 --rank 4", "without an adapter. Remove --rank"),
-        ("--intrinsic 0", "--intrinsic 0: at least 1"),
+        ("--intrinsic 0", "--intrinsic 0 is out of range. Pass a number of at least 1"),
         ("--intrinsic-kind did", "there is no subspace. Remove --intrinsic-kind"),
     ],
 )

@@ -158,7 +158,10 @@ BAD = [
     ("--keep-best loss", "--keep-best loss compares the measurements of --eval-every"),
     ("--keep-best score", "--keep-best score compares the measurements of --score-every"),
     ("--patience 2", "--patience 2 ends a run that no longer improves.*Add --keep-best"),
-    ("--eval-every 2 --keep-best loss --patience 0", "--patience 0: at least 1"),
+    (
+        "--eval-every 2 --keep-best loss --patience 0",
+        "--patience 0 is out of range. Pass a number of at least 1",
+    ),
     ("--score-every 3", "--dataset rows.jsonl has no score except its loss"),
     ("--dataset sql --score-every 3 --eval-questions 0", "--score-every needs questions"),
     ("--sample-prompts hello", "Pass both options"),

@@ -278,7 +278,7 @@ def test_full_fine_tuning_is_the_same_script(inputs, tmp_path, monkeypatch):
         (["--model", "nowhere.gguf"], ["--model nowhere.gguf: nowhere.gguf is neither a file"]),
         (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl does not exist"]),
         (["--eval-every", "1", "--eval-questions", "0"], ["needs held-out rows"]),
-        (["--batch-size", "0"], ["--batch-size 0: at least 1 is needed"]),
+        (["--batch-size", "0"], ["--batch-size 0 is out of range. Pass a number of at least 1"]),
     ],
 )
 def test_bad_input_is_one_paragraph_before_training(inputs, tmp_path, capsys, args, words):

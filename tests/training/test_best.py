@@ -209,7 +209,7 @@ def test_what_is_not_known_any_more_is_refused(whole, tmp_path):
     ("options", "message"),
     [
         ({"patience": 2, "keep_best": False}, "patience=2 .* Add keep_best=True"),
-        ({"patience": 0}, "patience=0: at least 1"),
+        ({"patience": 0}, "patience=0 is out of range. Pass a number of at least 1"),
         ({"folder": None}, "saves adapters in the run's folder"),
     ],
 )

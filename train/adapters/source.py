@@ -30,6 +30,7 @@ from lora_jax.peft.load import find_adapter_folder, read_tensor_names, read_tens
 from lora_jax.peft.names import KEY_PREFIX
 from lora_jax.peft.names import WEIGHTS_FILE as PEFT_WEIGHTS
 from lora_jax.quantized import is_coded
+from lora_jax.saving.errors import DamagedAdapterError
 from lora_jax.training.run.best import BEST
 from train.console.errors import UserError, as_user_errors
 
@@ -326,6 +327,8 @@ class AdapterSource:
             image_problem = self._image_mismatch(name, config)
             if image_problem:
                 raise UserError(f"{self.option} {image_problem}") from error
+            if isinstance(error, DamagedAdapterError):
+                raise UserError(f"{self.option}: {error}") from error
             # The first line says what is wrong, and each further line lists one problem.
             lines = [line.strip() for line in str(error).splitlines()]
             message = lines[0]

@@ -45,7 +45,7 @@ def rules(adapter: AdapterConfig, outline: ModelInfo | None = None) -> list[Rule
         return [lj.TrainRule(targets=".*")]
     if adapter.peft_config is not None:
         return _peft_rules(adapter, adapter.peft_config, outline)
-    with as_user_errors(ValueError, prefix="options on the adapter: "):
+    with as_user_errors(ValueError, prefix="The options of the adapter are not valid: "):
         rules_of_options = _full_rules(adapter, outline) + _lora_rules(adapter, outline)
     if not rules_of_options:
         raise UserError(

@@ -29,10 +29,10 @@ _NUMBERS = {
     "prefix_memory": NOT_NEGATIVE,
     **dict.fromkeys(
         ("session_idle", "missing_timeout"),
-        NumberRange(lambda x: 60 <= x < float("inf"), "60 seconds or more are needed"),
+        NumberRange(lambda x: 60 <= x < float("inf"), "at least 60 seconds"),
     ),
     "port": NumberRange(
-        lambda x: 0 <= x < 2**16, "a number from 0 to 65535 is needed (0: a free one)"
+        lambda x: 0 <= x < 2**16, "a number from 0 to 65535 (0 chooses a free port)"
     ),
 }
 

@@ -287,7 +287,10 @@ def test_few_lengths_are_compiled():
     [
         ("--prompt a b --top-k 3", "--top-k has no effect, because --temperature 0"),
         ("--prompt a --num-samples 2", "--num-samples has no effect"),
-        ("--prompt a --temperature 1 --top-k 0", "--top-k 0: at least 1 is needed"),
+        (
+            "--prompt a --temperature 1 --top-k 0",
+            "--top-k 0 is out of range. Pass a number of at least 1",
+        ),
         ("--prompt a --batch-size 3", "--batch-size has no effect"),
         ("--prompt a --prompts FILE", "--prompts and --prompt both name prompts"),
         ("--prompt --top-k 3", "--prompt has no value. Pass a value"),

@@ -71,8 +71,8 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
         ("- rank", "does not contain options by their names"),
         ("rank: [", "line 1 is not valid YAML: "),
         ("full: true\nrank: 4", r"Remove rank \(line 2 of .*options.yaml\)\.$"),
-        ("batch_size: 0", "--batch-size 0: at least 1 is needed"),
-        ("lr: .nan", "--lr nan: a learning rate"),
+        ("batch_size: 0", "--batch-size 0 is out of range. Pass a number of at least 1"),
+        ("lr: .nan", "--lr nan is out of range. Pass a positive learning rate"),
     ],
 )
 def test_what_no_option_takes_is_refused_with_its_line(text, message, tmp_path):

@@ -96,7 +96,10 @@ def test_what_is_refused_names_row_and_column(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,batch_size\na,4\nb,0\n", "line 3: --batch-size 0: at least 1 is needed"),
+        (
+            "name,batch_size\na,4\nb,0\n",
+            "line 3: --batch-size 0 is out of range. Pass a number of at least 1",
+        ),
         ("name,steps,epochs\na,4,2\n", "line 2: --steps and --epochs both set the length"),
         ("name,init_adapter\na,nowhere\n", "line 2: --init-adapter nowhere"),
     ],

@@ -70,7 +70,7 @@ class RolloutOptions(LanguageOptions):
 
 
 Config = TypeVar("Config", bound=RolloutOptions)
-_SHARE = NumberRange(lambda x: 0 < x <= 1, "a share above 0, up to 1, is needed")
+_SHARE = NumberRange(lambda x: 0 < x <= 1, "a share above 0 and at most 1")
 
 
 def fill_sampling(config: Config, defaults: Defaults) -> Config:
