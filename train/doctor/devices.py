@@ -131,7 +131,7 @@ def describe(now: Circumstances) -> dict[str, Any]:
 
 
 def describe_kernels(now: Circumstances) -> dict[str, Any]:
-    """Returns the facts about the attention kernels for the report."""
+    """Returns the facts about attention and mixtures of experts for the report."""
     found = now.found or {}
     return {
         "of 2,048 tokens": found.get("attention"),

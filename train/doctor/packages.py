@@ -39,7 +39,7 @@ def examine_packages() -> tuple[dict[str, Any], list[Trouble]]:
 
 
 def requirement_troubles(package: str) -> list[Trouble]:
-    """Returns a trouble for each required package that is missing or too old."""
+    """Returns a trouble that lists missing and outdated requirements; [] if there are none."""
     wrong = []
     if importlib.util.find_spec("packaging") is None:  # reads requirements; comes with the scripts'
         wrong.append("packaging (not installed)")

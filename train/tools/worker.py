@@ -277,7 +277,7 @@ def _result_as_text(value: Any) -> str:
 
 
 def serve_episode(channel: socket.socket, program: EpisodeProgram) -> None:
-    """Answers the requests of one episode, in a forked process, until its socket closes."""
+    """Answers the requests of one episode, in a forked process, until the requests end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)

@@ -52,7 +52,7 @@ class Code(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Pictures, which are placed in rows."""
+    """Pictures, side by side if the width allows it."""
 
     pictures: Sequence[Picture]
 

@@ -49,7 +49,7 @@ _MAX_SEQ_AHEAD = 10_000  # a command's number is at most so far beyond the next 
 
 
 class BusyError(Exception):
-    """The error for a request that must be repeated later, because a queue is full."""
+    """The error for a request that must be repeated later, because too many are pending."""
 
 
 class CommandCodec(Protocol):

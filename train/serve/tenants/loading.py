@@ -70,7 +70,7 @@ class TenantProgress:
 
 @dataclasses.dataclass
 class TenantTable:
-    """The tenants of a server, with the engine, the ledger and the seats that they share.
+    """The tenants of a server, with the engine, the result writer and the seats that they share.
 
     Attributes:
       engine: executes commands.

@@ -43,7 +43,7 @@ async def wait_for_result(call: Callable[[Callable[[Any], None]], Any]) -> Any:
 
 
 class PendingSamples:
-    """The samples of one request that have not ended."""
+    """The samples of one request, whose tokens and results it passes on."""
 
     def __init__(
         self, engine: EngineProtocol, samples: Sequence[SampleRequest], *, streams: bool
