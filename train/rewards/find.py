@@ -39,7 +39,7 @@ _SCORER_BATCH_SIZE = 32  # completions in memory at once
 
 
 def sql_reward(runs: float = 0.0) -> Reward:
-    """Returns a reward of 1 for the gold query's rows, `runs` for other rows, and 0 for no rows."""
+    """Returns a reward: 1 for the gold query's rows, `runs` for other rows, 0 for failed SQL."""
     values = {MATCHED: 1.0, MISMATCH: runs}
 
     def judge_all(batch: RewardBatch) -> RewardValues:
