@@ -66,7 +66,7 @@ class Source(HasCodes, Protocol):
       config: the family's configuration.
       shapes: name -> shape, of every tensor.
       dtypes: name -> dtype as it is stored, by safetensors' names ("F32"); of codes, "F32".
-      kept_forms_note: a sentence on the forms that stay in codes, for messages; "" where all do.
+      kept_forms_note: a sentence on the forms that stay quantized, for messages; "" where all do.
     """
 
     format: ModelFormat

@@ -35,8 +35,8 @@ class GGUFFile:
 
     coded_names: frozenset[str] = frozenset()
     kept_forms_note = (
-        f"Of the types of GGUF files, {', '.join(TYPES)} stay in codes, where all layers of a "
-        "kernel have the same one; the others are read as floats"
+        f"Weights of the GGUF types {', '.join(TYPES)} stay quantized if all layers of a kernel "
+        "have the same type; the others are read as floats."
     )
 
     def __init__(self, path: Path, formats: ModelFormats):
