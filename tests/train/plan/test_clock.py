@@ -300,6 +300,29 @@ def test_the_memory_takes_its_own_time_for_a_group():
     assert clock_of(text, dataclasses.replace(TPU, clock=None)).memory is None
 
 
+def test_arrays_in_a_chips_own_memory_take_no_time_of_its_main_memory():
+    gather = (
+        "%rows = s32[6]{0} constant({...})\n"
+        "  %gathered.2 = bf16[6,32]{1,0:T(8,128)(2,1)PLACE} gather(%w.1, %rows), "
+        'offset_dims={1}, slice_sizes={1,32}, metadata={op_name="jit(step)/jvp(D)/gather"}'
+    )
+    group, part = Group(ELEMENTWISE, FORWARD), 4 * 6 * 32 * 2
+    main, own = (clock(gather.replace("PLACE", place)) for place in ("", "S(1)"))
+    assert main.groups[group].bytes == own.groups[group].bytes == 2 * part
+    assert main.memory[group] == pytest.approx(2 * part * 1e-9, rel=1e-12)
+    assert own.memory[group] == pytest.approx(part * 1e-9, rel=1e-12), "it is read, not written"
+    # A copy that brings an array to the chip's own memory reads it.
+    copy = (
+        "%copy-start = (bf16[16,32]{1,0:S(1)}, bf16[16,32]{1,0}, u32[]) copy-start(%w.1), "
+        'metadata={op_name="jit(step)/jvp(D)/mul"}'
+    )
+    moved, alone = clock(copy), clock()
+    assert moved.seconds == alone.seconds
+    copies = Group(COPIES, FORWARD)
+    assert moved.memory[copies] == pytest.approx(4 * 16 * 32 * 2 * 1e-9, rel=1e-12)
+    assert copies not in alone.memory, "the control"
+
+
 def test_calls_of_cublas_are_products():
     """As XLA wrote one, for an H100: the batch axis of the operands comes first."""
     call = (

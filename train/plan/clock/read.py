@@ -22,8 +22,8 @@ class Estimate:
       uncovered: seconds that the device waits for links, by their assumed rate.
       links: seconds that the links are busy, waited for or not.
       groups: the cost of each group, in the order of `GROUPS` and `PHASES`.
-      memory: seconds in which the device's memory moves the bytes of each group; of collectives,
-        whose bytes go over links, none.
+      memory: seconds in which the device's main memory moves the bytes of each group; of
+        collectives, whose bytes go over links, none.
       unknown: kind of instruction -> how often it ran without an estimate; these count nothing.
     """
 
@@ -115,7 +115,7 @@ def read_clock(
     if rates is not None:
         for group, cost in costs.items():
             if group.name != COLLECTIVES:
-                memory_seconds[group] = cost.bytes / rates.memory
+                memory_seconds[group] = cost.memory / rates.memory
     return Estimate(
         seconds=tally.seconds,
         fusions=tally.seconds - tally.kernels - wait_seconds,

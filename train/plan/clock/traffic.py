@@ -1,29 +1,92 @@
 """Bytes that an instruction reads and writes."""
 
-from train.plan.hlo.module import Computation, HloModule, Instruction, bytes_of_arrays, root_of
+from typing import NamedTuple
+
+from train.plan.hlo.module import (
+    Computation,
+    HloModule,
+    Instruction,
+    bytes_of_arrays,
+    root_of,
+)
 
 _READS_OF_SLICES = ("dynamic-slice", "slice", "gather")
+_MOVES_BETWEEN_MEMORIES = ("copy-start", "slice-start")
 
 
-def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> int:
-    """Returns the bytes of the operands and results of an instruction.
+class Traffic(NamedTuple):
+    """Bytes that are read and written.
+
+    Attributes:
+      all: bytes in any memory.
+      memory: the bytes of arrays in the device's main memory.
+    """
+
+    all: int = 0
+    memory: int = 0
+
+    def minus(self, other: "Traffic") -> "Traffic":
+        """Returns the difference from another traffic, at least 0."""
+        return Traffic(max(0, self.all - other.all), max(0, self.memory - other.memory))
+
+
+def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> Traffic:
+    """Returns the traffic of the operands and results of an instruction.
 
     Of an operand that a fusion reads a part of, the part counts; of an array that it writes into,
     what it writes.
     """
+    operands = [computation[name] for name in op.operands]
     if op.opcode == "dynamic-update-slice":
-        return 2 * bytes_of_arrays(computation[op.operands[1]].shapes)
+        part_bytes = bytes_of_arrays(operands[1].shapes)
+        return _sum([(part_bytes, _is_in_memory(operands[1])), (part_bytes, _is_in_memory(op))])
     if op.opcode in _READS_OF_SLICES:
-        return 2 * bytes_of_arrays(op.shapes)
-    operand_sizes = [bytes_of_arrays(computation[name].shapes) for name in op.operands]
+        part_bytes = bytes_of_arrays(op.shapes)
+        return _sum([(part_bytes, _is_in_memory(operands[0])), (part_bytes, _is_in_memory(op))])
     if op.opcode != "fusion":
-        return sum(operand_sizes) + bytes_of_arrays(op.shapes)
+        arrays = [
+            (bytes_of_arrays([array]), is_in_memory)
+            for source in (*operands, op)
+            for array, is_in_memory in zip(source.shapes, source.in_memory, strict=True)
+        ]
+        return _sum(arrays)
     fused = module.computations[op.called[0]]
     parameter_names = _parameter_names(fused)
-    read_bytes = 0
-    for index, operand_size in enumerate(operand_sizes):
-        read_bytes += min(operand_size, _read_bytes(module, fused, parameter_names[index]))
-    return read_bytes + _written_bytes(fused, root_of(fused))
+    moved: list[tuple[int, bool]] = []
+    for index, operand in enumerate(operands):
+        read_bytes = _read_bytes(module, fused, parameter_names[index])
+        moved.append((min(bytes_of_arrays(operand.shapes), read_bytes), _is_in_memory(operand)))
+    result = root_of(fused)
+    results = [result]
+    if result.opcode == "tuple":
+        results = [fused[name] for name in result.operands]
+    has_one_array_each = len(results) == len(op.in_memory)
+    for index, part in enumerate(results):
+        is_in_memory = op.in_memory[index] if has_one_array_each else True
+        moved.append((_written_bytes(fused, part), is_in_memory))
+    return _sum(moved)
+
+
+def moved_between_memories(op: Instruction) -> Traffic:
+    """Returns the traffic of the start of an asynchronous copy between memories; else nothing."""
+    if op.opcode not in _MOVES_BETWEEN_MEMORIES:
+        return Traffic()
+    # The first two arrays of the result are the copy and the source, of which a part may be read.
+    part_bytes = min((bytes_of_arrays([array]) for array in op.shapes[:2]), default=0)
+    return _sum([(part_bytes, is_in_memory) for is_in_memory in op.in_memory[:2]])
+
+
+def _sum(moved: list[tuple[int, bool]]) -> Traffic:
+    """Returns the sum of bytes, each with whether they are in the device's main memory."""
+    return Traffic(
+        sum(n_bytes for n_bytes, _ in moved),
+        sum(n_bytes for n_bytes, is_in_memory in moved if is_in_memory),
+    )
+
+
+def _is_in_memory(op: Instruction) -> bool:
+    """Returns True if an array of a result is in the device's main memory."""
+    return any(op.in_memory)
 
 
 def _parameter_names(computation: Computation) -> dict[int, str]:

@@ -12,8 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lora_jax.models.decoder.dispatch import UNEVEN
-from train.plan.clock.groups import AFTER, COLLECTIVES, Group, group_of
-from train.plan.clock.traffic import traffic_of
+from train.plan.clock.groups import (
+    AFTER,
+    COLLECTIVES,
+    COPIES,
+    Group,
+    group_of,
+    phase_of,
+    scope_of,
+)
+from train.plan.clock.traffic import Traffic, moved_between_memories, traffic_of
 from train.plan.hlo.collectives import COLLECTIVES as KINDS_SENT
 from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
 from train.plan.hlo.kernels import KernelCall, kernel_flops, kernel_of
@@ -71,11 +79,13 @@ class Cost(NamedTuple):
       seconds: time that the group takes, by the rates.
       flops: FLOPs of products and kernels.
       bytes: bytes of operands and results, or those that a device sends in collectives.
+      memory: bytes that the device's main memory reads and writes.
     """
 
     seconds: float = 0.0
     flops: int = 0
     bytes: int = 0
+    memory: int = 0
 
     def plus(self, other: "Cost", times: int = 1) -> "Cost":
         """Returns the sum of this cost and `times` times another cost."""
@@ -83,6 +93,7 @@ class Cost(NamedTuple):
             self.seconds + times * other.seconds,
             self.flops + times * other.flops,
             self.bytes + times * other.bytes,
+            self.memory + times * other.memory,
         )
 
 
@@ -229,13 +240,17 @@ class Walk:
             _starts_collective(op) or _ends_collective(op) or (sent and op.opcode != "fusion")
         )
         if has_no_work:
+            move = moved_between_memories(op)
+            if move.memory:
+                phase = phase_of(scope_of(self.module, op))
+                timeline.spend(Group(COPIES, phase), Cost(memory=move.memory))
             return
         # All other instructions compute: count their time, their FLOPs and their traffic.
         call = kernel_call(op, computation)
         if call:
             self._add_kernel(op, call, computation, timeline)
             return
-        n_bytes = traffic_of(self.module, op, computation)
+        traffic = traffic_of(self.module, op, computation)
         flops = 0
         for inner, inner_computation in ((op, computation), *self.module.inside(op)):
             if is_product(inner):
@@ -243,10 +258,13 @@ class Walk:
             # A kernel inside of a fusion takes its own time, beside the cycles of the fusion.
             inner_call = kernel_call(inner, inner_computation)
             if inner_call:
-                n_bytes -= traffic_of(self.module, inner, inner_computation)
+                traffic = traffic.minus(traffic_of(self.module, inner, inner_computation))
                 self._add_kernel(inner, inner_call, inner_computation, timeline)
         cost = Cost(
-            seconds=self._instruction_seconds(op, timeline), flops=flops, bytes=max(0, n_bytes)
+            seconds=self._instruction_seconds(op, timeline),
+            flops=flops,
+            bytes=traffic.all,
+            memory=traffic.memory,
         )
         timeline.spend(group_of(self.module, op, computation), cost)
 
@@ -262,9 +280,10 @@ class Walk:
           timeline: the state of the walk, to which it is added.
         """
         kernel = kernel_of(call)
-        n_bytes = traffic_of(self.module, op, computation)
+        traffic = traffic_of(self.module, op, computation)
         if kernel:
-            n_bytes -= kernel.unread(call)
+            unread_bytes = kernel.unread(call)
+            traffic = traffic.minus(Traffic(unread_bytes, unread_bytes))
         flops = kernel_flops(call)
         seconds = 0.0
         if self.rates:
@@ -272,9 +291,11 @@ class Walk:
                 timeline.count_unknown(op)
             seconds = flops / self.rates.kernel
             if kernel and kernel.cycles:
-                seconds = max(kernel.cycles(call) / self.rates.clock, n_bytes / self.rates.memory)
+                seconds = max(
+                    kernel.cycles(call) / self.rates.clock, traffic.all / self.rates.memory
+                )
         timeline.kernels += seconds
-        cost = Cost(seconds=seconds, flops=flops, bytes=n_bytes)
+        cost = Cost(seconds=seconds, flops=flops, bytes=traffic.all, memory=traffic.memory)
         timeline.spend(group_of(self.module, op, computation), cost)
 
     def _bytes_sent_by(self, op: Instruction, name: str, computation: Computation) -> SentBytes:

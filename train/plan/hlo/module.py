@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2}
 _BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
-_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r"|f8\w+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r"|f8\w+)\[([\d,]*)\](\{[^}]*\})?")
+_OTHER_MEMORY = re.compile(r"S\([1-9]\d*\)")  # of a layout: a chip's own memory, or the host's
 _DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
@@ -35,13 +36,23 @@ class NotUnderstood(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `shapes` are the shapes of its result, `operands` are names."""
+    """One line of a computation.
+
+    Attributes:
+      name, opcode: its name and its opcode.
+      shapes: the arrays of its result.
+      in_memory: for each of these arrays, whether it is in the device's main memory.
+      operands: the names of its operands.
+      text: everything after the opcode.
+      root: whether its result is the computation's.
+    """
 
     name: str
     opcode: str
     shapes: tuple[Array, ...]
+    in_memory: tuple[bool, ...]
     operands: tuple[str, ...]
-    text: str  # everything after the opcode
+    text: str
     root: bool
 
     def attribute(self, name: str) -> list[int]:
@@ -215,10 +226,12 @@ def _parse_instruction(name: str, definition: str, is_root: bool) -> Instruction
         shapes_end = definition.index(" ")
     opcode, _, arguments = definition[shapes_end:].strip().partition("(")
     text = f"({arguments}"
+    shapes, in_memory = _parse_arrays(definition[:shapes_end])
     return Instruction(
         name=name,
         opcode=opcode,
-        shapes=_parse_arrays(definition[:shapes_end]),
+        shapes=shapes,
+        in_memory=in_memory,
         operands=tuple(_NAME.findall(text[: _closing_bracket(text)])),
         text=text,
         root=is_root,
@@ -238,10 +251,16 @@ def _closing_bracket(text: str) -> int:
     raise NotUnderstood(f"a bracket is not closed: {text[:100]}")
 
 
-def _parse_arrays(text: str) -> tuple[Array, ...]:
-    """Parses the dtypes and shapes of a result, such as "bf16[8,128]"."""
+def _parse_arrays(text: str) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+    """Parses the arrays of a result, such as "bf16[8,128]{1,0:T(8,128)S(1)}".
+
+    Returns:
+      The dtype and shape of each array, and whether it is in the device's main memory.
+    """
     arrays: list[Array] = []
-    for dtype, sizes in _ARRAY.findall(text):
+    in_memory: list[bool] = []
+    for dtype, sizes, layout in _ARRAY.findall(text):
         shape = tuple(int(size) for size in sizes.split(",") if size)
         arrays.append((dtype, shape))
-    return tuple(arrays)
+        in_memory.append(_OTHER_MEMORY.search(layout) is None)
+    return tuple(arrays), tuple(in_memory)
