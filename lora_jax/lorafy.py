@@ -22,7 +22,7 @@ from lora_jax.core.weight import (
     refuse_bytes,
 )
 from lora_jax.rules import Rule
-from lora_jax.select.build import factor_makers_by_variant, make_node
+from lora_jax.select.build import make_nodes
 from lora_jax.select.left_out import left_out_reasons, warn_of_left_out
 from lora_jax.select.matching import LeafFacts, check_target_names
 from lora_jax.select.resolve import Decision, bias_path, check_rules, resolve
@@ -89,22 +89,22 @@ def lorafy(
     selection = _select("lorafy", params, rules, trace, kinds)
     arrays, decisions = selection.arrays, selection.decisions
     warn_of_left_out(selection.left_out, selection.facts)
-    factor_makers = factor_makers_by_variant(arrays, decisions, key)
+    nodes = make_nodes(arrays, decisions, key)
     owner_suffix_of_path = owner_suffixes(decisions, arrays)
     ties_of_path = ties_of(decisions, arrays, list(kinds or ()))
 
     def node_or_leaf(path: str, leaf: Leaf) -> Leaf:
         """Returns the node of a leaf that a rule selects, or the leaf."""
-        if path not in decisions:
+        if path not in nodes:
             return leaf
-        node = make_node(leaf, path, decisions[path], key, factor_makers)
+        node = nodes[path]
         if path in owner_suffix_of_path:
             return node.replace(a_of=owner_suffix_of_path[path])
         if path in ties_of_path:
             return node.replace(ties=ties_of_path[path])
         return node
 
-    # Make the nodes, and give weights that share an array the same array.
+    # Put the nodes in place, and give weights that share an array the same array.
     adapted_tree = treedef.unflatten(node_or_leaf(path, leaf) for path, leaf in leaves)
     return fill_in_shared_arrays(adapted_tree)
 

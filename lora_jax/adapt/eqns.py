@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
-from lora_jax.adapt.user_code import user_context
+from lora_jax.adapt.user_code import UserContext
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from lora_jax.core.types import EqnParams, Forward, Leaf, Value
 
@@ -58,9 +58,14 @@ def function_of_inputs(
 def apply_equation(eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
     """Applies the equation as it stands to plain arrays."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    with user_context(eqn):
+    with UserContext(eqn):
         outputs = eqn.primitive.bind(*values, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def types_of_outputs(eqn: JaxprEqn, _: Sequence[Value]) -> list[Leaf]:
+    """Returns the types of an equation's outputs, in place of `apply_equation`."""
+    return [type_of(variable) for variable in eqn.outvars]
 
 
 def equation_key(eqn: JaxprEqn) -> tuple[Hashable, ...]:

@@ -21,7 +21,7 @@ from lora_jax.adapt import eqns, merging
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.needed import FactorInputs, UsedOutputs, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
-from lora_jax.adapt.user_code import SourceLine, user_context, user_line_of, user_line_of_call
+from lora_jax.adapt.user_code import SourceLine, UserContext, user_line_of, user_line_of_call
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.extend import Jaxpr, JaxprEqn
 from lora_jax.core.factored import ExamplesError, Factored
@@ -227,6 +227,7 @@ class Interpreter:
       default: the rule for primitives without a rule of their own. None: weights are merged there.
       examples: the axes of the examples in the jaxpr, if each example has its adapter. The axes of
         the tokens, if only some tokens see an adapter. Else None.
+      apply_equation: applies an equation to plain arrays.
     """
 
     rules: Mapping[str, Rule] = dataclasses.field(hash=False, compare=False)
@@ -235,6 +236,7 @@ class Interpreter:
     record: Callable[[WeightUse], None] | None = None
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
     examples: ExampleLabels | None = None
+    apply_equation: Callable[[JaxprEqn, Sequence[Value]], list[Value]] = eqns.apply_equation
 
     def evaluate(
         self,
@@ -281,7 +283,7 @@ class Interpreter:
                 )
                 outputs = self._apply(use, use_index, eager_steps)
             elif eager_steps is None:
-                outputs = eqns.apply_equation(eqn, values)
+                outputs = self.apply_equation(eqn, values)
             else:
                 outputs = eager_steps.apply_equation(eqn, values)
             if is_use and any(isinstance(value, Factored) for value in values):
@@ -420,7 +422,7 @@ class Interpreter:
             values = [self._form_folded_vector(value, use.name, use.eqn) for value in use.values]
             use = dataclasses.replace(use, values=values)
         if not any(isinstance(value, Factored) for value in use.values):
-            return use.bind(use.values)
+            return self.apply_equation(use.eqn, use.values)
         return self._apply_to_weights(use, use_index, eager_steps)
 
     def _apply_to_weights(
@@ -445,7 +447,9 @@ class Interpreter:
         if outputs is not None and not _repeats_shift(use, outputs):
             self._record_factored_use(use, outputs)
             return outputs
-        return use.bind([self.as_plain_array(value, use) for value in use.values])
+        return self.apply_equation(
+            use.eqn, [self.as_plain_array(value, use) for value in use.values]
+        )
 
     def _apply_own_rule(self, use: Use) -> Outcome:
         """Returns the outputs by the caller's own rule, or None if none applies."""
@@ -453,7 +457,7 @@ class Interpreter:
             if name not in (use.name, eqns.function_name(use.eqn)):
                 continue
             _raise_if_per_example(use)
-            with user_context(use.eqn):
+            with UserContext(use.eqn):
                 outputs = rule(*use.values, **use.params)
             if outputs is not None:
                 self._record_use(use, f"by the rule given for {name!r}")
@@ -465,7 +469,7 @@ class Interpreter:
         eqn = use.eqn
         is_compiled_by_jit = use.name in ("jit", "pjit")
         if eager_steps is None or is_compiled_by_jit:
-            with user_context(eqn):
+            with UserContext(eqn):
                 return rule(self, use)
 
         # A compiled step outlives the call's arrays.
@@ -473,7 +477,7 @@ class Interpreter:
 
         def call(values: list[Value]) -> Outcome:
             """Applies the rule to operands, with the equation's names and line."""
-            with user_context(eqn):
+            with UserContext(eqn):
                 traced_use = dataclasses.replace(
                     use_without_arrays, values=values, inputs=FactorInputs()
                 )

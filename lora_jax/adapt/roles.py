@@ -1,14 +1,16 @@
 """Infers axis roles from what a function does with each axis of each weight.
 
-The function is run abstractly by the interpreter that `adapt` uses, with other rules: a weight
-without factors is followed to the products that use it, each of its axes labelled by the axes of
-the leaf that it holds. Axes that are contracted with the activation are in axes, axes that come
-out are out axes; what is indexed, sliced off, scanned over or batched is a batch axis.
+The interpreter that `adapt` uses walks over the function's jaxpr, with other rules. Its values are
+types in place of arrays, so that it traces only loops and branches again. A leaf is followed to the
+products that use it, and each axis of an array is labelled by the axes of the leaf that it holds.
+Axes that are contracted with the activation are in axes, axes that come out are out axes; what is
+indexed, sliced off, scanned over or batched is a batch axis.
 
 An array that is computed from leaves alone (their norms, say) is followed too, without labels: what
 is added to a leaf is an activation only where it is computed from something else.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ from lora_jax.core.aliases import flatten_with_aliases, resolve_aliases
 from lora_jax.core.axes import ACTIVATION, ADDED, GAIN, LOOKED_UP, AxisRoles, ObservedRoles
 from lora_jax.core.base import is_abstract, is_base, stand_in
 from lora_jax.core.factored import Factored
-from lora_jax.core.types import Forward, Tree, Value
+from lora_jax.core.types import Forward, Outcome, Tree, Value
 
 PRODUCT_OF_LEAVES = "product of leaves"  # among `Observation.operations`
 
@@ -88,6 +90,7 @@ def observe(fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]) -> Obse
         tracker.rule_of_primitive(),
         record=tracker.record_merged_leaves,
         default=tracker.follow_other_equation,
+        apply_equation=eqns.types_of_outputs,
     )
     keyed_leaves, treedef = flatten_with_aliases(tuple(args), is_base)
     leaves = [leaf for _, leaf in keyed_leaves]
@@ -101,17 +104,16 @@ def observe(fn: Forward, args: Sequence[Tree], paths: Mapping[int, str]) -> Obse
     def fn_of_resolved(*args: Tree) -> Tree:
         return fn(*resolve_aliases(args))
 
-    def label_input(path: str | None, array: jax.Array) -> Value:
+    def label_input(path: str | None, variable: eqns.Atom) -> Value:
+        array = eqns.type_of(variable)
         if path is None:
             return array
         return label_axes(array, [frozenset({LeafAxis(path, axis)}) for axis in range(array.ndim)])
 
-    def follow_leaves(arrays: list[Value]) -> None:
-        interpreter.evaluate(jaxpr, list(map(label_input, path_of_input, arrays)))
-
     fn_of_inputs = eqns.function_of_inputs(fn_of_resolved, leaves, treedef, input_indices)
     jaxpr = jax.make_jaxpr(fn_of_inputs)(*inputs)
-    jax.eval_shape(follow_leaves, inputs)
+    inner, _ = eqns.jaxpr_and_consts(jaxpr)
+    interpreter.evaluate(jaxpr, list(map(label_input, path_of_input, inner.invars)))
     # The tracker holds the products of each leaf now.
     roles: dict[str, ObservedRoles | str] = {}
     for leaf in leaves:
@@ -225,9 +227,12 @@ class _LeafTracker:
         """Returns the rules by primitive; `follow_other_equation` has the rest."""
         products = ("dot_general", "ragged_dot_general", "conv_general_dilated")
         moves = ("transpose", "squeeze", "broadcast_in_dim", "reshape", "stack")
+        rules_on_types: dict[str, Rule] = {}
+        for name, rule in (CONTROL_RULES | SOLVE_RULES).items():
+            if name not in _INLINED:
+                rules_on_types[name] = _rule_on_types(rule)
         return {
-            **CONTROL_RULES,
-            **SOLVE_RULES,
+            **rules_on_types,
             **dict.fromkeys(products, self._follow_product),
             **dict.fromkeys(moves, self._follow_moved_axes),
             "gather": self._follow_look_up,
@@ -287,18 +292,19 @@ class _LeafTracker:
             contractions_of_operand.append(contraction_of_path)
         return contractions_of_operand
 
-    def _follow_look_up(self, _: Interpreter, use: Use) -> list[Value]:
+    def _follow_look_up(self, interpreter: Interpreter, use: Use) -> list[Value]:
         """Records the axes of a leaf that a look-up indexes, and follows the remaining axes."""
         self._record_contractions(use)
-        output = _label_gathered(use)
+        (result,) = interpreter.apply_equation(use.eqn, use.bases)
+        output = _label_gathered(use, result)
         if isinstance(output, Factored):
             return [output]
         return self._record_lost_leaves(use, [output])
 
-    def _follow_product(self, _: Interpreter, use: Use) -> list[Value]:
+    def _follow_product(self, interpreter: Interpreter, use: Use) -> list[Value]:
         """Records the axes of leaves that a product contracts; follows a product of two leaves."""
         contractions_of_operand = self._record_contractions(use)
-        (result,) = use.bind(use.bases)
+        (result,) = interpreter.apply_equation(use.eqn, use.bases)
         # The product with an activation is an activation, which is not followed.
         if _mixing_of_equation(use):
             return [result]
@@ -313,9 +319,9 @@ class _LeafTracker:
                 return [label_axes(result, contents_of_leaf_product(use))]
         return [label_axes(result, [NO_CONTENTS] * result.ndim)]
 
-    def _follow_moved_axes(self, _: Interpreter, use: Use) -> list[Value]:
+    def _follow_moved_axes(self, interpreter: Interpreter, use: Use) -> list[Value]:
         """Moves the labels of axes; a broadcast axis loses its label."""
-        (result,) = use.bind(use.bases)
+        (result,) = interpreter.apply_equation(use.eqn, use.bases)
         source_axes_of_result = axis_map(use.eqn)
         if source_axes_of_result is None:
             return self._record_lost_leaves(use, [result])
@@ -351,7 +357,7 @@ class _LeafTracker:
                 eqns.equations_of_unstack(use.eqn), use.values, use.used_outputs
             )
         self._record_operation(use)
-        outputs = use.bind(use.bases)
+        outputs = interpreter.apply_equation(use.eqn, use.bases)
         mixing = _mixing_of_equation(use)
         labelled_outputs: list[Value] = []
         for output_index, output in enumerate(outputs):
@@ -368,6 +374,27 @@ class _LeafTracker:
                 output = label_axes(output, [NO_CONTENTS] * output.ndim)
             labelled_outputs.append(output)
         return self._record_lost_leaves(use, labelled_outputs)
+
+
+def _rule_on_types(rule: Rule) -> Rule:
+    """Returns a rule whose values are types of arrays, from a rule that needs arrays.
+
+    The equation is traced. Inside the trace, all values are arrays.
+    """
+
+    def apply(interpreter: Interpreter, use: Use) -> Outcome:
+        is_traced = interpreter.apply_equation is eqns.apply_equation
+        if is_traced:
+            return rule(interpreter, use)
+        tracing_interpreter = dataclasses.replace(interpreter, apply_equation=eqns.apply_equation)
+
+        def apply_to_arrays(values: list[Value]) -> Outcome:
+            return rule(tracing_interpreter, dataclasses.replace(use, values=values))
+
+        outputs: Outcome = jax.eval_shape(apply_to_arrays, use.values)
+        return outputs
+
+    return apply
 
 
 def _holds_unmixed_leaf(value: Value) -> bool:
@@ -414,7 +441,7 @@ def _is_computed_from_leaves(value: Value) -> bool:
     """Returns True for a scalar, and for an array computed only from leaves."""
     if isinstance(value, Factored):
         return not paths_in_contents(value.labels, "scaled", "added")
-    return math.prod(jnp.shape(value)) == 1
+    return math.prod(getattr(value, "shape", ())) == 1
 
 
 def _join_contents(contents_of_arrays: Sequence[Sequence[Contents]], mixing: str) -> list[Contents]:
@@ -433,10 +460,9 @@ def _mark_mixed(leaf_axis: LeafAxis, mixing: str) -> LeafAxis:
     return leaf_axis if leaf_axis.mixed == "added" else leaf_axis._replace(mixed=mixing)
 
 
-def _label_gathered(use: Use) -> Value:
+def _label_gathered(use: Use, result: Value) -> Value:
     """Returns a gathered member of a stack with its labels, or a gathered row without them."""
     weight = use.values[0]
-    (result,) = use.bind(use.bases)
     if not isinstance(weight, Factored):
         return result
     labels: Any = weight.labels
@@ -460,4 +486,6 @@ def _label_gathered(use: Use) -> Value:
     )
 
 
+# Calls of a function that `_LeafTracker.follow_other_equation` enters.
+_INLINED = ("jit", "pjit", "remat2", "checkpoint")
 _KEEP_AXES_IN_PLACE = ("slice", "dynamic_slice", "split", "concatenate", "pad", "rev", "all_gather")

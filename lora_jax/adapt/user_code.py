@@ -1,6 +1,5 @@
 """Distinguishes the user's code from packages, and finds the user's line for an equation."""
 
-import contextlib
 import contextvars
 import functools
 import linecache
@@ -9,7 +8,6 @@ import sys
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +50,7 @@ def is_packaged(module: str) -> bool:
     return path is not None and _is_package_file(path)
 
 
+@functools.cache
 def _is_package_file(path: str) -> bool:
     return path.startswith((*_PACKAGES, _LORA_JAX)) or path.startswith("<frozen")
 
@@ -123,14 +122,28 @@ def _path_from_package(path: str) -> str:
     return path.removeprefix(max(roots_of_path, key=len, default=""))
 
 
-@contextlib.contextmanager
-def user_context(eqn: JaxprEqn) -> Iterator[None]:
-    """Gives an equation's names, source line, mesh and metadata to everything traced inside."""
-    info = eqn.source_info
-    name_stack = source_info_util.current_name_stack() + info.name_stack
-    token = _OUTER_EQUATIONS.set((*_OUTER_EQUATIONS.get(), eqn))
-    try:
-        with source_info_util.user_context(info.traceback, name_stack=name_stack), eqn.ctx.manager:
-            yield
-    finally:
-        _OUTER_EQUATIONS.reset(token)
+class UserContext:
+    """Gives an equation's names, source line, mesh and metadata to everything traced inside.
+
+    Every equation of a walk enters a context, so it is a class, which costs less than a generator.
+    """
+
+    __slots__ = ("_equation_manager", "_source_manager", "_token", "eqn")
+
+    def __init__(self, eqn: JaxprEqn) -> None:
+        self.eqn = eqn
+
+    def __enter__(self) -> None:
+        eqn = self.eqn
+        info = eqn.source_info
+        name_stack = source_info_util.current_name_stack() + info.name_stack
+        self._token = _OUTER_EQUATIONS.set((*_OUTER_EQUATIONS.get(), eqn))
+        self._source_manager = source_info_util.user_context(info.traceback, name_stack=name_stack)
+        self._source_manager.__enter__()
+        self._equation_manager = eqn.ctx.manager
+        self._equation_manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._equation_manager.__exit__(*error)
+        self._source_manager.__exit__(*error)
+        _OUTER_EQUATIONS.reset(self._token)

@@ -3,8 +3,9 @@
 The `start` of a variant makes A and B of its weights, in place of an initialiser that draws them.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from lora_jax.variants.variant import KernelFacts, MakeFactors, Variant
 FactorMakers = Mapping[Variant, MakeFactors]
 
 
-def factor_makers_by_variant(
+def _factor_makers_by_variant(
     leaves: Mapping[str, Leaf], decisions: Mapping[str, Decision], key: jax.Array
 ) -> FactorMakers:
     """Returns the function that makes A and B for each variant that computes them.
@@ -71,29 +72,63 @@ def _kernel_facts(leaf: Leaf, path: str, adaptation: Adaptation) -> KernelFacts:
     )
 
 
-def make_node(
-    leaf: Leaf, path: str, decision: Decision, key: jax.Array, factor_makers: FactorMakers
-) -> Node:
-    """Returns the node for a leaf; an abstract leaf gets abstract arrays.
+def make_nodes(
+    leaves: Mapping[str, Leaf], decisions: Mapping[str, Decision], key: jax.Array
+) -> dict[str, Node]:
+    """Returns the node of each selected leaf, by path.
+
+    An abstract leaf gets a node of abstract arrays. Their types follow from the type and the name
+    of the leaf and from the decision. Leaves that agree in these are traced once.
 
     Args:
-      leaf: an array, or a `lora_jax.core.base.Base`.
-      path: path of the leaf; each of its draws depends on it.
-      decision: the decision of `lora_jax.select.resolve.resolve` for the leaf.
-      key: a PRNG key.
-      factor_makers: see `factor_makers_by_variant`.
+      leaves: the leaves of the tree, by path: arrays, or instances of `lora_jax.core.base.Base`.
+      decisions: the decision of `lora_jax.select.resolve.resolve` for each selected leaf, by path.
+      key: a PRNG key. The draws of a leaf depend on it and on the path of the leaf.
+
+    Raises:
+      ValueError: a weight does not fit its rule.
     """
+    factor_makers = _factor_makers_by_variant(leaves, decisions, key)
+    nodes: dict[str, Node] = {}
+    abstract_nodes: dict[Hashable, Node] = {}
+    for path, decision in decisions.items():
+        leaf = leaves[path]
+        make = functools.partial(_make_node, path=path, decision=decision, makers=factor_makers)
+        if not is_abstract(leaf):
+            nodes[path] = make(leaf, key)
+            continue
+        types, treedef = jax.tree.flatten(leaf)
+        abstract_type = (decision, leaf_name(path), treedef, *types)
+        if abstract_type not in abstract_nodes:
+            abstract_nodes[abstract_type] = jax.eval_shape(make, leaf, key)
+        nodes[path] = _copy_of_abstract_node(abstract_nodes[abstract_type], leaf)
+    return nodes
 
-    def make_by_decision(leaf: Leaf, key: jax.Array) -> Node:
-        if isinstance(decision, FullTraining):
-            return _trained_node(leaf, decision)
-        return _adapted_node(leaf, path, decision, key, factor_makers)
 
-    if not is_abstract(leaf):
-        return make_by_decision(leaf, key)
-    # Of an abstract leaf, all arrays of the node are `jax.ShapeDtypeStruct`s.
-    node: Node = jax.eval_shape(lambda leaf: make_by_decision(leaf, jax.random.key(0)), leaf)
-    return node if isinstance(node, Trained) else node.replace(base=leaf)
+def _copy_of_abstract_node(node: Node, leaf: Leaf) -> Node:
+    """Returns a copy of an abstract node for a leaf of the same type.
+
+    No two nodes share an object, because the identity of an array says which leaf of a tree it is.
+    """
+    copy: Node = jax.tree.map(lambda array: array.update(), node)
+    return copy if isinstance(copy, Trained) else copy.replace(base=leaf)
+
+
+def _make_node(
+    leaf: Leaf, key: jax.Array, path: str, decision: Decision, makers: FactorMakers
+) -> Node:
+    """Returns the node of an array, or of a tracer.
+
+    Args:
+      leaf: the array.
+      key: a PRNG key.
+      path: path of the leaf.
+      decision: the decision for the leaf.
+      makers: see `_factor_makers_by_variant`.
+    """
+    if isinstance(decision, FullTraining):
+        return _trained_node(leaf, decision)
+    return _adapted_node(leaf, path, decision, key, makers)
 
 
 def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
@@ -110,7 +145,7 @@ def _trained_node(leaf: Leaf, training: FullTraining) -> Node:
 def _adapted_node(
     leaf: Leaf, path: str, adaptation: Adaptation, key: jax.Array, factor_makers: FactorMakers
 ) -> Node:
-    """Returns the node with its factors and the parts of its variants; see `make_node`."""
+    """Returns the node with its factors and the parts of its variants; see `_make_node`."""
     rule = adaptation.rule
     if rule.invocation is not None and leaf_name(path) in EMBEDDING_NAMES:
         raise ValueError(

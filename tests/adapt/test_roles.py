@@ -168,6 +168,21 @@ def test_lorafy_takes_what_trace_shows():
         )
 
 
+def test_the_traced_function_is_called_once():
+    """Walks for roles, heads and merges read one jaxpr, and trace loops alone again."""
+    params = {"stack": draw(1, (3, 5, 5)), "squared": draw(2, (5, 5)), "head": draw(3, (5, 7))}
+    calls = []
+
+    def fn(params, x):
+        calls.append("fn")
+        x, _ = lax.scan(lambda x, kernel: (jax.nn.relu(x @ kernel), None), x, params["stack"])
+        return jax.jit(jnp.matmul)(x @ (params["squared"] ** 2), params["head"])
+
+    with pytest.warns(lj.LeftOutWarning, match="every use: squared"):
+        lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=2)], trace=(fn, params, X))
+    assert calls == ["fn"]
+
+
 def test_trace_of_a_linen_model_and_on_abstract_arrays():
     model = LinenModel()
     params = jax.eval_shape(model.init, jax.random.key(0), X)["params"]

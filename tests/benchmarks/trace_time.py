@@ -60,6 +60,7 @@ def measure(make: Callable[[], Callable[..., Any]], *args: Any) -> tuple[float, 
 def measure_lorafy(fn: Callable[..., Any], params: Any, x: Any) -> tuple[float, float]:
     """(milliseconds of `lorafy(trace=)`, milliseconds of `jax.make_jaxpr`), medians."""
     rules = [lj.LoraRule(targets="all-linear", rank=8)]
+    key = jax.random.key(0)  # made here, because JAX compiles a program for its first key
     selections, jaxprs = [], []
     for _ in range(ROUNDS):
         # A new function each time: JAX keeps the jaxprs of known ones.
@@ -69,7 +70,7 @@ def measure_lorafy(fn: Callable[..., Any], params: Any, x: Any) -> tuple[float, 
         jaxprs.append(1e3 * (time.perf_counter() - start))
         jax.clear_caches()
         start = time.perf_counter()
-        lj.lorafy(params, rules, trace=(lambda p, x: fn(p, x), params, x))
+        lj.lorafy(params, rules, key=key, trace=(lambda p, x: fn(p, x), params, x))
         selections.append(1e3 * (time.perf_counter() - start))
     return statistics.median(selections), statistics.median(jaxprs)
 

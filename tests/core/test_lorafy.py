@@ -62,6 +62,28 @@ def test_llama_2_7b_is_counted_from_shapes_alone():
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
+def test_abstract_kernels_of_one_type_are_traced_once():
+    shapes = []
+
+    def init(key, shape, dtype):
+        shapes.append(shape.a)
+        return lj.init.kaiming(key, shape, dtype)
+
+    sizes = {"first": (5, 7), "second": (5, 7), "third": (5, 7), "last": (7, 5)}
+    params = {
+        name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in sizes.items()
+    }
+    tree = lj.lorafy(params, [lj.LoraRule(targets=["kernel"], rank=2, init=init)])
+    assert sorted(shapes) == [(5, 2), (7, 2)]
+    arrays = jax.tree.leaves(tree)
+    assert len({id(array) for array in arrays}) == len(arrays) == 16
+    factors = {
+        name: (node["kernel"].a.shape, node["kernel"].b.shape) for name, node in tree.items()
+    }
+    assert factors == {name: ((2, size), (2, out)) for name, (size, out) in sizes.items()}
+    assert all(tree[name]["kernel"].base is params[name]["kernel"] for name in sizes)
+
+
 def test_factors_have_the_documented_shapes_and_draws():
     tree = lj.lorafy(PROGRAMS[2].params(jnp.float32), PROGRAMS[2].rules)
     query = tree["query"]["kernel"]  # [5, 3, 7]: in 0, out 1 and 2

@@ -27,7 +27,7 @@ from lora_jax.adapt.per_example.primitives import RULES
 from lora_jax.adapt.per_example.products import KERNEL_RULES, PRODUCT_RULES
 from lora_jax.adapt.per_example.tokens import follow_axes
 from lora_jax.adapt.rules.flow import sources_of_outputs
-from lora_jax.adapt.user_code import user_context, user_line_of
+from lora_jax.adapt.user_code import UserContext, user_line_of
 from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.names import SAME_TOKENS, TOKENS
 
@@ -120,7 +120,7 @@ class _Walk:
             if enter is None:
                 output_labels = self._labels_by_rule(eqn, labels)
             else:
-                with user_context(eqn):
+                with UserContext(eqn):
                     output_labels = enter(self, eqn, labels)
         except MixingError as error:
             return [_mixed_by_equation(eqn, error)] * len(eqn.outvars)
