@@ -67,16 +67,21 @@ def product_orders(
         flow_of_input.append(_Flow(weights=paths, has_data=path is None))
     flow_of_output = walk.run(jaxpr, flow_of_input)
     outputs: set[_Product] = set()
+    products_before_output: set[_Product] = set()
     for flow in flow_of_output:
         outputs |= flow.unmixed_products
+        products_before_output |= flow.products
     products_of_path: dict[str, set[_Product]] = {path: set() for path in weights}
     for product in walk.products:
         products_of_path[product.path].add(product)
     orders: dict[str, ProductOrder] = {}
     for path, products in products_of_path.items():
+        unfollowed = products - walk.followed
+        # A second product that no output needs says nothing; vision towers have one.
+        last = unfollowed if unfollowed == products else unfollowed & products_before_output
         orders[path] = ProductOrder(
             is_one_hot_lookup=path in walk.one_hot_lookups,
-            is_last=bool(products - walk.followed),
+            is_last=bool(last),
             is_output=bool(products & outputs),
         )
     return orders

@@ -45,6 +45,13 @@ def projector(p, x):
     return mlp(p["text"], x @ p["img"]["head"]["kernel"])
 
 
+def projector_used_twice(p, x):
+    """No output needs the head's second product."""
+    kernel = p["img"]["head"]["kernel"]
+    _ = jnp.tanh(x[::2]) @ kernel
+    return mlp(p["text"], x @ kernel)
+
+
 def tower(p, x):
     return mlp(p["text"], x)[:, :7] @ p["head"]["kernel"]
 
@@ -105,6 +112,12 @@ TEXT = {"text__up": (5, 7), "text__down": (7, 5)}
 # Function, its tree, its input, the paths that stay out.
 CASES = {
     "a projector": (projector, tree_of(img__head__kernel=(5, 5), **TEXT), X, set()),
+    "a projector with a product that no output needs": (
+        projector_used_twice,
+        tree_of(img__head__kernel=(5, 5), **TEXT),
+        X,
+        set(),
+    ),
     "the head of a tower": (
         lambda p, x: mlp(p["text"], x) @ p["head"]["kernel"],
         tree_of(head__kernel=(5, 3), **TEXT),
