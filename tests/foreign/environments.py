@@ -58,7 +58,9 @@ def python_of(environment: Environment, cache: Path) -> str:
     if not complete.exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([base, "-m", "venv", folder], check=True)
-        _run([python, "-m", "pip", "install", "--quiet", "-e", ROOT, *environment.requirements])
+        run_command(
+            [python, "-m", "pip", "install", "--quiet", "-e", ROOT, *environment.requirements]
+        )
         complete.touch()
     return str(python)
 
@@ -75,7 +77,7 @@ def results_of(environment: Environment, libraries: list[str], cache: Path) -> l
     why = "its process ended before it"
     try:
         python = python_of(environment, cache)
-        _run([python, "-m", "tests.foreign.run", output, environment.name, *libraries])
+        run_command([python, "-m", "tests.foreign.run", output, environment.name, *libraries])
     except EnvironmentFailed as error:
         why = str(error)
     lines = output.read_text().splitlines() if output.exists() else []
@@ -85,8 +87,8 @@ def results_of(environment: Environment, libraries: list[str], cache: Path) -> l
     return [versions, *(done.get(c.name, {"case": c.name, **missing}) for c in cases)]
 
 
-def _run(command: list[Any]) -> None:
-    """Runs a command from the checkout; raises EnvironmentFailed with its last line."""
+def run_command(command: list[Any]) -> None:
+    """Runs a command from this checkout; raises EnvironmentFailed with its last line."""
     try:
         done = subprocess.run(
             list(map(str, command)),

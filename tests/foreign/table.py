@@ -45,8 +45,13 @@ HOWS = ("jit", "eager")
 
 def parsed(text: str) -> list[list[str]]:
     """Returns the rows of the table of cases in a Markdown document."""
+    return parsed_table(text, HEAD)
+
+
+def parsed_table(text: str, head: Sequence[str]) -> list[list[str]]:
+    """Returns the rows of the table with this head in a Markdown document."""
     lines = text.splitlines()
-    start = lines.index("| " + " | ".join(HEAD) + " |") + 2
+    start = lines.index("| " + " | ".join(head) + " |") + 2
     rows = []
     for line in lines[start:]:
         if not line.startswith("| "):
