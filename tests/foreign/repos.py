@@ -59,6 +59,8 @@ class Result(NamedTuple):
 
 def result_of(repository: Repository, checkout: Path, cache: Path) -> Result:
     """Runs a repository's models in a process, and returns what was found."""
+    if not repository.models:
+        return Result(commit_of(checkout), {}, [])
     cache.mkdir(parents=True, exist_ok=True)
     output = cache / f"{repository.name}.jsonl"
     output.unlink(missing_ok=True)

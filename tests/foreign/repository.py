@@ -85,11 +85,19 @@ def typed(lines: Callable[..., Made]) -> str:
     assert isinstance(end, ast.Return) and isinstance(end.value, ast.Call)
     fn, params, args = map(ast.unparse, end.value.args)
     args = args.strip("()").rstrip(",")
-    docstring = ast.get_docstring(definition) is not None
-    first = definition.body[int(docstring)].lineno - 1
-    body = textwrap.dedent("\n".join(source.splitlines()[first : end.lineno - 1]))
+    lines = source.splitlines()
+    code = ""
+    statements = definition.body[:-1]
+    for index, statement in enumerate(statements):
+        text = "\n".join(lines[statement.lineno - 1 : statement.end_lineno])
+        is_near_function = any(
+            isinstance(near, ast.FunctionDef) for near in statements[max(index - 1, 0) : index + 1]
+        )
+        gap = "" if not code else "\n\n\n" if is_near_function else "\n"
+        code += gap + textwrap.dedent(text)
+    gap = "\n\n\n" if isinstance(statements[-1], ast.FunctionDef) else "\n\n"
     return (
-        f"{body.strip()}\n\n"
+        f"{code}{gap}"
         'rules = [lj.LoraRule(targets="all-linear", rank=16)]\n'
         f"tree = lj.lorafy({params}, rules, trace=({fn}, {params}, {args}))\n"
         f"outputs = lj.adapt({fn})(tree, {args})\n"

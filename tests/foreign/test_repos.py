@@ -110,6 +110,7 @@ def test_lines_that_a_user_types():
         "def forward(params, x):",
         "    return small.run(params, x)",
         "",
+        "",
         'rules = [lj.LoraRule(targets="all-linear", rank=16)]',
         "tree = lj.lorafy(params, rules, trace=(forward, params, x))",
         "outputs = lj.adapt(forward)(tree, x)",

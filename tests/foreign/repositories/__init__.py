@@ -2,6 +2,7 @@
 
 from tests.foreign.repositories import (
     big_vision,
+    easydel,
     gemma,
     maxdiffusion,
     octo,
@@ -16,4 +17,5 @@ REPOSITORIES = (
     weathernext.REPOSITORY,
     gemma.REPOSITORY,
     maxdiffusion.REPOSITORY,
+    easydel.REPOSITORY,
 )

@@ -109,8 +109,8 @@ REPOSITORY = Repository(
         "Before `import octo`, three names go back into JAX: `jax.tree_map = jax.tree.map`, "
         "`jax.random.KeyArray = jax.Array`, and `jnp.clip` with its old arguments `a_min` and "
         "`a_max`.",
-        "The stem standardizes its kernels. Each is merged where its mean square is computed, and is "
-        "factored in the convolution.",
+        "The stem standardizes its kernels. Each is merged where its mean square is computed, and "
+        "is factored in the convolution.",
     ),
     prepare=_prepare,
     models=(Model("Octo: image tokenizer, transformer, diffusion head", _lines, _arguments),),
