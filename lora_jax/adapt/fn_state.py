@@ -143,7 +143,7 @@ class FunctionState:
                 written_attributes = {
                     name: value
                     for name, value in vars(base).items()
-                    if not _is_kept_by_python(name, value)
+                    if not _is_set_by_python(name, value)
                 }
                 yield from self._state_of_value(written_attributes)
 
@@ -188,7 +188,7 @@ class _ByEquality:
             return False
 
 
-def _is_kept_by_python(name: str, value: object) -> bool:
+def _is_set_by_python(name: str, value: object) -> bool:
     """Returns True for an attribute of a class that Python sets by itself."""
     is_method = isinstance(value, (types.FunctionType, staticmethod, classmethod, property))
     is_dunder = name[:2] == name[-2:] == "__"

@@ -264,7 +264,7 @@ class Interpreter:
         inputs = FactorInputs()
         if eager_steps is None and self.record is None:
             value_ahead = functools.partial(
-                self._weight_before_its_turn, needed.moves, inner, variables
+                self._weight_before_its_equation, needed.moves, inner, variables
             )
             inputs = FactorInputs(needed.products_of_operand, value_ahead)
         use_index = 0  # counts uses alone, so that other equations change no dropout
@@ -299,7 +299,7 @@ class Interpreter:
             results.append(result)
         return results
 
-    def _weight_before_its_turn(
+    def _weight_before_its_equation(
         self,
         moves: Mapping[eqns.Atom, JaxprEqn],
         jaxpr: Jaxpr,

@@ -157,7 +157,7 @@ def _roles_from_uses(
     uses_of_leaf_alone = [use for use in uses if not use.is_added]
     if uses_of_leaf_alone:
         uses = uses_of_leaf_alone
-    clearest = min(uses, key=_unclearness)
+    clearest = min(uses, key=_clarity_order)
     # All uses must agree with the clearest one.
     for use in uses:
         axes_with_both_roles = use.contracted & use.free
@@ -192,7 +192,7 @@ def _kind_of(use: Contraction) -> str:
     return GAIN if use.is_stretched else ACTIVATION
 
 
-def _unclearness(use: Contraction) -> tuple[bool, ...]:
+def _clarity_order(use: Contraction) -> tuple[bool, ...]:
     """Returns a sort key: uses that show the in axes most clearly come first.
 
     Products with vectors or with other leaves come last: they may be a norm's.

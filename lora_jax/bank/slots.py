@@ -276,7 +276,7 @@ def map_slots(visit: Callable[[str, Slots], Leaf], tree: Tree) -> Tree:
 
 
 def empty_slots(node: LoraWeight | Trained, n_slots: int) -> Slots:
-    """Returns empty slots, which stand for the base alone, for adapters like a given node.
+    """Returns empty slots, which stand for the base, for adapters like a given node.
 
     On a mesh, A lies as W's in axes do, B as its out axes; slots and ranks are not split.
 

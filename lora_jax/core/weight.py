@@ -319,7 +319,7 @@ class LoraWeight(TreeNode):
         return self.replace(arrays=arrays, extras=(), frozen=(), ties=())
 
     def where_adapted(self, array: jax.Array, otherwise: float) -> jax.Array:
-        """Returns an array [batch…, …] with `otherwise` in layers of rank 0."""
+        """Returns an array [batch…, …] with the value `otherwise` in layers of rank 0."""
         if all(self.ranks):
             return array
         is_adapted = np.reshape(self.ranks, (-1, *[1] * (array.ndim - 1))) > 0

@@ -69,7 +69,7 @@ def find_tokenizer(name_or_path: str | Path) -> Path:
 
 
 def _tokenizer_folder(name_or_path: str | Path) -> Path | None:
-    """Returns a folder with a tokenizer, such as the one of a GGUF file; None otherwise."""
+    """Returns a folder with a tokenizer, such as that of a GGUF file; None otherwise."""
     folder = Path(name_or_path).expanduser()
     return folder if (folder / "tokenizer.json").is_file() else None
 

@@ -59,7 +59,7 @@ def save_gguf(
     gguf_type: str = "f32",
     overwrite: bool = False,
 ) -> list[str]:
-    """Writes an adapter as a GGUF file, which appears whole or not at all. For example::
+    """Writes an adapter as a GGUF file, completely or not at all. For example::
 
         peft.save_gguf("sql.gguf", model, params)     # llama-server -m base.gguf --lora sql.gguf
 

@@ -200,7 +200,7 @@ class Tokens(NamedTuple):
         return Tokens(jnp.repeat(self.ids, n, axis=0), jnp.repeat(self.length, n, axis=0))
 
     def extended(self, ids: jax.Array, mask: jax.Array | None) -> tuple[Tokens, jax.Array]:
-        """Returns the rows with further tokens, and the slot of each further token.
+        """Returns the rows with new tokens, and the slot of each new token.
 
         Args:
           ids: [batch, seq] int32.

@@ -85,7 +85,7 @@ class TorchModel:
         cache: CachedCall | None = None,
         **attention_fields: Any,
     ) -> Any:
-        """Calls the module with further fields of `AttentionSettings` for its attention."""
+        """Calls the module with these fields of `AttentionSettings` for its attention."""
         recomputed = Recomputation(self.remat if cache is None else False, self.placement)
         if cache is not None:
             attention_fields["cached"] = cache.mask

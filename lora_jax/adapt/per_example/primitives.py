@@ -154,7 +154,7 @@ def _has_windows(eqn: JaxprEqn, axis: int) -> bool:
     return any(size != 1 for size in sizes) or any(eqn.params["padding"][axis])
 
 
-def _is_of_keys(eqn: JaxprEqn, axis: int) -> bool:
+def _is_behind_key_axes(eqn: JaxprEqn, axis: int) -> bool:
     """Returns True if an axis lies behind the axes of the keys, as that of their words does."""
     return axis >= min(len(shape_of_operand(eqn)), len(shape_of_output(eqn)))
 
@@ -188,7 +188,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         ("random_bits", "random_split", "random_wrap", "random_unwrap"),
-        _rule_for_one_axis(problem="makes keys of several examples", mixes=_is_of_keys),
+        _rule_for_one_axis(problem="makes keys of several examples", mixes=_is_behind_key_axes),
     ),
     **dict.fromkeys(
         ("reduce_window_sum", "reduce_window_max", "reduce_window_min"),

@@ -50,7 +50,7 @@ def _dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     facing_weights: list[Factored | None] = []
     for side, role in enumerate(_CONTRACTED_ROLES):
         facing_weights.append(
-            _read_for_contraction(use.values[side], contract[side], batch[side], role)
+            _assign_contracted_role(use.values[side], contract[side], batch[side], role)
         )
     left, right = facing_weights
     if left is not None and right is not None and _has_factored_product(use, left, right):
@@ -82,7 +82,7 @@ def _has_factored_product(use: Use, left: Factored, right: Factored) -> bool:
     return are_real and not any(map(has_explicit_sharding, bases))
 
 
-def _read_for_contraction(
+def _assign_contracted_role(
     weight: Factored, contract: Sequence[int], batch: Sequence[int], role: Label
 ) -> Factored | None:
     """Returns the weight with roles such that a product contracts all axes of `role`.

@@ -90,11 +90,11 @@ def convert_to_form(weight: Factored, form: CommonForm) -> Factored:
 
 
 def _select_n(_: Interpreter, use: Use) -> Outcome:
-    """Selects between whole weights, or for each member of a stack; the parts follow."""
+    """Selects between complete weights, or for each member of a stack, with all their parts."""
     which, *cases = use.values
     if isinstance(which, Factored) or not all(isinstance(case, Factored) for case in cases):
         return None
-    if all(_is_same_but_for_key(case, cases[0]) for case in cases):
+    if all(_differs_only_in_key(case, cases[0]) for case in cases):
         return [cases[0]]
     form = common_form(cases)
     if form is None:
@@ -123,7 +123,7 @@ def _select_part(which_of_member: jax.Array, parts: Sequence[jax.Array]) -> jax.
     return lax.select_n(which_of_member, *parts)
 
 
-def _is_same_but_for_key(a: Factored, b: Factored) -> bool:
+def _differs_only_in_key(a: Factored, b: Factored) -> bool:
     """Returns True if two weights differ only in their dropout keys."""
     names = (a.parts.keys() | b.parts.keys()) - {"key"}
     are_parts_same = all(a.parts.get(name) is b.parts.get(name) for name in names)

@@ -224,7 +224,7 @@ def _slice(_: Interpreter, use: Use) -> list[Value]:
     slice_of_axis = {
         axis: (starts[axis], limits[axis], strides[axis]) for axis in _shortened_axes(use, weight)
     }
-    return [_row_or_part(weight, _slice_axes(weight, slice_of_axis))]
+    return [_slice_or_row(weight, _slice_axes(weight, slice_of_axis))]
 
 
 def _shortened_axes(use: Use, weight: Factored) -> list[int]:
@@ -233,7 +233,7 @@ def _shortened_axes(use: Use, weight: Factored) -> list[int]:
     return [axis for axis, size in enumerate(weight.base.shape) if result_shape[axis] != size]
 
 
-def _row_or_part(weight: Factored, part: Factored) -> Value:
+def _slice_or_row(weight: Factored, part: Factored) -> Value:
     """Returns a slice of a weight; a single row becomes an array, as in a look-up.
 
     A row with a bias on B may be one of many that the function adds up: it is a look-up only where
@@ -267,7 +267,7 @@ def _dynamic_slice(_: Interpreter, use: Use) -> Outcome:
         ]
         return lax.dynamic_slice(array, array_starts, array_sizes)
 
-    return [_row_or_part(weight, move_axes(weight, cut, _shortened_axes(use, weight)))]
+    return [_slice_or_row(weight, move_axes(weight, cut, _shortened_axes(use, weight)))]
 
 
 def _split(_: Interpreter, use: Use) -> Outcome:

@@ -63,7 +63,7 @@ def shared_product(
         return None
     weight_of_eqn = {id(use.eqn): weight}  # by identity
     for eqn, x_side in use.inputs.other_products(use.eqn, side):
-        other_weight = _weight_ahead(use, eqn, 1 - x_side)
+        other_weight = _weight_of_later_product(use, eqn, 1 - x_side)
         if other_weight is None or eqn.params["precision"] != use.params["precision"]:
             continue
         other_contract = eqn.params["dimension_numbers"][0][1 - x_side]
@@ -85,7 +85,7 @@ def shared_product(
     return known_products.pop(id(use.eqn))
 
 
-def _weight_ahead(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
+def _weight_of_later_product(use: Use, eqn: JaxprEqn, side: int) -> Factored | None:
     """Returns the weight on a side of a later product, or None if it is not known yet."""
     value = use.inputs.value_ahead(eqn.invars[side])
     if isinstance(value, Factored):

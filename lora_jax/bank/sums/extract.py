@@ -127,7 +127,7 @@ def extract(
         rules = [LoraRule(targets="all-linear")]
     leaves_before, leaves_after = _leaves(before, after)
     # The nodes say what is selected, and how it trains on.
-    tree = lorafy(before, [_cheap_rule(rule) for rule in rules], trace=trace, kinds=kinds)
+    tree = lorafy(before, [_rank_one_rule(rule) for rule in rules], trace=trace, kinds=kinds)
     nodes = nodes_of(tree)
     extracted: dict[str, Node] = {}
     ranks: dict[str, tuple[int, ...]] = {}
@@ -179,7 +179,7 @@ def extract(
     return map_leaves(extracted.get, alias_repeated_objects(before)), extraction
 
 
-def _cheap_rule(rule: Rule) -> Rule:
+def _rank_one_rule(rule: Rule) -> Rule:
     """Returns a rule of rank 1 with the same targets; checks that each field has an effect."""
     if not isinstance(rule, LoraRule):
         return rule

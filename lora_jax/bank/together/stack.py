@@ -63,7 +63,7 @@ class Stack:
         self.names: list[str | None] = []
         slot_shapes, self._axes, self._shardings = form_of(kind, tenant)
         self.state, self.fixed = self._free_slots(n_slots, slot_shapes)
-        self._forget_choices()
+        self._track_new_choices()
         self._numbers = TenantNumbers(
             rates=np.zeros((n_slots, 0), np.float32),
             weight_decay=np.zeros(n_slots, np.float32),
@@ -96,7 +96,7 @@ class Stack:
         slot_shapes = jax.tree.map(slot_shape, content, self._axes)
         new_slots = self._free_slots(n_new, slot_shapes)
         self.state, self.fixed = self._placed(jax.tree.map(append, content, new_slots, self._axes))
-        self._forget_choices()
+        self._track_new_choices()
         self._numbers = jax.tree.map(append_zeros, self._numbers)
         self.names += [None] * n_new
 
@@ -109,7 +109,7 @@ class Stack:
 
         content = jax.tree.map(select_used, (self.state, self.fixed), self._axes)
         self.state, self.fixed = self._placed(content)
-        self._forget_choices()
+        self._track_new_choices()
         self._numbers = jax.tree.map(lambda numbers: numbers[used_slots], self._numbers)
         self.names = [self.names[slot] for slot in used_slots.tolist()]
 
@@ -122,8 +122,8 @@ class Stack:
         """Returns slot contents placed on the stack's mesh, if it has one."""
         return content if self._shardings is None else jax.device_put(content, self._shardings)
 
-    def _forget_choices(self) -> None:
-        """Starts to track choices anew, after the arrays were replaced."""
+    def _track_new_choices(self) -> None:
+        """Starts to track choices of the current arrays, after these were replaced."""
         self._held_adapters = HeldNodes()
         self._held_fixed = HeldNodes()
 
@@ -139,12 +139,12 @@ class Stack:
         slot_content = content_of(self.kind, tenant)
         content = (self._writable_state(), self._held_fixed.writable(self.fixed))
         self.state, self.fixed = _put(content, slot_content, np.int32(slot), _flat(self._axes))
-        self._numbers = self._numbers._replace(rates=self._rates_with(slot, tenant))
+        self._numbers = self._numbers._replace(rates=self._rates_with_tenant(slot, tenant))
         self._numbers.weight_decay[slot] = tenant.weight_decay
         self._numbers.grad_clip[slot] = tenant.grad_clip
         self.names[slot] = name
 
-    def _rates_with(self, slot: int, tenant: Tenant) -> np.ndarray:
+    def _rates_with_tenant(self, slot: int, tenant: Tenant) -> np.ndarray:
         """Returns the learning rates of all slots, [slots, updates], with one adapter's added."""
         old_rates = self._numbers.rates
         n_updates = -(-tenant.steps // UPDATES) * UPDATES

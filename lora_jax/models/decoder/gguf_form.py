@@ -194,12 +194,12 @@ def metadata_of(config: DecoderConfig) -> dict[str, Any]:
         fields["final_logit_softcapping"] = float(config.final_logit_softcapping)
     if arch == "phi3":
         fields["rope.scaling.original_context_length"] = config.max_position_embeddings
-    if scaling is not None and not _is_by_factors(config):
+    if scaling is not None and not _has_fixed_factors(config):
         fields |= _scaling_fields(config)
     return {f"{arch}.{name}": value for name, value in fields.items()}
 
 
-def _is_by_factors(config: DecoderConfig) -> bool:
+def _has_fixed_factors(config: DecoderConfig) -> bool:
     """Returns True if factors divide RoPE's frequencies at every text length."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "longrope"):
@@ -231,7 +231,7 @@ def rope_factor_tensors(config: DecoderConfig) -> dict[str, np.ndarray]:
     scaling = config.rope_scaling
     if scaling is None or scaling.kind not in ("llama3", "longrope"):
         return {}
-    if scaling.kind == "longrope" and _is_by_factors(config):
+    if scaling.kind == "longrope" and _has_fixed_factors(config):
         return {ROPE_FACTORS: np.asarray(scaling.short_factor, np.float32)}
     if scaling.kind == "longrope":
         return {

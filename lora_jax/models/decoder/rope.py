@@ -121,7 +121,7 @@ def compute_frequencies(config: DecoderConfig, length: jax.Array | int) -> jax.A
         is_long = length > scaling.original_max_position_embeddings
         return jnp.where(is_long, jnp.asarray(long_freqs), jnp.asarray(short_freqs))
     # The other kinds blend each frequency with the frequency divided by the factor.
-    share = _undivided_share(config, scaling, freqs)
+    share = _undivided_fraction(config, scaling, freqs)
     blended = (1.0 - share) * freqs / scaling.factor + share * freqs
     return jnp.asarray(blended.astype(np.float32))
 
@@ -132,7 +132,9 @@ def _unscaled_frequencies(dim: int, theta: float | None) -> np.ndarray:
     return np.float32(1.0) / np.float32(theta) ** exponents
 
 
-def _undivided_share(config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarray) -> np.ndarray:
+def _undivided_fraction(
+    config: DecoderConfig, scaling: RopeScaling, freqs: np.ndarray
+) -> np.ndarray:
     """Returns the fraction of each frequency, 0 to 1, that scaling leaves undivided."""
     if scaling.kind == "linear":
         return np.zeros_like(freqs)

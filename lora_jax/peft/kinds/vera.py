@@ -54,7 +54,7 @@ def as_lora_fields(fields: Fields, where: str) -> tuple[JsonObject, JsonObject]:
 
 
 def rule_settings(kind_fields: Fields) -> JsonObject:
-    """Returns {}: VeRA's fields set no further fields of a LoraRule."""
+    """Returns {}: VeRA's fields set no extra fields of a LoraRule."""
     del kind_fields
     return {}
 

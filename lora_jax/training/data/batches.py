@@ -200,7 +200,7 @@ class Packs(Padded):
         for packs, rows in parts:
             for row in rows.tolist():
                 packs_and_rows.append((packs, row))
-                _, is_counted = packs._counted(row)
+                _, is_counted = packs._tokens_and_counts(row)
                 max_counted = max(max_counted, int(is_counted.sum()))
         first_packs, _ = parts[0]
         batch = first_packs.blank(len(packs_and_rows), group, max_counted)
@@ -224,7 +224,7 @@ class Packs(Padded):
             batch[name] = np.zeros((n, m), np.int32)
         return batch
 
-    def _counted(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens_and_counts(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a row's tokens, and a flag for each that the loss counts: [m]."""
         bounds = self._bounds(row)
         row_tokens = slice(bounds[0], bounds[-1])
@@ -242,7 +242,7 @@ class Packs(Padded):
         bounds = self._bounds(row)
         lengths = np.diff(bounds)
         begins = bounds[:-1] - bounds[0]
-        ids, is_counted = self._counted(row)
+        ids, is_counted = self._tokens_and_counts(row)
         targets = np.flatnonzero(is_counted)  # places of the predicted tokens
         arrays["ids"][: len(ids)] = ids
         arrays["segment_ids"][: len(ids)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)

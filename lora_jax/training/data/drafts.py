@@ -122,7 +122,7 @@ def _drafts_by_text(
     rendered.check(n_turns)
     left_out = rendered.left_out(n_turns, {answer.turn: answer.text for answer in answers})
     if train_on == "all":
-        spans = _spans_without_muted(answers, chat)
+        spans = _spans_outside_muted_turns(answers, chat)
     elif train_on == "last":
         spans = [learned[-1].span]
     elif all(text.startswith(answer.text) for answer in learned):
@@ -213,7 +213,7 @@ def _answer_after_changed_prompt(
     return None if start < 0 else text[start + len(announcement) :]
 
 
-def _spans_without_muted(
+def _spans_outside_muted_turns(
     answers: Sequence[AnswerSpan], chat: Conversation
 ) -> list[tuple[int, int]]:
     """Returns the spans of a chat's text outside turns with weight 0."""

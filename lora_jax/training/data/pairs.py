@@ -149,17 +149,17 @@ def _check_read(row: Row, beginning: TextOrTurns, name: str) -> None:
     if not isinstance(beginning, str) and any(turn["role"] == "user" for turn in beginning):
         return
     turns = as_turns(beginning, "user")
-    beginning_text = _one_spaced("\n".join(str(turn.get("content")) for turn in turns))
+    beginning_text = _normalise_spaces("\n".join(str(turn.get("content")) for turn in turns))
     for field in _QUESTIONS:
         value = row.get(field)
-        if isinstance(value, str) and _one_spaced(value) not in beginning_text:
+        if isinstance(value, str) and _normalise_spaces(value) not in beginning_text:
             raise TrainingError(
                 f"{name} has no `prompt`, and its `{field}` would not be read. Rename it to "
                 f"`prompt` (in a script with --fields prompt={field}), or remove it."
             )
 
 
-def _one_spaced(text: str) -> str:
+def _normalise_spaces(text: str) -> str:
     """Returns a text with normalised white space."""
     return " ".join(text.split())
 

@@ -121,7 +121,7 @@ class Preferences(Packs):
         super()._fill(arrays, row)
         bounds = self._bounds(row)
         row_tokens = slice(bounds[0], bounds[-1])
-        _, is_counted = self._counted(row)
+        _, is_counted = self._tokens_and_counts(row)
         if self.completion is not None:
             in_completion = self.completion[row_tokens][is_counted]
             arrays["completion"][: len(in_completion)] = in_completion

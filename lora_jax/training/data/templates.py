@@ -259,7 +259,7 @@ class Rendered(NamedTuple):
             check_calls(turn, self.text)
         self._check_tools()
         for index, turn in enumerate(self.chat.messages[:n]):
-            self._check_said(index, turn)
+            self._check_content_shown(index, turn)
 
     def _check_tools(self) -> None:
         """Raises TrainingError if the text omits the name of a tool."""
@@ -305,7 +305,7 @@ class Rendered(NamedTuple):
             if unique_name not in text
         ]
 
-    def _check_said(self, index: int, turn: Message) -> None:
+    def _check_content_shown(self, index: int, turn: Message) -> None:
         """Raises TrainingError if the text omits the content of a non-assistant turn."""
         text = turn.get("content")
         role = turn["role"]
@@ -314,10 +314,10 @@ class Rendered(NamedTuple):
         is_long = len(text.strip()) >= _LONG
         if role == "user" and not is_long:
             return  # all templates show users' turns
-        if is_long and self._has(text):
+        if is_long and self._contains(text):
             return
         changed_turn = {**turn, "content": text + _CHANGE}
-        if self._differs({index: changed_turn}):
+        if self._depends_on({index: changed_turn}):
             return
         remedy = _TOOLS_REMEDY
         if role != "tool":
@@ -346,14 +346,14 @@ class Rendered(NamedTuple):
                 fields = self._fields_of(index, field_names)
                 if fields:
                     fields_of_turn[index] = fields
-            hidden_turns = self._without(fields_of_turn)
+            hidden_turns = self._turns_without_fields(fields_of_turn)
             if not hidden_turns:
                 continue
             # Some templates show a field until other turns follow.
             never_shown = []
             for index in hidden_turns:
-                rendered = self._upto(index, texts)
-                if rendered._without({index: fields_of_turn[index]}):
+                rendered = self._render_up_to(index, texts)
+                if rendered._turns_without_fields({index: fields_of_turn[index]}):
                     never_shown.append(index)
             first_turn = min(fields_of_turn)
             field = fields_of_turn[first_turn][0]
@@ -370,7 +370,7 @@ class Rendered(NamedTuple):
             )
         return counts
 
-    def _upto(self, index: int, texts: Mapping[int, str]) -> "Rendered":
+    def _render_up_to(self, index: int, texts: Mapping[int, str]) -> "Rendered":
         """Returns the turns up to `index`, rendered without the later turns."""
         text = texts.get(index) or render(self.chat, index + 1, self.tokenizer)
         return self._replace(end=index + 1, text=text, ask=False)
@@ -382,7 +382,7 @@ class Rendered(NamedTuple):
             return []  # the name is that of a call, which is shown
         return _fields_in(turn, field_names)
 
-    def _without(self, fields_of_turn: Mapping[int, list[str]]) -> list[int]:
+    def _turns_without_fields(self, fields_of_turn: Mapping[int, list[str]]) -> list[int]:
         """Returns the indices of turns whose fields are missing in the text."""
         messages = self.chat.messages
         values = [
@@ -393,7 +393,8 @@ class Rendered(NamedTuple):
             turn = messages[index]
             # A long value that only this turn has is surely its own.
             is_in_text = any(
-                values.count(turn[field]) == 1 and self._has(turn[field], _LONG) for field in fields
+                values.count(turn[field]) == 1 and self._contains(turn[field], _LONG)
+                for field in fields
             )
             if not is_in_text:
                 turns_without_fields[index] = {
@@ -401,17 +402,17 @@ class Rendered(NamedTuple):
                 }
         if not turns_without_fields:
             return []
-        if not self._differs(turns_without_fields):
+        if not self._depends_on(turns_without_fields):
             return [*turns_without_fields]
         if len(turns_without_fields) == 1:
             return []
         return [
             index
             for index, turn in turns_without_fields.items()
-            if not self._differs({index: turn})
+            if not self._depends_on({index: turn})
         ]
 
-    def _has(self, content: Any, min_characters: int = 0) -> bool:
+    def _contains(self, content: Any, min_characters: int = 0) -> bool:
         """Returns True if the rendered text contains a text, directly or as JSON."""
         if not isinstance(content, str) or len(content.strip()) < min_characters:
             return False
@@ -421,7 +422,7 @@ class Rendered(NamedTuple):
         unicode_json = json.dumps(content, ensure_ascii=False)[1:-1]
         return ascii_json in self.text or unicode_json in self.text
 
-    def _differs(self, changed_turns: Mapping[int, Message]) -> bool:
+    def _depends_on(self, changed_turns: Mapping[int, Message]) -> bool:
         """Returns True if changing some turns changes the rendered text."""
         messages = []
         for index, turn in enumerate(self.chat.messages):
@@ -458,7 +459,7 @@ def check_calls(turn: Message, text: str) -> None:
 
 
 def _fields_in(turn: Message, fields: Iterable[str]) -> list[str]:
-    """Returns the subset of `field_names` that a turn has."""
+    """Returns the subset of `fields` that a turn has."""
     return [field for field in fields if turn.get(field)]
 
 

@@ -154,7 +154,7 @@ class Checkpoints:
             return self._read(newest, like)
         except DamagedCheckpoint as error:
             message = f"the checkpoint {folder} is damaged ({error}). "
-        whole_step = self._newest_whole(earlier_steps, like)
+        whole_step = self._newest_readable(earlier_steps, like)
         if whole_step is None:
             raise DamagedCheckpoint(
                 lambda option: (
@@ -168,7 +168,7 @@ class Checkpoints:
             )
         )
 
-    def _newest_whole(self, steps: list[int], like: State) -> int | None:
+    def _newest_readable(self, steps: list[int], like: State) -> int | None:
         """Returns the newest step whose checkpoint can be read, or None."""
         for step in reversed(steps):
             try:

@@ -78,7 +78,7 @@ class Splash(Implementation):
             reason = _branches_refusal(call)
         if reason is not None or call.split is None:
             return reason
-        chunk = _queries_side_by_side(call.queries, call.split)
+        chunk = _n_contiguous_queries(call.queries, call.split)
         if chunk % LANES:
             return f"a device has {chunk} tokens of a row at a time, no multiple of {LANES}"
         return None
@@ -182,7 +182,7 @@ class Splash(Implementation):
         """Returns the numbers of queries and keys in a block."""
         chunk = band.queries
         if band.split is not None:
-            chunk = _queries_side_by_side(band.queries // band.split.parts, band.split)
+            chunk = _n_contiguous_queries(band.queries // band.split.parts, band.split)
         sizes = range(LANES, self.block + 1, LANES)
         query_size = max(size for size in sizes if chunk % size == 0)
         key_size = max(size for size in sizes if band.keys % size == 0)
@@ -198,7 +198,7 @@ def _branches_refusal(call: AttentionCall) -> str | None:
     return missing_derivative()
 
 
-def _queries_side_by_side(queries: int, split: Split) -> int:
+def _n_contiguous_queries(queries: int, split: Split) -> int:
     """Returns the number of contiguous queries that a device has of a row."""
     return queries // 2 if split.paired else queries
 
