@@ -232,7 +232,7 @@ def _evaluate_call(
 def _report_assigned_weights(
     interpreter: Interpreter, traced: Trace, weights: Mapping[int, Factored], arguments: Tree
 ) -> None:
-    """Warns of adapted weights that a function assigns to attributes of NNX modules.
+    """Warns of adapted weights of NNX modules that a function overwrites; they are merged.
 
     Raises:
       MergeError: under ``strict=True``, or where a merged weight would not do the same.

@@ -97,7 +97,7 @@ def _make_mask(
 
 
 def _mask_of_segments(segments: jax.Array) -> Mask:
-    """Returns the segments of rows, [batch, seq], whose positions restart from 0 in each."""
+    """Returns the mask of rows with several segments, [batch, seq]; each starts at position 0."""
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
     is_same_segment = segments[:, :, None] == segments[:, None, :]  # [batch, seq, seq]
     first_slots = jnp.argmax(is_same_segment, axis=2)  # of each token's segment

@@ -148,7 +148,7 @@ class EmptyModule:
 
     @functools.cached_property
     def conversions(self) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
-        """Transformers' conversions of stored tensors, and the module's tensors."""
+        """Transformers' renamings and conversions of stored tensors, and the module's tensors."""
         module: Any = self.module
         mapping = get_model_conversion_mapping(module)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
