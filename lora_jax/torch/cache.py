@@ -81,7 +81,7 @@ class CachedCall(_Cache):  # type: ignore[misc]  # it lacks methods of its base
 
     @property
     def layers(self) -> NoReturn:
-        """Raises a TorchModelError, because a module that reads layers has another kind of state."""
+        """Raises a TorchModelError: a module that reads layers has another kind of state."""
         raise TorchModelError(OTHER_STATE)
 
     def get_seq_length(self, layer_idx: int = 0) -> NoReturn:
