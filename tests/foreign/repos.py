@@ -14,13 +14,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.foreign.environments import EnvironmentFailed, python_of, run_command
+from tests.foreign.environments import ROOT, EnvironmentFailed, python_of, run_command
 from tests.foreign.repositories import REPOSITORIES
 from tests.foreign.repository import Repository, typed
 from tests.foreign.table import CACHE, markdown
 
 HEAD = ("repository", "model", "kernels", "outputs", "gradients", "merges", "left out")
 VERSIONS = ("repository", "commit", "it asks for", "it ran on")
+# Runs the module whatever else is called `tests`: what levanter imports installs such a package.
+START = """\
+import runpy, sys, types
+tests = types.ModuleType("tests")
+tests.__path__ = [sys.argv.pop(1)]
+sys.modules["tests"] = tests
+runpy.run_module("tests.foreign.run_repository", run_name="__main__", alter_sys=True)
+"""
 PREFACE = """\
 # Repositories of others
 
@@ -67,8 +75,8 @@ def result_of(repository: Repository, checkout: Path, cache: Path) -> Result:
     why = "its process ended before it"
     try:
         python = python_of(repository.environment, cache)
-        module = "tests.foreign.run_repository"
-        run_command([python, "-m", module, output, repository.name, checkout.resolve()])
+        arguments = [ROOT / "tests", output, repository.name, checkout.resolve()]
+        run_command([python, "-c", START, *arguments])
     except EnvironmentFailed as error:
         why = str(error)
     lines = output.read_text().splitlines() if output.exists() else []

@@ -90,18 +90,25 @@ def typed(lines: Callable[..., Made]) -> str:
     statements = definition.body[:-1]
     for index, statement in enumerate(statements):
         text = "\n".join(lines[statement.lineno - 1 : statement.end_lineno])
-        is_near_function = any(
-            isinstance(near, ast.FunctionDef) for near in statements[max(index - 1, 0) : index + 1]
-        )
-        gap = "" if not code else "\n\n\n" if is_near_function else "\n"
-        code += gap + textwrap.dedent(text)
-    gap = "\n\n\n" if isinstance(statements[-1], ast.FunctionDef) else "\n\n"
+        if index:
+            code += _gap(statements[index - 1], statement)
+        code += textwrap.dedent(text)
+    is_function_last = isinstance(statements[-1], ast.FunctionDef)
+    code += "\n\n\n" if is_function_last else "\n\n"
     return (
-        f"{code}{gap}"
+        f"{code}"
         'rules = [lj.LoraRule(targets="all-linear", rank=16)]\n'
         f"tree = lj.lorafy({params}, rules, trace=({fn}, {params}, {args}))\n"
         f"outputs = lj.adapt({fn})(tree, {args})\n"
     )
+
+
+def _gap(before: ast.stmt, after: ast.stmt) -> str:
+    """Returns the line breaks between two statements of a module, as ruff sets them."""
+    if isinstance(before, ast.FunctionDef) or isinstance(after, ast.FunctionDef):
+        return "\n\n\n"
+    imports = (ast.Import, ast.ImportFrom)
+    return "\n\n" if isinstance(before, imports) and not isinstance(after, imports) else "\n"
 
 
 def drawn(params: Any, size: float = 0.1) -> Any:

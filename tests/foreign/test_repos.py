@@ -126,7 +126,7 @@ def test_a_small_repository(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, "REPOSITORIES", (SMALL,))
 
     def run_here(command):
-        run_repository.main(*map(str, command[3:]))
+        run_repository.main(*map(str, command[-3:]))
 
     monkeypatch.setattr(repos, "run_command", run_here)
     assert repos.main([str(tmp_path), "--cache", str(tmp_path / "cache")]) == 0

@@ -4,7 +4,9 @@ from tests.foreign.repositories import (
     big_vision,
     easydel,
     gemma,
+    levanter,
     maxdiffusion,
+    maxtext,
     octo,
     openpi,
     weathernext,
@@ -17,5 +19,7 @@ REPOSITORIES = (
     weathernext.REPOSITORY,
     gemma.REPOSITORY,
     maxdiffusion.REPOSITORY,
+    levanter.REPOSITORY,
+    maxtext.REPOSITORY,
     easydel.REPOSITORY,
 )
