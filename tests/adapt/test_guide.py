@@ -1,7 +1,7 @@
 """The code of the guides in lora_jax/adapt/guides runs, and prints what its comments say.
 
 A block ``python`` begins a program, ``python continued`` goes on with it; one that says ``foreign``
-needs that extra.
+needs that extra. A block that says ``openpi`` needs a checkout of openpi, and is only compiled.
 """
 
 import re
@@ -25,7 +25,9 @@ def programs():
         text = path.read_text()
         title = text.partition("\n")[0].removeprefix("# ")
         for says, code in BLOCKS.findall(text):
-            if "continued" in says:
+            if "openpi" in says:
+                compile(code, title, "exec")
+            elif "continued" in says:
                 found[title][-1][1].append(code)
             else:
                 found.setdefault(title, []).append((says.split(), [code]))

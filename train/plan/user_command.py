@@ -98,7 +98,10 @@ def _make_step(spec: str, mesh: Mesh) -> tuple[Any, tuple[Any, ...], Mapping[str
     make_step = getattr(module, name, None)
     if not callable(make_step):
         raise UserError(f"{OPTION} {spec}: {file} has no function {name}. Check the name.")
-    takes_mesh = bool(inspect.signature(make_step).parameters)
+    takes_mesh = any(
+        parameter.name == "mesh" or parameter.default is parameter.empty
+        for parameter in inspect.signature(make_step).parameters.values()
+    )
     with _user_errors(file, f"{OPTION} {spec}: {name} failed"):
         result = make_step(mesh) if takes_mesh else make_step()
     if not isinstance(result, tuple) or len(result) not in (2, 3) or not callable(result[0]):

@@ -94,7 +94,7 @@ def plan_function(
     start_seconds = time.perf_counter()
     with jax.set_mesh(device_mesh):
         traced = _trace(name, jitted, abstract_args)
-        lowered = traced.lower()
+        lowered = _lower(name, traced)
     compiled, error = _compile(lowered, machine, dict(compiler_options or {}))
     if compiled is not None:
         _check_devices_share(name, compiled, device_mesh)
@@ -311,6 +311,24 @@ def _trace(name: str, jitted: Any, args: Sequence[Any]) -> Any:
         ) from error
 
 
+def _lower(name: str, traced: Any) -> Any:
+    """Returns the lowered function.
+
+    Raises:
+      UserError: the function cannot be lowered, for example because a class of its arguments
+        refuses fields that are no arrays.
+    """
+    try:
+        return traced.lower()
+    except Exception as error:  # JAX's, or of the user's classes
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{name} cannot be lowered: {type(error).__name__}: {reason[0] if reason else ''} If a "
+            "class of the arguments checks the types of its fields, switch the check off, for "
+            'example by jaxtyping.config.update("jaxtyping_disable", True).'
+        ) from error
+
+
 def _compile(
     lowered: Any, machine: Machine, options: dict[str, Any]
 ) -> tuple[Any, jax.errors.JaxRuntimeError | None]:
@@ -343,7 +361,7 @@ def _memory(compiled: Any) -> dict[str, int | None]:
 
 def _clock(hlo_text: str | None, machine: Machine, work: StepWork) -> Clock | None:
     """Returns the estimate of a program; its MFU counts no product that is recomputed."""
-    clock = clock_of(hlo_text, machine)
+    clock = clock_of(hlo_text, machine, finds_attention=True)
     if clock is None or clock.seconds is None or not machine.flops or work.source != HLO:
         return clock
     hides_remat = bool(work.kernels)  # a kernel recomputes inside, where nothing shows it

@@ -1,5 +1,7 @@
 """Plans of functions that users wrote: `train.plan.function`, and `lora-jax plan --function`."""
 
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -15,6 +17,7 @@ import lora_jax as lj
 from train import plan
 from train.console.errors import UserError
 from train.plan.__main__ import main
+from train.plan.clock.groups import ADAPTER, ATTENTION, BASE
 from train.plan.compile import compile_largest
 
 S = jax.ShapeDtypeStruct
@@ -31,6 +34,8 @@ def make_on_mesh(mesh):
     from jax.sharding import PartitionSpec as P
     shardings = (P("rows"), P())
     return step, (S((6, 6), jnp.float32), S((9, 6), jnp.float32)), {"shardings": shardings}
+def make_large(rows=18):
+    return step, (S((6, 6), jnp.float32), S((rows, 6), jnp.float32))
 def make_number():
     return 3
 def make_typo():
@@ -111,6 +116,78 @@ def test_a_mesh_shards_what_the_specs_say():
     assert alone.memory["arguments"] - made.memory["arguments"] == halved
     assert made.work.sent is not None and sum(made.work.sent.values()) > 0
     assert made.mesh == {"fsdp": 2}
+
+
+def attend(params, x, *, scanned: bool, scoped: bool):
+    """Layers of attention: four products with kernels, and those of queries, keys and values."""
+
+    def multiply_heads(q, k, v):
+        if scoped:
+            scores = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+            return jnp.einsum("bhts,bshd->bthd", scores, v)
+        q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
+        scores = jax.nn.softmax(q @ jnp.swapaxes(k, 2, 3))
+        return jnp.swapaxes(scores @ v, 1, 2)
+
+    @jax.checkpoint
+    def layer(x, weights):
+        normed = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+        q, k, v = (normed @ weights[name]["kernel"] for name in "qkv")
+        rows, tokens, width = x.shape
+        q, k, v = (array.reshape(rows, tokens, 4, width // 4) for array in (q, k, v))
+        mixed = multiply_heads(q, k, v).reshape(x.shape)
+        return x + mixed @ weights["o"]["kernel"], None
+
+    if scanned:
+        return jax.lax.scan(layer, x, params)[0]
+    for index in range(LAYERS):
+        x, _ = layer(x, jax.tree.map(lambda stack: stack[index], params))  # noqa: B023
+    return x
+
+
+def attention_flops(trains: str, scanned: bool, scoped: bool, topology: str) -> tuple[int, int]:
+    """FLOPs of products of activations, and of all others, in a gradient step."""
+    rows, tokens, width = 2, 20, 48
+    kernel = S((LAYERS, width, width), jnp.float32)
+    params = {name: {"kernel": kernel} for name in "qkvo"}
+    model = functools.partial(attend, scanned=scanned, scoped=scoped)
+    if trains == "kernels":
+        args = (params,)
+        forward = model
+    else:
+        args = lj.split(lj.lorafy(params, [lj.LoraRule(targets="all-linear", rank=RANK)]))
+        adapted = lj.adapt(model, strict=True)
+        forward = lambda adapter, base, x: adapted(lj.join(adapter, base), x)  # noqa: E731
+
+    def lora(*args):  # named as the scope of A and B
+        return jax.grad(lambda trained: jnp.mean(forward(trained, *args[1:]) ** 2))(args[0])
+
+    made = plan.function(lora, *args, S((rows, tokens, width), jnp.float32), topology=topology)
+    assert made.clock is not None
+    flops = dict.fromkeys((ATTENTION, ADAPTER, BASE), 0)
+    for group in made.clock.groups:
+        if group.flops:
+            flops[group.group] += group.flops
+    assert sum(flops.values()) == made.work.per_step
+    n_products = 2 + 2 + 4  # forward, computed again, and gradients of both operands
+    product_flops = 2 * rows * tokens * tokens * width
+    # Without a loop, the last layer need not compute its last product again.
+    n_omitted = (n_products * LAYERS * product_flops - flops[ATTENTION]) / product_flops
+    assert n_omitted == 0 if scanned else n_omitted in (0, 1)
+    return flops[ADAPTER], flops[BASE] // (2 * rows * tokens * width * width * LAYERS)
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize(
+    "topology", ["cpu:1", pytest.param("v5e:1", marks=pytest.mark.tpu_compiler)]
+)
+def test_products_of_two_activations_are_attention(topology, scanned, scoped):
+    """In code without scopes of its own. Gradients of kernels are no attention."""
+    factors, base = attention_flops("factors", scanned, scoped, topology)
+    assert factors and base > 4
+    no_factors, base_with_gradients = attention_flops("kernels", scanned, scoped, topology)
+    assert not no_factors and base_with_gradients == base + 4
 
 
 def test_a_donation_that_no_output_can_replace_is_named():
@@ -219,12 +296,31 @@ def test_a_function_that_cannot_be_traced():
         plan.function(fn, S((3,), jnp.float32), topology="cpu:1")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Checked:
+    """A class that accepts shapes and traced arrays alone, as classes with checked types do."""
+
+    x: Any
+
+    def __post_init__(self):
+        if type(self.x).__name__ == "ArgInfo":
+            raise TypeError("x must be an array.")
+
+
+def test_arguments_whose_class_checks_types():
+    with pytest.raises(UserError, match="cannot be lowered: TypeError: x must.*switch the check"):
+        plan.function(lambda arg: arg.x + 1, Checked(S((3,), jnp.float32)), topology="cpu:1")
+
+
 def test_the_command_prints_tables_and_json(tmp_path, capsys):
     file = tmp_path / "step.py"
     file.write_text(STEP)
     main(["--function", f"{file}:make_step", "--topology", "cpu:1"])
     shown = capsys.readouterr().out
     assert "step on cpu:1 (one device)" in shown and "Memory per device" in shown
+    main(["--function", f"{file}:make_large", "--json"])
+    assert json.loads(capsys.readouterr().out)["work"]["traced"] == 2 * math.prod((6, 18, 6))
     main([f"--function={file}:make_on_mesh", "--topology", "cpu:2", "--mesh", "rows=2", "--json"])
     fields = json.loads(capsys.readouterr().out)
     assert fields["mesh"] == {"rows": 2} and fields["topology"] == "cpu:2"
@@ -242,7 +338,7 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
         (["nowhere.py:make_step"], "nowhere.py does not exist"),
         (["{file}:make_mismatch"], "cannot be traced with these arguments"),
         (["{file}:make_step", "--mesh", "rows"], "--mesh rows is not a mesh"),
-        (["{file}:make_fault"], "make_fault failed in line 19 with ZeroDivisionError"),
+        (["{file}:make_fault"], "make_fault failed in line 21 with ZeroDivisionError"),
         (["{file}:make_step", "--mesh", "rows=3"], "has 3 devices"),
     ],
 )

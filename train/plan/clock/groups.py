@@ -6,6 +6,7 @@ from typing import NamedTuple
 from lora_jax.core.names import FACTORS
 from train.plan.hlo.kernels import kernel_of
 from train.plan.hlo.module import Computation, HloModule, Instruction, is_scalar
+from train.plan.hlo.origins import KernelOrigins
 from train.plan.hlo.products import is_product, kernel_call, product_flops
 
 BASE, ADAPTER, ATTENTION, HEAD = "base products", "A and B", "attention", "head and loss"
@@ -19,6 +20,7 @@ _ADAPTER = re.compile(rf"(^|[/(]){FACTORS}([/)]|$)")
 _HEAD = re.compile(r"(^|[/.])(lm_head|head|score|logits|embed_out)([/)]|$)")
 _ATTENTION = re.compile(r"(^|/)(attention|windowed_\d+_of_\d+|blocks_\d+\w*|\w*splash\w*)(/|$)")
 _SCOPES = ((ADAPTER, _ADAPTER), (ATTENTION, _ATTENTION), (HEAD, _HEAD))
+_FUNCTION = re.compile(r"^jit\([^()]*\)/")  # its name may be any, such as lora or head
 _LOSS = re.compile(r"jvp\(\)")  # outside of any module
 _GRADIENT = re.compile(r"\b(jvp|transpose)\(")
 # Move or cast numbers, and compute nothing; indices and other scalars do not count.
@@ -39,19 +41,37 @@ class Group(NamedTuple):
     phase: str
 
 
-def group_of(module: HloModule, op: Instruction, computation: Computation) -> Group:
-    """Returns the group of an instruction, by the scope of its largest product or its own scope."""
+def group_of(
+    module: HloModule,
+    op: Instruction,
+    computation: Computation,
+    origins: KernelOrigins | None = None,
+) -> Group:
+    """Returns the group of an instruction, by the scope of its largest product or its own scope.
+
+    Args:
+      module: the module.
+      op: the instruction.
+      computation: its computation.
+      origins: the kernels of the module. If given, a product of two activations whose scope names
+        no group is attention.
+    """
     call = kernel_call(op, computation)
     if call:
         kernel = kernel_of(call)
         is_attention = kernel is not None and ATTENTION in kernel.label
         name = ATTENTION if is_attention else _group_named_in(call.scope) or BASE
         return Group(name, phase_of(call.scope))
-    products = _flops_and_scopes_of_products(module, op, computation)
+    products = _products_in(module, op, computation)
     if products:
-        _, largest_scope = max(products)
+        largest = max(products, key=lambda product: product[:2])
+        _, largest_scope, product, product_computation = largest
         scope = largest_scope or scope_of(module, op)
-        return Group(_group_named_in(scope) or BASE, phase_of(scope))
+        is_attention = origins is not None and origins.multiplies_activations(
+            product, product_computation
+        )
+        name = _group_named_in(scope) or (ATTENTION if is_attention else BASE)
+        return Group(name, phase_of(scope))
     scope = scope_of(module, op)
     phase = phase_of(scope)
     if _only_moves_data(module, op, computation):
@@ -81,18 +101,19 @@ def scope_of(module: HloModule, op: Instruction) -> str:
 
 def _group_named_in(scope: str) -> str | None:
     """Returns the group that a scope names; None if it names none."""
+    scope = _FUNCTION.sub("", scope)
     for name, pattern in _SCOPES:
         if pattern.search(scope):
             return name
     return None
 
 
-def _flops_and_scopes_of_products(
+def _products_in(
     module: HloModule, op: Instruction, computation: Computation
-) -> list[tuple[int, str]]:
-    """Returns the FLOPs and the scope of each product of an instruction."""
+) -> list[tuple[int, str, Instruction, Computation]]:
+    """Returns the FLOPs and the scope of each product of an instruction, with the product."""
     return [
-        (product_flops(inner, inner_computation), inner.op_name)
+        (product_flops(inner, inner_computation), inner.op_name, inner, inner_computation)
         for inner, inner_computation in ((op, computation), *module.inside(op))
         if is_product(inner)
     ]

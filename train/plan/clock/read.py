@@ -5,6 +5,7 @@ import dataclasses
 from train.plan.clock.groups import COLLECTIVES, GROUPS, PHASES, Group
 from train.plan.clock.walk import Cost, DeviceRates, Walk
 from train.plan.hlo.module import PARSE_ERRORS, HloModule, NotUnderstood
+from train.plan.hlo.origins import KernelOrigins
 from train.plan.machines import KERNEL_SHARE, KINDS
 
 _V5E = KINDS["v5e"]
@@ -78,6 +79,7 @@ def read_clock(
     link: float = 2 * _V5E.link,
     memory: float = _V5E.bandwidth,
     slices: int = 1,
+    finds_attention: bool = False,
 ) -> Estimate:
     """Returns the compiler's estimate of a program; the defaults are those of a TPU v5e.
 
@@ -93,6 +95,8 @@ def read_clock(
       link: bytes that a device sends a second over its links along an axis of the mesh.
       memory: bytes a second of a device's memory.
       slices: number of TPU slices that exchange data.
+      finds_attention: whether products of two activations are attention, in scopes that name no
+        group.
 
     Raises:
       NotUnderstood: the HLO has an unknown form, or does not say how often a loop runs.
@@ -102,7 +106,8 @@ def read_clock(
         rates = DeviceRates(clock=clock, kernel=kernel_share * peak, link=link, memory=memory)
     try:
         module = HloModule(text)
-        tally = Walk(module, rates, slices).tally(module.entry)
+        origins = KernelOrigins(module) if finds_attention else None
+        tally = Walk(module, rates, slices, origins=origins).tally(module.entry)
     except NotUnderstood:
         raise
     except PARSE_ERRORS as error:

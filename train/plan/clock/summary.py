@@ -58,13 +58,19 @@ class Clock:
     unknown: dict[str, int]
 
 
-def clock_of(text: str | None, machine: Machine, model_flops: int | None = None) -> Clock | None:
+def clock_of(
+    text: str | None,
+    machine: Machine,
+    model_flops: int | None = None,
+    finds_attention: bool = False,
+) -> Clock | None:
     """Returns the estimate of a program for a machine; None if the HLO cannot be analyzed.
 
     Args:
       text: the optimised HLO; None if there is none.
       machine: the devices, and what is assumed of them.
       model_flops: FLOPs that the program needs, on all devices.
+      finds_attention: see `train.plan.clock.read.read_clock`.
     """
     rates = (machine.clock, machine.flops, machine.link, machine.bandwidth)
     is_timed = None not in rates
@@ -79,6 +85,7 @@ def clock_of(text: str | None, machine: Machine, model_flops: int | None = None)
             link=machine.link or 1.0,
             memory=machine.bandwidth or 1.0,
             slices=machine.n_slices,
+            finds_attention=finds_attention,
         )
     except NotUnderstood:
         return None

@@ -33,6 +33,7 @@ from train.plan.hlo.module import (
     NotUnderstood,
     is_scalar,
 )
+from train.plan.hlo.origins import KernelOrigins
 from train.plan.hlo.products import is_product, kernel_call, product_flops
 from train.plan.hlo.slices import crosses_slices, slice_transfer, transferred_bytes
 
@@ -126,6 +127,7 @@ class Walk:
         rates: DeviceRates | None,
         n_slices: int,
         slices: Sequence[int] = (),
+        origins: KernelOrigins | None = None,
     ) -> None:
         """Prepares a walk, which counts no computation yet.
 
@@ -134,8 +136,10 @@ class Walk:
           rates: the rates of a device; without rates, nothing has seconds.
           n_slices: number of TPU slices that exchange data.
           slices: the slice of each device, which tells what leaves one; () where none does.
+          origins: the kernels of the module, by which `group_of` finds attention.
         """
         self.module = module
+        self.origins = origins
         self.n_slices = n_slices
         self.slices = slices
         self.rates = rates
@@ -266,7 +270,7 @@ class Walk:
             bytes=traffic.all,
             memory=traffic.memory,
         )
-        timeline.spend(group_of(self.module, op, computation), cost)
+        timeline.spend(group_of(self.module, op, computation, self.origins), cost)
 
     def _add_kernel(
         self, op: Instruction, call: KernelCall, computation: Computation, timeline: "_Timeline"
