@@ -179,8 +179,9 @@ class LoraRule(_RuleFields, Variants):
         if self.uses == "each" and not is_plain:
             options = ", ".join(variant.option for variant in VARIANTS)
             raise ValueError(
-                f"uses='each' supports only plain A and B. Remove {options}, extras and an "
-                "init that takes factors from the base, or set uses to 'lookup' or 'product'."
+                "uses='each' gives a table one plain LoRA for look-ups and one for products. It "
+                f"does not support {options}, extras=, or an init that computes A and B from the "
+                "base. Remove these, or adapt one use only: uses='lookup' or uses='product'."
             )
         if self.share_a and (self.frozen or initialisers.takes_from_base(self.init)):
             raise ValueError(

@@ -119,7 +119,8 @@ def as_peft_node(path: str, node: Leaf) -> Leaf:
     unknown_parts = [name for name in node.has if name not in VECTOR_PARTS]
     if unknown_parts:
         raise PeftError(
-            f"{path!r} has the part {unknown_parts[0]!r}, which PEFT does not have. Make a plain "
-            "adapter first with lora_jax.bank.extract(strip(tree), merge(tree), rank=…)."
+            f"The adapter of {path!r} has the array {unknown_parts[0]!r}, which PEFT's files "
+            "cannot hold. Approximate it by plain LoRA first: "
+            "lora_jax.bank.extract(lora_jax.strip(tree), lora_jax.merge(tree), rank=…)."
         )
     return node

@@ -57,7 +57,7 @@ def tree(name, seed=7, **more):
         ),
         ({"vera": True, "bias_on_b": True}, "vera cannot be combined with bias_on_b"),
         ({"xs": True, "init": lj.init.pissa}, "xs cannot be combined with init"),
-        ({"xs": True, "uses": "each"}, "uses='each' supports only plain A and B.*xs, vera"),
+        ({"xs": True, "uses": "each"}, "uses='each' gives a table one plain LoRA.*xs, vera"),
     ],
 )
 def test_rules_that_make_no_sense(changes, message):

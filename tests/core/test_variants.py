@@ -465,7 +465,7 @@ def test_each_of_two_adapters_starts_at_the_base(init):
     "more", [{"dora": True}, {"bias_on_b": True}, {"freeze_a": True}, {"init": lj.init.pissa}]
 )
 def test_an_adapter_for_each_use_is_plain(more):
-    with pytest.raises(ValueError, match="uses='each' supports only plain A and B"):
+    with pytest.raises(ValueError, match="uses='each' gives a table one plain LoRA"):
         lj.LoraRule(targets=["embed"], uses="each", **more)
 
 

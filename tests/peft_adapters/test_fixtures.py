@@ -163,7 +163,7 @@ def test_what_peft_cannot_hold(tmp_path):
     with pytest.raises(lp.PeftError, match="the biases of all modules, or of all adapted"):
         lp.save(tmp_path / "a", model, lj.lorafy(params, [one_bias, both]))
     own = lj.Part("own", ("batch", "rank"), lambda node: np.ones(node.shape_of("own")))
-    with pytest.raises(lp.PeftError, match="has the part 'own', which PEFT does not have"):
+    with pytest.raises(lp.PeftError, match="has the array 'own', which PEFT's files cannot"):
         rule = lj.LoraRule(targets=["q_proj"], rank=2, extras=[own])
         lp.save(tmp_path / "a", model, shapes_of(params, [rule]))
     with pytest.raises(lp.PeftError, match="no adapter to save"):

@@ -119,10 +119,10 @@ def _show_help_or_raise(args: Sequence[str]) -> NoReturn:
         usage = f"usage: {program(_PROG)} {{{','.join(SCRIPTS)}}} [options]"
         print(f"{about(__doc__, _PROG)}\n{usage}")
         sys.exit(0)
-    problem = f"not {args[0]!r}" if args else "but nothing follows train.compare"
+    problem = f"cannot compare runs of {args[0]!r}" if args else "needs the name of a script"
     scripts = list(SCRIPTS)
     names = f"{', '.join(scripts[:-1])} or {scripts[-1]}"
-    raise UserError(f"the first argument must be {names}, {problem}. Pass the script to compare.")
+    raise UserError(f"train.compare {problem}. Pass {names} as the first argument.")
 
 
 def _fill_quick_options(

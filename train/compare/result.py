@@ -434,4 +434,4 @@ def _check_value(is_valid: bool, field: str, expected: str, value: object) -> No
     text = json.dumps(value)
     if len(text) > 60:
         text = f"{text[:57]}..."
-    raise _Mismatch(f"{field or 'the whole'} must be {expected}, and is {text}")
+    raise _Mismatch(f"{field or 'the content'} is {text}, but it must be {expected}")

@@ -16,7 +16,7 @@ from lora_jax.models.causal import CausalLM
 from lora_jax.models.families import IMAGES
 from lora_jax.models.sampling.grammar import CompiledGrammar
 from train.adapters.source import ADAPTER, AdapterSource, find_adapter, merge_adapter
-from train.console.errors import UserError, as_user_errors
+from train.console.errors import UserError, as_user_errors, flag
 from train.console.output import say
 from train.generate.answers import AnswerGenerator
 from train.generate.options import BASE, GenerateOptions
@@ -141,9 +141,11 @@ def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> 
             first_value = getattr(sources[0], setting) or setting_of_files
             value = getattr(source, setting) or setting_of_files
             if value != first_value:
+                option = flag(setting)
                 raise UserError(
-                    f"{sources[0].option} was trained with the {setting} {first_value or 'none'}, "
-                    f"and {source.option} with {value or 'none'}. Run a command per adapter."
+                    f"{sources[0].option} needs a base with {option} {first_value or 'none'}, but "
+                    f"{source.option} needs {option} {value or 'none'}. One command loads one base. "
+                    "Run one command for each adapter."
                 )
     if any(source.images for source in sources):
         outline = outline.with_images()

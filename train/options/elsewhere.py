@@ -94,8 +94,8 @@ def check_names(args: Sequence[str], known: Collection[str]) -> None:
             renamed.append(f"{flag(name)} is {option}")
     if renamed:
         raise UserError(
-            f"Some options have different names here: {', '.join(renamed)}. Use the names of this "
-            "script."
+            "Other tools call some options differently. Use the names of this script instead: "
+            f"{', '.join(renamed)}."
         )
 
 

@@ -64,7 +64,7 @@ def parse_options_file(text: str, option: str, config: Config) -> tuple[Config, 
         root = yaml.MappingNode(f"{_TAG}map", [])
     if not isinstance(root, yaml.MappingNode):
         raise UserError(
-            f"{option} does not contain options by their names. Write one option per line, such "
+            f"{option} does not map names of options to values. Write one option per line, such "
             "as 'rank: 8'."
         )
     for key, value, line in entries(root, option):

@@ -249,9 +249,8 @@ def _check_adapter(config: PlanConfig, adapter: AdapterConfig) -> None:
     """Raises a UserError for parameters that a plan cannot train."""
     if adapter.init_adapter:
         raise UserError(
-            "--init-adapter does not apply to a plan, whose adapter is described by options. "
-            "Remove "
-            "--init-adapter."
+            "A plan reads no adapter from a folder, so --init-adapter has no effect. Describe the "
+            "adapter by options such as --rank and --targets, and remove --init-adapter."
         )
     if adapter.full and config.quantize not in (None, "none"):
         raise UserError(
@@ -262,8 +261,7 @@ def _check_adapter(config: PlanConfig, adapter: AdapterConfig) -> None:
     if adapter.full and adapter.peft_config:
         raise UserError(
             "--full trains without an adapter, but --peft-config describes an adapter. Remove one "
-            "of "
-            "the two options."
+            "of the two options."
         )
 
 

@@ -144,9 +144,9 @@ def check(options: ServeOptions) -> dict[str, str] | None:
     shares_nothing = options.keys is None or (tenants_per_key or 0) > options.tenants
     if tenants_per_key is not None and shares_nothing:
         raise UserError(
-            f"--tenants-per-key {tenants_per_key} has no effect, because it limits each name of "
-            f"--keys to fewer than the {options.tenants} of --tenants. Pass --keys and a "
-            "smaller number."
+            f"--tenants-per-key {tenants_per_key} has no effect. It limits the adapters of each "
+            f"name in --keys, and must be below --tenants, which is {options.tenants}. Pass --keys "
+            "and a smaller --tenants-per-key."
         )
     if options.adapters is not None and not Path(options.adapters).expanduser().is_dir():
         raise UserError(

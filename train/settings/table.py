@@ -116,9 +116,10 @@ def check_one_base(rows: Sequence[RunOptions[Any]]) -> None:
                     "the command line, or write a table for each template."
                 )
             raise UserError(
-                f"{subject} needs a base with {flag(name)} {value}, but the adapter of "
-                f"{first_location} needs {first_value}. All runs of a table share one base. Pass "
-                f"{flag(name)} on the command line, or write a table for each base."
+                f"{subject} was trained with {flag(name)} {value}, but the adapter of "
+                f"{first_location} was trained with {first_value}. All runs of a table share one "
+                f"base. Pass {flag(name)} on the command line to choose one value for all runs, or "
+                "write two tables."
             )
 
 

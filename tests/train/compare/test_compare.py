@@ -201,7 +201,7 @@ def test_costs_and_plans(folder, tmp_path, monkeypatch):
     ("args", "said"),
     [
         ([], "sft, classify or grpo"),
-        (["sql"], "sft, classify or grpo, not 'sql'"),
+        (["sql"], "cannot compare runs of 'sql'. Pass sft, classify or grpo"),
         (["sft", "--rank", "3"], "--rank is set by the comparison itself. Use --ranks"),
         (["sft", "--ranks", "3", "3"], "--ranks 3 3 lists 3 twice"),
         (

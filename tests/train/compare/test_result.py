@@ -25,14 +25,29 @@ def test_a_comparison_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c["runs"][3]["arm"].update(rank="8"), r"runs\[3\].arm.rank must be an integer"),
-        (lambda c: c["runs"][3].update(status="lost"), r"runs\[3\].status must be 'done' or"),
-        (lambda c: c["runs"][0]["losses"].append([1, 2.0]), r"runs\[0\].losses\[10\] must be an o"),
+        (
+            lambda c: c["runs"][3]["arm"].update(rank="8"),
+            r"runs\[3\].arm.rank is .*must be an integer",
+        ),
+        (lambda c: c["runs"][3].update(status="lost"), r"runs\[3\].status is .*must be 'done' or"),
+        (
+            lambda c: c["runs"][0]["losses"].append([1, 2.0]),
+            r"runs\[0\].losses\[10\] is .*must be an o",
+        ),
         (lambda c: c["facts"].pop("model"), "facts.model is missing"),
         (lambda c: c["facts"].update(colour="red"), "facts.colour is no field of ComparisonFacts"),
-        (lambda c: c["facts"]["versions"].update(jax=1), r"facts.versions\['jax'\] must be a str"),
-        (lambda c: c["rungs"][0]["kept"][0].pop(), r"rungs\[0\].kept\[0\] must be a list of 2"),
-        (lambda c: c["runs"][0].update(steps=True), r"runs\[0\].steps must be an integer"),
+        (
+            lambda c: c["facts"]["versions"].update(jax=1),
+            r"facts.versions\['jax'\] is 1, but it must be a str",
+        ),
+        (
+            lambda c: c["rungs"][0]["kept"][0].pop(),
+            r"rungs\[0\].kept\[0\] is .*must be a list of 2",
+        ),
+        (
+            lambda c: c["runs"][0].update(steps=True),
+            r"runs\[0\].steps is true, .*must be an integer",
+        ),
     ],
 )
 def test_another_shape_is_refused_by_file_and_field(tmp_path, change, said):
@@ -51,5 +66,5 @@ def test_missing_or_broken_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not JSON"):
         read(tmp_path)
     (tmp_path / JSON).write_text("[]")
-    with pytest.raises(UserError, match="the whole must be an object"):
+    with pytest.raises(UserError, match="the content is .* must be an object"):
         read(tmp_path)

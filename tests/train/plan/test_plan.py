@@ -448,7 +448,7 @@ BAD = [
     (["--longest", "--largest-batch"], "do not work together"),
     (["--longest", "--adapters", "2"], "plan one run, but --adapters plans several"),
     (["--remat", "offload"], "the device is the host's CPU. Pass --remat full"),
-    (["--init-adapter", "x"], "--init-adapter does not apply to a plan"),
+    (["--init-adapter", "x"], "so --init-adapter has no effect"),
     (["--adapters", "1", "3"], "--adapters 3 does not divide --batch-size 4"),
     (["--adapters", "2", "--full"], "--adapters and --full do not go together"),
     (

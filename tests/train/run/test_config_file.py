@@ -68,7 +68,7 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
         ("schedule: cosin", "schedule is cosin. Write one of constant, linear, cosine, "),
         ("remat: true", "remat is true. Write one of auto, none, full, products, projections, "),
         ("dataset: {a: b}", "dataset is a group of keys. Write a text"),
-        ("- rank", "does not contain options by their names"),
+        ("- rank", "does not map names of options"),
         ("rank: [", "line 1 is not valid YAML: "),
         ("full: true\nrank: 4", r"Remove rank \(line 2 of .*options.yaml\)\.$"),
         ("batch_size: 0", "--batch-size 0 is out of range. Pass a number of at least 1"),
