@@ -144,8 +144,8 @@ def outline_as_trained(outline: ModelInfo, sources: Sequence[AdapterSource]) -> 
                 option = flag(setting)
                 raise UserError(
                     f"{sources[0].option} needs a base with {option} {first_value or 'none'}, but "
-                    f"{source.option} needs {option} {value or 'none'}. One command loads one base. "
-                    "Run one command for each adapter."
+                    f"{source.option} needs {option} {value or 'none'}. One command loads one "
+                    "base. Run one command for each adapter."
                 )
     if any(source.images for source in sources):
         outline = outline.with_images()
