@@ -391,8 +391,8 @@ class Bank:
             return load_adapter(folder, self._params, allow_base_mismatch=allow_base_mismatch)
         if self._model is None:
             raise BankError(
-                f"bank: {folder} is an adapter of PEFT, whose names belong to a model. Pass "
-                "the model to the bank: Bank(…, model=model)."
+                f"bank: {folder} is an adapter of PEFT, which names the modules of a model. "
+                "Pass the model to the bank: Bank(…, model=model)."
             )
         return peft.load(folder, self._model, self._params)
 

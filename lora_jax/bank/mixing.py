@@ -188,7 +188,9 @@ class _Call:
                 "keyword arguments."
             )
         if "dropout_key" in kwargs:
-            raise TypeError("mixed: mixed batches have no dropout. Remove dropout_key.")
+            raise TypeError(
+                "A function of `mixed` does not support dropout. Remove dropout_key from the call."
+            )
         if not isinstance(in_axes, (tuple, list)):
             in_axes = (in_axes,) * len(args)
         if len(in_axes) != len(args):

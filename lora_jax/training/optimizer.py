@@ -58,7 +58,8 @@ def make_optimizer(
     option_values = settings(name, options or {})
     if name == "muon" and params is None:
         raise ValueError(
-            "muon needs the adapted tree, which tells the roles of the axes. Pass params."
+            "muon needs the adapted tree, because it orthogonalizes each factor along its axes. "
+            "Pass params=, the tree that lorafy returned."
         )
     gradient_transforms = []
     is_clipped = isinstance(grad_clip, jax.Array) or bool(grad_clip)

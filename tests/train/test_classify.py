@@ -378,7 +378,7 @@ def test_models_that_cannot_classify(inputs, tmp_path, capsys):
         ("--head-only --rank 4", "without an adapter. Remove --rank"),
         ("--text word", "its own rows and its own test. Remove --text"),
         ("--seq-len 2", "--seq-len 2 is out of range. Pass a number of at least 3"),
-        ("--test x.csv", "are split by their stems"),
+        ("--test x.csv", "holds out words itself"),
         ("--lr-rule llama", "--lr-rule was fitted to language models"),
         ("--batch-size 0", "--batch-size 0 is out of range. Pass a number of at least 1"),
         ("--eval-rows 9", "nothing is measured. Remove --eval-rows"),

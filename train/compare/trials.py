@@ -204,8 +204,8 @@ def make_trials(
     repeated_names = [name for name in names if names.count(name) > 1]
     if repeated_names:
         raise UserError(
-            f"two runs have the name {repeated_names[0]}, because their settings are nearly equal. "
-            "Remove one of these settings."
+            f"two runs would have the name {repeated_names[0]}, because two of the values differ "
+            "by less than a name shows. Remove one of the two values."
         )
     assert inputs is not None
     return trials, inputs

@@ -300,7 +300,7 @@ class SamplerServer:
         if self._closed.is_set():
             raise self._error("the run has ended")
         raise self._error(
-            f"{path} {problem or 'gives no answer'}, for --sampler-timeout {self.seconds:g} s. "
+            f"{path} {problem or 'gave no answer'} for {self.seconds:g} s (--sampler-timeout). "
             "Restart the server, or increase --sampler-timeout."
         )
 

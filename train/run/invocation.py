@@ -101,8 +101,9 @@ def _count_after_invocation(packs: Packs, invocation: Sequence[int]) -> tuple[Pa
     ids = ",".join(map(str, invocation))
     if not has_invocation.any():
         raise UserError(
-            f"None of the {n_rows} rows contains the invocation {ids}, so nothing would train. "
-            "Pass the text exactly as in the templated rows, which --dry-run shows."
+            f"None of the {n_rows} rows contains the invocation {ids}, from which the adapter "
+            "acts, so nothing would train. Copy the text from a row that --dry-run shows, where "
+            "the chat template is applied."
         )
     # Each token is predicted from the token before it, so the adapter must act there already.
     row_of_token = np.repeat(np.arange(n_rows), table.lengths)

@@ -105,8 +105,8 @@ def check(config: Config) -> None:
     """Raises a UserError for --test, because the words have their own split."""
     if config.data.test is not None:
         raise UserError(
-            "--test cannot be used with --dataset vader, whose words are split by their stems. "
-            "Remove --test."
+            "--test cannot be used with --dataset vader, which holds out words itself, so that no "
+            "stem is in both halves. Remove --test."
         )
 
 

@@ -109,7 +109,7 @@ def test_a_busy_server_is_asked_again(stub, monkeypatch):
     with pytest.raises(UserError, match="401: no key.. Set its key in .* LORA_JAX_SAMPLER_KEY"):
         drawn_from(stub)
     stub.failures = [(503, "starting")] * 100_000
-    with pytest.raises(UserError, match="answers 503 .starting., for --sampler-timeout 0.5 s"):
+    with pytest.raises(UserError, match="answers 503 .starting. for 0.5 s .--sampler-timeout"):
         drawn_from(stub, 0.5)
 
 
