@@ -356,7 +356,7 @@ def test_the_largest_batch_is_of_whole_groups_and_pairs_may_be_long(model, monke
 BAD = [
     (("--group", 4), "--group only applies to completions, which train.grpo draws"),
     ((*DPO, "--max-new-tokens", 4), "--max-new-tokens only applies to completions"),
-    (("--task", "grpo", "--group", 1), "--group 1: .*2"),
+    (("--task", "grpo", "--group", 1), "--group 1 is out of range. Pass a number of at least 2"),
     (("--task", "grpo", "--group", 3), "--batch-size 4 is not a multiple of --group 3"),
     (("--task", "grpo", "--group", 2), "--max-new-tokens 128 leaves no room for prompts"),
     ((*GRPO, "--longest"), "--seq-len covers a prompt and a completion"),
