@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"unexpected score.weight \[2, 24\]"):
         from_pretrained(tmp_path)
     write(tmp_path, "gpt2", lambda tensors: {**tensors, "wte.weight": np.zeros((61, 24))})
-    with pytest.raises(WeightsError, match="under two names, transformer.wte.weight and wte.weight"):
+    with pytest.raises(WeightsError, match="two names, transformer.wte.weight and wte"):
         from_pretrained(tmp_path)
 
 
