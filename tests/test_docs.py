@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 BLOCKS = re.compile(r"^```python( \w+)?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+ANY_PYTHON = re.compile(r"^```(?:python|py)\b.*?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for top in (".", "lora_jax", "train", "tests", "notebooks")
@@ -74,6 +75,16 @@ def run(blocks, capsys):
         printed = capsys.readouterr().out.splitlines()
         assert [line for line in printed if line in expected_lines(code)] == expected_lines(code)
     return names
+
+
+def test_code_is_python():
+    """Also the code that needs a machine, a hub or a package of others, which no test runs."""
+    codes = [code for page in PAGES for code in ANY_PYTHON.findall((ROOT / page).read_text())]
+    assert len(codes) > 60
+    for code in codes:
+        compile(code, code[:100], "exec")
+    with pytest.raises(IndentationError):
+        compile("def f():\n    'A control.'\n        return 1\n", "control", "exec")
 
 
 @pytest.mark.parametrize("blocks", PROGRAMS)
