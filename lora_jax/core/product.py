@@ -160,7 +160,7 @@ def dot(
     if is_mirror_image:
         # The gain belongs to the axes that x contracts, so x is multiplied by the gain.
         if weight.gain is not None and set(batch[1]) != set(weight.axes("batch")):
-            return _mirror_image_of_stack(x, weight, call)
+            return _transposed_product_with_gains(x, weight, call)
         if weight.gain is not None:
             x = x * _gain_in_layout_of_x(weight, x, contract, batch)
             for_factors = x
@@ -171,7 +171,7 @@ def dot(
     )
 
 
-def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
+def _transposed_product_with_gains(x: jax.Array, weight: Factored, call: ProductCall) -> jax.Array:
     """Returns xWᵀ for a free stack in which each layer has its own gain.
 
     Copies x for each layer, times the layer's gain, batches the stack, and puts the axes of the
@@ -191,17 +191,19 @@ def _mirror_image_of_stack(x: jax.Array, weight: Factored, call: ProductCall) ->
         **call.params,
     )
 
-    # Axes of the result by name: those of the weight by number, the free ones of x below zero.
+    # Batching has moved the stack to the front of the result. Each axis of the result gets a label,
+    # so that the axes can be put back in order: the weight's axes have their numbers, and the free
+    # axes of x have -1, -2, …
     x_free = [-1 - axis for axis in range(len(call.x_free(x)))]
-    far_axes = weight.axes("in")
-    w_free = sorted((*free_stack, *far_axes))
+    in_axes = weight.axes("in")  # what comes out of a transposed product
+    w_free = sorted((*free_stack, *in_axes))
     if call.weight_first:
-        result_axes = [*w_batch, *free_stack, *far_axes, *x_free]
-        order = [*w_batch, *w_free, *x_free]
+        result_axes = [*w_batch, *free_stack, *in_axes, *x_free]
+        wanted_axes = [*w_batch, *w_free, *x_free]
     else:
-        result_axes = [*w_batch, *free_stack, *x_free, *far_axes]
-        order = [*w_batch, *x_free, *w_free]
-    return lax.transpose(result, [result_axes.index(axis) for axis in order])
+        result_axes = [*w_batch, *free_stack, *x_free, *in_axes]
+        wanted_axes = [*w_batch, *x_free, *w_free]
+    return lax.transpose(result, [result_axes.index(axis) for axis in wanted_axes])
 
 
 def combine_base_and_factors(

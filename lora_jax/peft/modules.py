@@ -66,6 +66,7 @@ def tables_by_names(model: Model) -> list[Sequence[Row]]:
     """
     table = check_key_table(model)
     if any(row.in_module for row in table):
+        # transformers 4 and 5 name the modules of this model differently.
         new_table = [
             dataclasses.replace(row, hf=row.in_module or row.hf, in_module=None) for row in table
         ]
@@ -75,11 +76,13 @@ def tables_by_names(model: Model) -> list[Sequence[Row]]:
     image_model_type = getattr(family, "with_images", None)
     tables = [table]
     if image_model_type is not None:
+        # The text model is a part of a model with images, which names its modules otherwise.
         if getattr(config, "model_type", None) == image_model_type:
             tables.append(_rename_rows(table, r"^model\.language_model\.", "model."))
         else:
             tables.append(_rename_rows(table, r"^model\.", "model.language_model."))
             tables.append(_rename_rows(table, r"^model\.", "language_model.model."))
+    # transformers' AutoModel is the model without its head, and without this prefix.
     bare_tables = [_rename_rows(table, r"^(model|transformer)\.", "") for table in tables]
     return [*tables, *bare_tables]
 

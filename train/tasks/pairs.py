@@ -166,14 +166,15 @@ def _choose_sharing(config: Config, outline: ModelInfo, tokens: Sequences) -> Sh
         single_rows = PromptRows(completions=1, share=0.0, rows=0, shared=(0, 0), alone=(0, 0))
         return choose_sharing(config, [outline], single_rows)
     data = config.data
-    shared = pack_pairs(tokens, data.seq_len, packing=data.packing, share_prompt=True)
-    alone = pack_pairs(tokens, data.seq_len, packing=data.packing, share_prompt=False)
+    # Pack the pairs both ways. The number of rows and their length tell which way costs less.
+    packs_sharing = pack_pairs(tokens, data.seq_len, packing=data.packing, share_prompt=True)
+    packs_alone = pack_pairs(tokens, data.seq_len, packing=data.packing, share_prompt=False)
     rows = PromptRows(
         completions=2,
         share=share_of_prompts(tokens),
         rows=config.optim.batch_size,
-        shared=(len(shared), shared.lengths[-1]),
-        alone=(len(alone), alone.lengths[-1]),
+        shared=(len(packs_sharing), packs_sharing.lengths[-1]),
+        alone=(len(packs_alone), packs_alone.lengths[-1]),
     )
     return choose_sharing(config, [outline], rows)
 

@@ -60,7 +60,7 @@ def _scatter(eqn: JaxprEqn, labels: Sequence[ExampleLabel], _: int) -> list[Exam
     """Returns the example axis after a scatter into each example's part of the operand."""
     operand_label, indices_label, updates_label = labels
     axes = _ScatterAxes(eqn)
-    target = _scatter_target(axes, operand_label, indices_label, updates_label)
+    target = _operand_axis_of_examples(axes, operand_label, indices_label, updates_label)
     # Each example has indices of its own.
     if target.axis in axes.batching:
         index_axis = axes.index_of_batching[axes.batching.index(target.axis)]
@@ -110,7 +110,7 @@ class _ScatterAxes:
         self.indexed = tuple(dimension_numbers.scatter_dims_to_operand_dims)
 
 
-def _scatter_target(
+def _operand_axis_of_examples(
     axes: _ScatterAxes,
     operand_label: ExampleLabel,
     indices_label: ExampleLabel,
@@ -122,16 +122,20 @@ def _scatter_target(
     if isinstance(updates_label, ExampleAxis):
         n_consecutive = updates_label.n_consecutive
         if updates_label.axis in axes.update_of_window:
+            # Each update covers all examples: the axis goes to the operand with the window.
             window_index = axes.update_of_window.index(updates_label.axis)
             return ExampleAxis(axes.window[window_index], n_consecutive)
+        # Each example has its own updates: the axis of the updates is one of the indices.
         index_axis = axes.update_of_index.index(updates_label.axis)
     else:
         assert isinstance(indices_label, ExampleAxis)
         n_consecutive = indices_label.n_consecutive
         index_axis = indices_label.axis
+    # An axis of the indices is one of the operand only if the scatter is batched along it.
     if index_axis not in axes.index_of_batching:
         raise MixingError(_SAME_INDEX_FOR_ALL)
-    return ExampleAxis(axes.batching[axes.index_of_batching.index(index_axis)], n_consecutive)
+    operand_axis = axes.batching[axes.index_of_batching.index(index_axis)]
+    return ExampleAxis(operand_axis, n_consecutive)
 
 
 INDEXING_RULES: dict[str, Rule] = {"gather": _gather}

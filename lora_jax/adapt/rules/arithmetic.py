@@ -242,12 +242,15 @@ def _neutral_part(
     name: str, value: Value, values: Sequence[Value], model: Factored, rank: int
 ) -> jax.Array:
     """Returns a part without effect, for a value that lacks this part."""
-    known_parts = [weight.parts[name] for weight in _weights_among(values) if name in weight.parts]
+    parts_of_others = [
+        weight.parts[name] for weight in _weights_among(values) if name in weight.parts
+    ]
     shape = shape_of_axes(AXES[name], _shape_of_value(value), model.labels, rank)
     if name == "key":
-        any_key = known_parts[0].reshape(-1)[0]
+        # The key of dropout: without factors nothing is dropped, so any key will do.
+        any_key = parts_of_others[0].reshape(-1)[0]
         return jnp.broadcast_to(any_key, shape)
-    return jnp.full(shape, NEUTRAL.get(name, 0), known_parts[0].dtype)
+    return jnp.full(shape, NEUTRAL.get(name, 0), parts_of_others[0].dtype)
 
 
 def _join_part_side_by_side(

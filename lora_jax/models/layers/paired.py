@@ -84,14 +84,17 @@ def attend_pair(
     Returns:
       As q.
     """
+    # A pair is an early and a late tile of queries. The early one sees `first + 1` tiles of keys,
+    # and the late one sees the rest of the T + 1 tiles, so that all pairs cost the same.
     batch, size, _, kv_heads, group, head_dim = q.shape
     scale, cap, sinks = softmax
     dtype = scale.dtype
     is_early = tiles.early[:, None, None, None]
 
-    def select_for_tiles(pair: jax.Array) -> jax.Array:
+    def select_query_tile(pair: jax.Array) -> jax.Array:
         """Selects from [2, batch, kv_heads, 1, …] the query tile of each key tile."""
-        return jnp.where(is_early, pair[0], pair[1])
+        early, late = pair
+        return jnp.where(is_early, early, late)
 
     def reduce_tiles(x: jax.Array, reduce: Callable[..., jax.Array], neutral: Any) -> jax.Array:
         """Reduces [batch, kv_heads, T + 1, …] over each query tile's key tiles."""
@@ -101,7 +104,7 @@ def attend_pair(
 
     # Each tile of keys gets the queries that see it:
     # [batch, kv_heads, T + 1, group, size, head_dim].
-    rows = select_for_tiles(q.transpose(2, 0, 3, 4, 1, 5)[:, :, :, None])
+    rows = select_query_tile(q.transpose(2, 0, 3, 4, 1, 5)[:, :, :, None])
     flat = (batch, kv_heads, tiles.early.size, group * size)
     # [batch, kv_heads, T + 1, group * size, keys of a tile]
     scores = jnp.einsum(
@@ -122,7 +125,7 @@ def attend_pair(
     largest_of_tiles = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     largest = reduce_tiles(largest_of_tiles, jnp.max, lowest)
     largest, sink = add_sinks(largest, sinks, (kv_heads, 1, group, 1, 1))
-    weights = jnp.exp(scores - select_for_tiles(largest))
+    weights = jnp.exp(scores - select_query_tile(largest))
     total = reduce_tiles(jnp.sum(weights, axis=-1, keepdims=True), jnp.sum, 0) + sink
     weights = weights.reshape(*flat, -1).astype(tiles.values.dtype)
     out = jnp.einsum("bntqk,bntkd->bntqd", weights, tiles.values, preferred_element_type=dtype)

@@ -15,10 +15,12 @@ def edges(comparison: Comparison, measure: Criterion) -> str | None:
     rows = tables.rows(comparison, measure)
     arms = [row.arm for row in rows]
     clauses: list[str] = []
+    # The best learning rate of each setting.
     for rates in tables.rates(rows):
         name = words.adapter(rates.tried[0].arm, arms)
         learning_rates = [row.arm.learning_rate for row in rates.tried]
         clauses += _edge_clause(f"the rate of {name}", learning_rates, rates.best)
+    # The best alpha among settings that differ in alpha alone, each at its best rate.
     best_rows = tables.best_of_each(rows, Arm.rate_group)
     for group in tables.groups(best_rows, lambda arm: arm._replace(learning_rate=0, alpha=None)):
         group.sort(key=lambda row: row.arm.alpha or 0)

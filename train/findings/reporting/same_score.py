@@ -69,13 +69,17 @@ def sentences(comparison: Comparison) -> list[str]:
     if common is None:
         return []
     arms = [row.arm for row in common.rows]
-    return [
-        f"At the rate {shown(by_rewards.arm.learning_rate)} for both, where the "
-        f"{comparison.facts.score} reaches {common.level:.3f}: "
-        f"{words.adapter(by_rewards.arm, arms)} and {words.adapter(by_examples.arm, arms)}, "
-        f"{_verdict(by_rewards, by_examples)}."
-        for by_rewards, by_examples in _pairs(common.rows)
-    ]
+    score_text = f"{comparison.facts.score} reaches {common.level:.3f}"
+    verdicts: list[str] = []
+    for reward_row, example_row in _pairs(common.rows):
+        rate = shown(reward_row.arm.learning_rate)
+        reward_name = words.adapter(reward_row.arm, arms)
+        example_name = words.adapter(example_row.arm, arms)
+        verdicts.append(
+            f"At the rate {rate} for both, where the {score_text}: {reward_name} and "
+            f"{example_name}, {_verdict(reward_row, example_row)}."
+        )
+    return verdicts
 
 
 def _pairs(rows: Sequence[ArmRow]) -> list[tuple[ArmRow, ArmRow]]:
