@@ -25,6 +25,8 @@ _RETURN_ACTIVATIONS |= {"all-reduce", "all-reduce-start", "reduce-scatter", "sca
 _RETURN_ACTIVATIONS |= {"rng-bit-generator", "triangular-solve", "cholesky", "conditional"}
 _WITHOUT_OPERANDS = {"constant", "iota", "partition-id", "replica-id"}
 _COPIES = {"copy", "bitcast", "convert", "copy-start", "copy-done", "opt-barrier"}
+# How a TPU's compiler joins an array whose pieces it has moved to fast memory one by one.
+_JOINED_PIECES = 'custom_call_target="ConcatBitcast"'
 # The wrappers that JAX writes around the scopes of a function: jvp(…), transpose(…), and remat's.
 _TRANSFORMS = re.compile(r"\b(?:jvp|transpose|vmap)\(|\)|(?:checkpoint|rematted_computation)/")
 _PARAMETER = re.compile(r"^\((\d+)\)")
@@ -111,7 +113,8 @@ class KernelOrigins:
             called = op.called[0]
             root = root_of(self.module.computations[called])
             return self.is_kernel(_Place(called, root.name, place.element))
-        if op.opcode in _RETURN_ACTIVATIONS or is_product(op):
+        joins_pieces = op.opcode == "custom-call" and _JOINED_PIECES in op.text
+        if not joins_pieces and (op.opcode in _RETURN_ACTIVATIONS or is_product(op)):
             return False
         return self._are_kernels(place.computation, op)
 
