@@ -77,7 +77,7 @@ def run(blocks, capsys):
     return names
 
 
-def test_code_is_python():
+def test_python_of_all_pages_compiles():
     """Also the code that needs a machine, a hub or a package of others, which no test runs."""
     codes = [code for page in PAGES for code in ANY_PYTHON.findall((ROOT / page).read_text())]
     assert len(codes) > 60
