@@ -168,10 +168,10 @@ def left_out(
 ) -> dict[str, str]:
     """Returns the reason for each kernel that "all-linear" excludes, by path.
 
-    A reason begins with its kind: "looked up", "added", "head", "one-hot" or "every use would
-    merge"; without `trace` "head", "embedding" or "unnamed" (the name of the array does not say
-    that it is a kernel); with `kinds` the kind of the leaf. Biases, parts of norms and leaves that
-    a rule excludes are not listed.
+    A reason begins with its kind. With `trace`, the kinds are "looked up", "added", "head",
+    "one-hot" and "every use would merge". Without `trace`, they are "head", "embedding" and
+    "unnamed": the name of the array does not say that it is a kernel. With `kinds`, it is the kind
+    of the leaf. Biases, parts of norms and leaves that a rule excludes are not listed.
 
     Args:
       params, rules, trace, kinds: as for `lorafy`.

@@ -28,7 +28,7 @@ def first_merges(
     Args:
       jaxpr: the jaxpr of a function.
       inputs: shapes and dtypes of its inputs.
-      path_of_input: for each input, the path of the leaf in the tree; None for data.
+      path_of_input: the path in the tree of each input; None for data.
       roles_of_path: the axis roles of the kernels to judge.
     """
     uses: list[WeightUse] = []

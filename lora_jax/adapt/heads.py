@@ -57,7 +57,7 @@ def product_orders(
 
     Args:
       jaxpr: the jaxpr of a function.
-      path_of_input: for each input, the path of the leaf in the tree; None for data.
+      path_of_input: the path in the tree of each input; None for data.
       weights: paths of the leaves that the function multiplies by.
     """
     walk = _ProductWalk()

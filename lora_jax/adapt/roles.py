@@ -51,7 +51,7 @@ class Observation(NamedTuple):
     Attributes:
       jaxpr: the jaxpr of the function.
       inputs: shapes and dtypes of its inputs.
-      path_of_input: for each input, the path of the leaf in the tree; None for data.
+      path_of_input: the path in the tree of each input; None for data.
       roles: by path, the roles of each leaf that the function multiplies by or reads rows of, or a
         sentence that says why there are none.
       multiplied_paths: paths of the leaves that the function multiplies by.

@@ -52,10 +52,10 @@ python -m tests.foreign.repos DIR --output repos.md     # some of it: --only oct
 
 
 class Result(NamedTuple):
-    """What was found in a checkout.
+    """The figures of a checkout.
 
     Attributes:
-      commit: of the checkout.
+      commit: the commit and the day of the checkout.
       versions: releases, by distribution.
       rows: a dictionary for each model; one that failed has "error".
     """
@@ -66,7 +66,7 @@ class Result(NamedTuple):
 
 
 def result_of(repository: Repository, checkout: Path, cache: Path) -> Result:
-    """Runs a repository's models in a process, and returns what was found."""
+    """Runs a repository's models in a process, and returns their figures."""
     if not repository.models:
         return Result(commit_of(checkout), {}, [])
     cache.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def summary_row(repository: Repository, row: Mapping[str, Any]) -> list[Any]:
 
 
 def section(repository: Repository, result: Result) -> str:
-    """Returns what the page says of a repository."""
+    """Returns the section of the page about a repository."""
     parts = [f"## {repository.name}", f"[{repository.title}]({repository.address})"]
     parts[-1] += f" asks for {repository.pins}."
     if repository.not_run:
@@ -177,16 +177,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="of virtual environments")
     options = parser.parse_args(arguments)
     known = [r.name for r in REPOSITORIES]
-    if unknown := set(options.only) - set(known):
-        parser.error(f"{sorted(unknown)} are not known; known are {', '.join(known)}")
+    unknown = sorted(set(options.only) - set(known))
+    if unknown:
+        parser.error(f"--only {' '.join(unknown)} is not known. Choose from {', '.join(known)}.")
     if not options.directory.is_dir():
-        parser.error(f"{options.directory} is no folder; give the one that has the checkouts")
+        parser.error(f"{options.directory} is not a folder. Pass the folder of the checkouts.")
     folders = {path.name for path in options.directory.iterdir() if path.is_dir()}
     chosen = [r for r in REPOSITORIES if r.name in (options.only or folders)]
     missing = [r.name for r in chosen if r.name not in folders]
     if missing or not chosen:
         wanted = ", ".join(missing or known)
-        parser.error(f"{options.directory} has no folder of a known repository: {wanted}")
+        parser.error(f"{options.directory} lacks a folder of this name: {wanted}. Check the path.")
     results = {}
     for repository in chosen:
         print(f"{repository.name}: {len(repository.models)} models", file=sys.stderr, flush=True)

@@ -19,11 +19,11 @@ class Model:
     """A model of a repository.
 
     Attributes:
-      name: of the model, on the page.
-      lines: takes what a user of the repository has, and returns what is adapted. The page prints
+      name: the name of the model on the page.
+      lines: a function from what a user of the repository has to what is adapted. The page prints
         its source.
-      arguments: returns the arguments of `lines`, small and random.
-      tolerance: of max|Δ| / max(1, max|ref|), in single precision.
+      arguments: a function that returns small random arguments of `lines`.
+      tolerance: the largest max|Δ| / max(1, max|ref|) in single precision.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Repository:
     """A repository that a user has checked out.
 
     Attributes:
-      name: of the checkout's folder.
-      title: of its section.
-      address: of the repository.
+      name: the name of the checkout's folder.
+      title: the title of the repository's section.
+      address: the URL of the repository.
       pins: versions that the repository asks for.
-      models: in the order of the page.
+      models: the models, in the order of the page.
       source: folder in the checkout from which its packages are imported.
       requirements: packages that its code imports, for pip, beside lora_jax.
       python: releases that the requirements install on.

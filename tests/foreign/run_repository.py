@@ -4,10 +4,8 @@
 the versions, then one model each.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 import warnings
@@ -16,18 +14,8 @@ from typing import Any
 
 from tests.foreign.absent import leave_out
 from tests.foreign.repositories import REPOSITORIES
-from tests.foreign.repository import Model, Repository
-
-
-def versions(repository: Repository) -> dict[str, str]:
-    """Returns the releases of Python, JAX, Flax and the packages that the page names."""
-    found = {"Python": platform.python_version()}
-    for name in dict.fromkeys(("jax", "flax", *repository.shown)):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+from tests.foreign.repository import Model
+from tests.foreign.run import versions
 
 
 def row(model: Model) -> dict[str, Any]:
@@ -65,7 +53,7 @@ def main(output: str, name: str, checkout: str) -> None:
     leave_out(repository.absent)
     sys.path.insert(0, str(Path(checkout) / repository.source))
     with Path(output).open("w") as file:
-        print(json.dumps(versions(repository)), file=file, flush=True)
+        print(json.dumps(versions(repository.environment)), file=file, flush=True)
         repository.prepare()
         for model in repository.models:
             print(json.dumps(row(model)), file=file, flush=True)

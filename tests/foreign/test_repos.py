@@ -40,10 +40,10 @@ def test_the_figures_are_within_tolerance():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere"], "nowhere is no folder; give the one that has the checkouts"),
-        (["."], r"\. has no folder of a known repository: openpi, "),
-        ([".", "--only", "octo"], r"\. has no folder of a known repository: octo"),
-        ([".", "--only", "nothing"], r"\['nothing'\] are not known; known are openpi, "),
+        (["nowhere"], "nowhere is not a folder. Pass the folder of the checkouts."),
+        (["."], r"\. lacks a folder of this name: openpi, "),
+        ([".", "--only", "octo"], r"\. lacks a folder of this name: octo"),
+        ([".", "--only", "nothing"], "--only nothing is not known. Choose from openpi, "),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -179,8 +179,8 @@ class PlanResult(NamedTuple):
     Attributes:
       arm: the arm.
       bytes_per_device: bytes of a device, at most.
-      step_seconds: by the compiler's estimate, or at the assumed share of the peak; None where
-        neither is known.
+      step_seconds: the seconds of a step, by the compiler's estimate or at the assumed share of
+        the peak; None if neither is known.
       device_hours: device hours of the whole run.
       cost: at the given price; None without one.
     """

@@ -65,8 +65,8 @@ class Plan:
       compile_seconds: time of the compilation.
       notes: remarks on the FLOPs, in sentences.
       clocks: the estimate of a step, and of each program between steps, whose HLO is understood.
-      estimated_seconds: the compiler's estimate of the time of a step, with its reference or
-        scorer; None where the compiler estimates none.
+      estimated_seconds: the seconds of a step with its reference or scorer, by the compiler's
+        estimate; None if the compiler estimates no time.
     """
 
     name: str

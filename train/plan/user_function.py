@@ -180,7 +180,7 @@ def _abstract_arg(arg: Any, mesh: Mesh | None) -> Any:
 
     Args:
       arg: a pytree. Leaves that are no arrays stay.
-      mesh: where a `jax.ShapeDtypeStruct` with a sharding lies; None: without shardings.
+      mesh: the mesh of the shardings of `jax.ShapeDtypeStruct`s; None removes these shardings.
 
     Raises:
       UserError: a sharding belongs to other devices.
@@ -361,7 +361,8 @@ def _memory(compiled: Any) -> dict[str, int | None]:
 
 def _clock(hlo_text: str | None, machine: Machine, work: StepWork) -> Clock | None:
     """Returns the estimate of a program; its MFU counts no product that is recomputed."""
-    clock = clock_of(hlo_text, machine, finds_attention=True)
+    # On several devices, gathered kernels would be taken for activations.
+    clock = clock_of(hlo_text, machine, finds_attention=len(machine.devices) == 1)
     if clock is None or clock.seconds is None or not machine.flops or work.source != HLO:
         return clock
     hides_remat = bool(work.kernels)  # a kernel recomputes inside, where nothing shows it

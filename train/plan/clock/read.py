@@ -23,8 +23,8 @@ class Estimate:
       uncovered: seconds that the device waits for links, by their assumed rate.
       links: seconds that the links are busy, waited for or not.
       groups: the cost of each group, in the order of `GROUPS` and `PHASES`.
-      memory: seconds in which the device's main memory moves the bytes of each group; of
-        collectives, whose bytes go over links, none.
+      memory: the seconds that the device's main memory takes to move the bytes of each group.
+        Collectives are not listed, because their bytes go over links.
       unknown: kind of instruction -> how often it ran without an estimate; these count nothing.
     """
 

@@ -81,10 +81,10 @@ def _figure_notes(machine: Machine, clock: Clock) -> list[str]:
     )
     memory_ms = _format_milliseconds(clock.memory)
     memory_note = (
-        "ms by HBM: the time in which the memory moves the bytes of a group, at "
-        f"{(machine.bandwidth or 0) / 1e9:,g} GB/s; {memory_ms} ms in all. The compiler expects "
-        "less than this rate of passes that only move bytes, so the truth lies between the two "
-        "figures. ms by HBM includes what has no estimate, such as gathers."
+        "The column ms by HBM has the time that HBM takes to move the bytes of a group at "
+        f"{(machine.bandwidth or 0) / 1e9:,g} GB/s, {memory_ms} ms in all. It includes work "
+        "without an estimate, such as gathers. The compiler expects a lower rate of passes that "
+        "only move bytes, so the true time lies between the two figures."
     )
     notes = [time_note, bytes_note, memory_note]
     if clock.unknown:

@@ -2,13 +2,7 @@
 
 from typing import NamedTuple
 
-from train.plan.hlo.module import (
-    Computation,
-    HloModule,
-    Instruction,
-    bytes_of_arrays,
-    root_of,
-)
+from train.plan.hlo.module import Computation, HloModule, Instruction, bytes_of_arrays, root_of
 
 _READS_OF_SLICES = ("dynamic-slice", "slice", "gather")
 _MOVES_BETWEEN_MEMORIES = ("copy-start", "slice-start")
@@ -25,9 +19,9 @@ class Traffic(NamedTuple):
     all: int = 0
     memory: int = 0
 
-    def minus(self, other: "Traffic") -> "Traffic":
-        """Returns the difference from another traffic, at least 0."""
-        return Traffic(max(0, self.all - other.all), max(0, self.memory - other.memory))
+    def minus(self, traffic: "Traffic") -> "Traffic":
+        """Returns this traffic without a part of it, at least 0."""
+        return Traffic(max(0, self.all - traffic.all), max(0, self.memory - traffic.memory))
 
 
 def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> Traffic:
@@ -61,9 +55,9 @@ def traffic_of(module: HloModule, op: Instruction, computation: Computation) -> 
     if result.opcode == "tuple":
         results = [fused[name] for name in result.operands]
     has_one_array_each = len(results) == len(op.in_memory)
-    for index, part in enumerate(results):
+    for index, fused_result in enumerate(results):
         is_in_memory = op.in_memory[index] if has_one_array_each else True
-        moved.append((_written_bytes(fused, part), is_in_memory))
+        moved.append((_written_bytes(fused, fused_result), is_in_memory))
     return _sum(moved)
 
 

@@ -25,15 +25,15 @@ _RETURN_ACTIVATIONS |= {"all-reduce", "all-reduce-start", "reduce-scatter", "sca
 _RETURN_ACTIVATIONS |= {"rng-bit-generator", "triangular-solve", "cholesky", "conditional"}
 _WITHOUT_OPERANDS = {"constant", "iota", "partition-id", "replica-id"}
 _COPIES = {"copy", "bitcast", "convert", "copy-start", "copy-done", "opt-barrier"}
-# How a TPU's compiler joins an array whose pieces it has moved to fast memory one by one.
-_JOINED_PIECES = 'custom_call_target="ConcatBitcast"'
+# The call by which a TPU's compiler joins an array whose pieces it moved to fast memory.
+_JOIN_OF_PIECES = "ConcatBitcast"
 # The wrappers that JAX writes around the scopes of a function: jvp(…), transpose(…), and remat's.
 _TRANSFORMS = re.compile(r"\b(?:jvp|transpose|vmap)\(|\)|(?:checkpoint|rematted_computation)/")
 _PARAMETER = re.compile(r"^\((\d+)\)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 
 
-class _Place(NamedTuple):
+class _Result(NamedTuple):
     """A result of an instruction, or one element of the tuple that it returns."""
 
     computation: str
@@ -89,34 +89,35 @@ class KernelOrigins:
         return [
             math.prod(computation[operand].shapes[0][1])
             for operand in op.operands[:2]
-            if self.is_kernel(_Place(name, operand))
+            if self.is_kernel(_Result(name, operand))
         ]
 
-    def _is_kernel(self, place: _Place) -> bool:
+    def _is_kernel(self, result: _Result) -> bool:
         """Returns True if a value is an argument of the program, or made from arguments alone."""
-        computation = self.module.computations[place.computation]
-        op = computation[place.name]
+        computation = self.module.computations[result.computation]
+        op = computation[result.name]
         if op.opcode == "parameter":
-            return self._is_kernel_parameter(place, op)
+            return self._is_kernel_parameter(result, op)
         if op.opcode == "get-tuple-element":
             index = _number(_INDEX, op)
-            return self.is_kernel(_Place(place.computation, op.operands[0], index))
+            return self.is_kernel(_Result(result.computation, op.operands[0], index))
         if op.opcode == "tuple":
-            if place.element is None:
-                raise NotUnderstood(f"{place.name} is read as a whole")
-            return self.is_kernel(_Place(place.computation, op.operands[place.element]))
+            if result.element is None:
+                raise NotUnderstood(f"{result.name} is read as a whole")
+            return self.is_kernel(_Result(result.computation, op.operands[result.element]))
         if op.opcode in _COPIES:
-            return self.is_kernel(_Place(place.computation, op.operands[0], place.element))
+            return self.is_kernel(_Result(result.computation, op.operands[0], result.element))
         if op.opcode == "while":
-            return self._is_kernel_of_loop(place, op)
+            return self._is_kernel_of_loop(result, op)
         if op.opcode in ("fusion", "call", "async-start"):
             called = op.called[0]
             root = root_of(self.module.computations[called])
-            return self.is_kernel(_Place(called, root.name, place.element))
-        joins_pieces = op.opcode == "custom-call" and _JOINED_PIECES in op.text
-        if not joins_pieces and (op.opcode in _RETURN_ACTIVATIONS or is_product(op)):
+            return self.is_kernel(_Result(called, root.name, result.element))
+        if op.target == _JOIN_OF_PIECES:
+            return self._are_kernels(result.computation, op)
+        if op.opcode in _RETURN_ACTIVATIONS or is_product(op):
             return False
-        return self._are_kernels(place.computation, op)
+        return self._are_kernels(result.computation, op)
 
     def _are_kernels(self, computation_name: str, op: Instruction) -> bool:
         """Returns True if the operands of an instruction are kernels, apart from constants."""
@@ -127,7 +128,7 @@ class KernelOrigins:
             if not is_scalar(computation[name]) and not self._is_constant(computation, name)
         ]
         return bool(operands) and all(
-            self.is_kernel(_Place(computation_name, name)) for name in operands
+            self.is_kernel(_Result(computation_name, name)) for name in operands
         )
 
     def _is_constant(self, computation: Computation, name: str) -> bool:
@@ -142,27 +143,27 @@ class KernelOrigins:
             and all(self._is_constant(computation, operand) for operand in op.operands)
         )
 
-    def _is_kernel_parameter(self, place: _Place, op: Instruction) -> bool:
+    def _is_kernel_parameter(self, result: _Result, op: Instruction) -> bool:
         """Returns True if a computation is called with a kernel as a parameter."""
-        if place.computation == self.module.entry:
+        if result.computation == self.module.entry:
             return True
-        if place.computation not in self.callers:
+        if result.computation not in self.callers:
             return False
-        caller_name, caller = self.callers[place.computation]
+        caller_name, caller = self.callers[result.computation]
         if caller.opcode == "while":
-            if place.element is None or not self._is_invariant(caller, place.element):
+            if result.element is None or not self._is_invariant(caller, result.element):
                 return False
-            return self.is_kernel(_Place(caller_name, caller.operands[0], place.element))
+            return self.is_kernel(_Result(caller_name, caller.operands[0], result.element))
         if caller.opcode not in ("fusion", "call", "async-start"):
             return False
         operand = caller.operands[_number(_PARAMETER, op)]
-        return self.is_kernel(_Place(caller_name, operand, place.element))
+        return self.is_kernel(_Result(caller_name, operand, result.element))
 
-    def _is_kernel_of_loop(self, place: _Place, loop: Instruction) -> bool:
+    def _is_kernel_of_loop(self, result: _Result, loop: Instruction) -> bool:
         """Returns True if a loop leaves an element, a kernel, as it is."""
-        if place.element is None or not self._is_invariant(loop, place.element):
+        if result.element is None or not self._is_invariant(loop, result.element):
             return False
-        return self.is_kernel(_Place(place.computation, loop.operands[0], place.element))
+        return self.is_kernel(_Result(result.computation, loop.operands[0], result.element))
 
     def _is_invariant(self, loop: Instruction, element: int) -> bool:
         """Returns True if each pass of a loop returns an element as it got it."""
