@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # folder, or a file that stands beside the folders.
 LIBRARY = """
     folders buckets init core variants rules adapt select sharding lorafy quantized optim saving
-    subspace hf models peft torch __init__ training bank __main__
+    subspace hf models peft torch __init__ training cases bank __main__
 """.split()
 SCRIPTS = """
     console __init__ processes reporters adapters environments options data settings run

@@ -20,20 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.cases.attention import AttentionShape
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.kernels import flash, flash_call
 from lora_jax.models.layers.kernels.flash import Flash
-from tests.models.test_attention import Case
 from tests.models.test_splash import MASKS, differentiated
 from tests.support import draw
 
 FLASH = Flash(queries=32, keys=16)
-PACKED = Case(60, packed=True, padding="right", window=30, cap=1.5, kv_heads=1, group=3, sinks=True)
-BRANCHED = Case(60, branched=True, packed=True, padding="right", kv_heads=1, group=3, sinks=True)
-NARROW = Case(50, window=20, padding="left", kv_heads=1, group=2)
+PACKED = AttentionShape(
+    60, packed=True, padding="right", window=30, cap=1.5, kv_heads=1, group=3, sinks=True
+)
+BRANCHED = AttentionShape(
+    60, branched=True, packed=True, padding="right", kv_heads=1, group=3, sinks=True
+)
+NARROW = AttentionShape(50, window=20, padding="left", kv_heads=1, group=2)
 
 
-def _of_mask(case: Case, some: bool | None = None) -> tuple[Any, Any]:
+def _of_mask(case: AttentionShape, some: bool | None = None) -> tuple[Any, Any]:
     want = differentiated(case, "dense", some)
     assert all(np.abs(x).max() > 1e-2 for x in want)
     return differentiated(case, FLASH, some), want
@@ -75,7 +79,7 @@ def _of_sums() -> tuple[Any, Any]:
 PROOFS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "packed, padded, a window, capped": functools.partial(_of_mask, PACKED),
     "bidirectional": functools.partial(
-        _of_mask, Case(40, causal=False, padding="left", kv_heads=2, group=2)
+        _of_mask, AttentionShape(40, causal=False, padding="left", kv_heads=2, group=2)
     ),
     "a prompt and its completions": _of_completions,
     "sums of weights": _of_sums,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.cases.attention import AttentionShape
 from lora_jax.models.layers.attend import (
     ATTENTION,
     IMPLEMENTATIONS,
@@ -21,110 +22,44 @@ from lora_jax.models.layers.attend import (
 )
 from lora_jax.models.layers.attention import DENSE, AttentionCall, AttentionInputs
 from lora_jax.models.layers.blockwise import Blockwise
-from lora_jax.models.layers.cache import Cache
 from lora_jax.models.layers.kernels import flash
 from lora_jax.models.layers.kernels.splash import Splash
 from lora_jax.models.layers.masks import Mask, MaskTokens, Split, bidirectional_mask
 from lora_jax.models.layers.placement import OLD_GPU, UNPLACED
-from lora_jax.models.layers.trunk import causal_mask, place_tokens
-from tests.support import array, assert_close, draw, over
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A mask and the sizes that it is tried with; no two sizes are equal."""
-
-    seq: int
-    batch: int = 2
-    kv_heads: int = 2
-    group: int = 3
-    head_dim: int = 7
-    causal: bool = True
-    padding: str | None = None
-    packed: bool = False
-    window: int | None = None
-    cap: float | None = None
-    scale: float | None = None
-    sinks: bool = False
-    branched: bool = False
-    slots: int | None = None  # of a cache, three of them in use
-    blocks: Blockwise = Blockwise(block=5, spans=2)
-
-    @property
-    def present(self) -> np.ndarray:
-        """[batch, seq] bool: the first row is whole, the second padded."""
-        at, size = np.arange(self.seq), self.seq // 3
-        gap = {"left": at < size, "right": at >= self.seq - size}.get(str(self.padding), at < 0)
-        return np.stack([at >= 0, ~gap])
-
-    @property
-    def branches(self) -> np.ndarray:
-        """[batch, seq]: a prompt and three completions; in the second row, of other lengths."""
-        at, parts = np.arange(self.seq), np.array([[3, 5, 8], [2, 6, 7]]) * self.seq // 10
-        return np.stack([np.searchsorted(row, at, "right") for row in parts]).astype(np.int32)
-
-    def mask(self) -> Mask:
-        mask: Mask = _mask(self)
-        return mask.branching(jnp.asarray(self.branches)) if self.branched else mask
-
-    def arrays(self) -> tuple[jax.Array, ...]:
-        heads = self.kv_heads * self.group
-        keys = (self.batch, self.slots or self.seq, self.kv_heads, self.head_dim)
-        q = draw(1, (self.batch, self.seq, heads, self.head_dim))
-        return 2 * q, draw(2, keys), draw(3, keys)
-
-    def heads_sinks(self) -> jax.Array | None:
-        return 2 * draw(6, (self.kv_heads * self.group,)) if self.sinks else None
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mask(case: Case) -> Mask:
-    present = jnp.asarray(case.present)
-    if not case.causal:
-        return bidirectional_mask(present)
-    ids, cache, segments = jnp.zeros(present.shape, jnp.int32), None, None
-    if case.packed:
-        ends = [[4, 11, 13, case.seq], [1, 9, case.seq, case.seq]]
-        at = np.arange(case.seq)
-        segments = array([np.searchsorted(row, at, "right") for row in ends], jnp.int32)
-    if case.slots:
-        held = np.full((case.batch, case.slots), -1, np.int32)
-        held[:, :3] = [[0, 1, 2], [-1, 0, 1]]
-        nothing = jnp.zeros(())
-        length = array([3, 2], jnp.int32)
-        cache = Cache(nothing, nothing, jnp.asarray(held), jnp.int32(3), length)
-    placed = place_tokens(ids, present, None, cache, segments)
-    return causal_mask(placed, segments, cache).within(case.window)
-
+from tests.support import assert_close, draw, over
 
 CASES = {
-    "causal": Case(23),
-    "causal, whole blocks": Case(20),
-    "shorter than a block": Case(4),
-    "one query": Case(1),
-    "many spans": Case(23, blocks=Blockwise(block=2, spans=9)),
-    "one span": Case(23, blocks=Blockwise(block=4, spans=1)),
-    "bidirectional": Case(23, causal=False),
-    "bidirectional, padded right": Case(23, causal=False, padding="right"),
-    "bidirectional, padded left": Case(16, causal=False, padding="left"),
-    "padded right": Case(23, padding="right"),
-    "padded left": Case(23, padding="left"),
-    "a window": Case(23, window=4),
-    "a window, padded left": Case(23, window=4, padding="left"),
-    "a window wider than the text": Case(23, window=2**31 - 1),
-    "packed": Case(23, packed=True),
-    "packed, a window and padding": Case(23, packed=True, window=3, padding="right"),
-    "capped": Case(23, cap=1.5, scale=0.9),
-    "one head of keys": Case(17, kv_heads=1, group=4),
-    "no groups": Case(17, kv_heads=3, group=1),
-    "into a cache": Case(23, slots=31),
-    "into a cache, a window and padding": Case(
+    "causal": AttentionShape(23),
+    "causal, whole blocks": AttentionShape(20),
+    "shorter than a block": AttentionShape(4),
+    "one query": AttentionShape(1),
+    "many spans": AttentionShape(23),
+    "one span": AttentionShape(23),
+    "bidirectional": AttentionShape(23, causal=False),
+    "bidirectional, padded right": AttentionShape(23, causal=False, padding="right"),
+    "bidirectional, padded left": AttentionShape(16, causal=False, padding="left"),
+    "padded right": AttentionShape(23, padding="right"),
+    "padded left": AttentionShape(23, padding="left"),
+    "a window": AttentionShape(23, window=4),
+    "a window, padded left": AttentionShape(23, window=4, padding="left"),
+    "a window wider than the text": AttentionShape(23, window=2**31 - 1),
+    "packed": AttentionShape(23, packed=True),
+    "packed, a window and padding": AttentionShape(23, packed=True, window=3, padding="right"),
+    "capped": AttentionShape(23, cap=1.5, scale=0.9),
+    "one head of keys": AttentionShape(17, kv_heads=1, group=4),
+    "no groups": AttentionShape(17, kv_heads=3, group=1),
+    "into a cache": AttentionShape(23, slots=31),
+    "into a cache, a window and padding": AttentionShape(
         23, slots=31, window=4, padding="left", cap=2.0, sinks=True
     ),
-    "sinks": Case(23, sinks=True),
-    "a prompt and completions": Case(23, branched=True, padding="right", causal=False),
-    "prompts and completions, packed": Case(23, branched=True, packed=True, window=9),
+    "sinks": AttentionShape(23, sinks=True),
+    "a prompt and completions": AttentionShape(23, branched=True, padding="right", causal=False),
+    "prompts and completions, packed": AttentionShape(23, branched=True, packed=True, window=9),
 }
+
+
+BLOCKS = Blockwise(block=5, spans=2)
+OTHER_BLOCKS = {"many spans": Blockwise(block=2, spans=9), "one span": Blockwise(block=4, spans=1)}
 
 
 @jax.jit
@@ -173,6 +108,7 @@ RARE = ["causal, whole blocks", "one span", "padded right", "a window", "no grou
 def test_blocks_compute_what_dense_attention_does(name: str) -> None:
     """Values, and gradients of what the queries that see anything give."""
     case = CASES[name]
+    blocks = OTHER_BLOCKS.get(name, BLOCKS)
     mask, arrays = case.mask(), case.arrays()
     looks = np.asarray(visible(mask)[0]).any(-1)[..., None, None]
     cotangent = np.where(looks, draw(4, arrays[0].shape), np.float32(0))
@@ -182,9 +118,9 @@ def test_blocks_compute_what_dense_attention_does(name: str) -> None:
             out = attend(AttentionInputs(*arrays, mask, case.scale, case.cap, sinks), attention=how)
             return jnp.sum(out * cotangent), out
 
-        return jax.value_and_grad(run, (0, 1), has_aux=True)(arrays, case.heads_sinks())
+        return jax.value_and_grad(run, (0, 1), has_aux=True)(arrays, case.head_sinks())
 
-    both = jax.jit(lambda *arrays: [gradient(how, arrays) for how in (case.blocks, "dense")])
+    both = jax.jit(lambda *arrays: [gradient(how, arrays) for how in (blocks, "dense")])
     ((_, out), got), ((_, expected), want) = both(*arrays)
     assert np.isfinite(out).all()
     assert_close(np.where(looks, out, 0), np.where(looks, expected, 0), 1e-5)
@@ -198,7 +134,7 @@ def test_dense_attention_is_softmax_written_out(with_sinks: bool, float64: None)
     mask = case.mask()
     q, k, v = (np.asarray(x, np.float64) for x in case.arrays())
     sees = np.asarray(visible(mask)[0])
-    sinks = case.heads_sinks()
+    sinks = case.head_sinks()
     got = np.asarray(jax.jit(lambda *x: DENSE(*x, mask, 0.6, 1.5, sinks))(q, k, v))
     for b, i, h in np.ndindex(case.batch, case.seq, q.shape[2]):
         seen = sees[b, i]
@@ -215,7 +151,7 @@ def test_blocks_in_double_precision(float64: None) -> None:
     mask = case.mask()
     arrays = tuple(np.asarray(x, np.float64) for x in case.arrays())
     looks = np.asarray(visible(mask)[0]).any(-1)[..., None, None]
-    both = jax.jit(lambda *x: [run(*x, mask) for run in (case.blocks, DENSE)])(*arrays)
+    both = jax.jit(lambda *x: [run(*x, mask) for run in (BLOCKS, DENSE)])(*arrays)
     got, want = (np.where(looks, out, 0) for out in both)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
@@ -229,7 +165,7 @@ def test_forward_mode(name: str) -> None:
     def derivative(run: Any, arrays: Any, along: Any) -> jax.Array:
         return jax.jvp(lambda *x: run(*x, mask, None, 2.0), arrays, along)[1]
 
-    both = jax.jit(lambda *args: [derivative(run, *args) for run in (case.blocks, DENSE)])
+    both = jax.jit(lambda *args: [derivative(run, *args) for run in (BLOCKS, DENSE)])
     got, want = both(arrays, along)
     assert np.abs(want).max() > 0.1
     assert_close(got, want, 1e-5)
@@ -243,7 +179,7 @@ def test_half_precision() -> None:
     @jax.jit
     def run(*half: jax.Array) -> Any:
         exact = DENSE(*(x.astype(jnp.float32) for x in half), mask)
-        return exact, case.blocks(*half, mask), DENSE(*half, mask)
+        return exact, BLOCKS(*half, mask), DENSE(*half, mask)
 
     exact, *both = run(*half)
     assert all(out.dtype == jnp.bfloat16 for out in both)
@@ -258,7 +194,7 @@ def test_a_window_of_some_layers() -> None:
 
     @jax.jit
     def run(windowed: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        got = case.blocks(*arrays, case.mask().within(4, windowed))
+        got = BLOCKS(*arrays, case.mask().within(4, windowed))
         return got, [DENSE(*arrays, case.mask().within(window)) for window in (None, 4)]
 
     for windowed in (True, False):

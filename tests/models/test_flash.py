@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.cases.attention import AttentionShape
 from lora_jax.models.layers.attend import choose_implementation
 from lora_jax.models.layers.attention import DENSE, AttentionCall
 from lora_jax.models.layers.blockwise import ON_GPU
@@ -24,7 +25,6 @@ from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.flash_call import FlashOptions, FlashTokens
 from lora_jax.models.layers.masks import Split, prompt_segments
 from tests.models import flash_interpreted
-from tests.models.test_attention import Case
 from tests.models.test_splash import check_split
 from tests.support import assert_close, over
 from train.plan.flops.jaxpr import count_flops
@@ -111,15 +111,21 @@ def plain(compiles: None, monkeypatch: Any) -> None:
 
 
 SPLITS = [
-    ("sequence=2,tensor=2", Case(128, kv_heads=2, group=1, packed=True), None),
-    ("sequence=2", Case(128, kv_heads=1, group=2, window=50, cap=2.0), True),
-    ("sequence=2,data=2", Case(64, kv_heads=1, group=2, branched=True), None),
-    ("data=2,sequence=2", Case(64, kv_heads=1, group=1, causal=False, padding="left"), None),
+    ("sequence=2,tensor=2", AttentionShape(128, kv_heads=2, group=1, packed=True), None),
+    ("sequence=2", AttentionShape(128, kv_heads=1, group=2, window=50, cap=2.0), True),
+    ("sequence=2,data=2", AttentionShape(64, kv_heads=1, group=2, branched=True), None),
+    (
+        "data=2,sequence=2",
+        AttentionShape(64, kv_heads=1, group=1, causal=False, padding="left"),
+        None,
+    ),
 ]
 
 
 @over(("text", "case", "some"), SPLITS, often=[], called=lambda split: split[0])
-def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None, plain) -> None:
+def test_devices_compute_what_one_does(
+    text: str, case: AttentionShape, some: bool | None, plain
+) -> None:
     check_split(FLASH, text, case, some)
 
 
@@ -127,7 +133,7 @@ def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None,
 @pytest.mark.parametrize("windows", [False, True])
 def test_a_mapped_call_is_one_call(windows: bool, plain: None) -> None:
     """Its rows are rows of one batch, unless slots or windows are mapped."""
-    case = Case(32, batch=2, kv_heads=1, group=2)
+    case = AttentionShape(32, batch=2, kv_heads=1, group=2)
     how = FlashOptions(causal=True, scale=0.3, cap=None, queries=16, keys=16)
     segments = [jnp.broadcast_to(x, (2, 32)) for x in case.mask().segments()]
     q, k, v = (jnp.stack([x, 2 * x, 3 * x]) for x in case.arrays())
@@ -159,7 +165,9 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str, compiles: None) -> None
         return DENSE(*args)
 
     how = dataclasses.replace(FLASH, fallback=told)
-    case = Case(40, slots=50 if name == "a cache" else None, head_dim=300 if "heads" in name else 7)
+    case = AttentionShape(
+        40, slots=50 if name == "a cache" else None, head_dim=300 if "heads" in name else 7
+    )
     if name.startswith("windows"):
         case = dataclasses.replace(case, branched=True, window=9)
     mask, arrays = case.mask(), case.arrays()
@@ -174,7 +182,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str, compiles: None) -> None
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
     """In packed rows, blocks of other texts, too; the bounds hold all that is seen."""
-    case = Case(96, packed=packed, window=20)
+    case = AttentionShape(96, packed=packed, window=20)
     mask = case.mask()
     segments = [jnp.broadcast_to(x, (2, 96)) for x in mask.segments()]
     tokens = FlashTokens(mask.queries.slots, *segments, jnp.asarray([20]))
@@ -192,7 +200,7 @@ def test_blocks_are_left_out_only_where_nothing_is_seen(packed: bool) -> None:
 
 def test_plans_count_what_the_kernel_visits(compiles: None) -> None:
     """The jaxpr of a gradient: two products forward, seven backward, of the blocks visited."""
-    case = Case(640, batch=2, kv_heads=2, group=2, window=200)
+    case = AttentionShape(640, batch=2, kv_heads=2, group=2, window=200)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(Flash(128, 128)(q, k, v, case.mask()) ** 2)
@@ -224,7 +232,7 @@ def test_blocks_replace_a_kernel_that_nothing_compiles(spec, why, monkeypatch, c
     monkeypatch.setattr(flash_call, "find_spec", lambda name: spec)
     monkeypatch.setattr(flash_call, "_run_triton", _gone)
     flash_call.missing_compiler.cache_clear()
-    case = Case(40)
+    case = AttentionShape(40)
     arrays, mask = case.arrays(), case.mask()
     with caplog.at_level(logging.WARNING, "lora_jax"):
         got, want = (

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.cases.attention import AttentionShape, shapes_of_masks, values_and_gradients
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import DENSE, AttentionInputs
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.splash import Splash, _Band
 from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.training.layout import Layout
-from tests.models.test_attention import Case
 from tests.support import assert_close, draw, over
 from train.plan.flops.jaxpr import count_flops
 from train.processes.mesh import make_mesh
@@ -24,49 +24,22 @@ from train.processes.mesh import make_mesh
 SPLASH = Splash(block=128, interpret=True)
 
 
-def differentiated(case: Case, how: Any, some: bool | None = None, **options: Any) -> Any:
+def differentiated(case: AttentionShape, how: Any, some: bool | None = None, **options: Any) -> Any:
     """Values and gradients of what real tokens give; the scale and the window's use are traced."""
-    mask, arrays = case.mask(), case.arrays()
-    real = case.present[..., None, None]
-    cotangent = jnp.where(real, draw(4, arrays[0].shape), 0.0)
+    mask = case.mask()
     if some is not None:
         mask = mask.within(case.window, jnp.bool_(some))
 
-    def run(arrays: Any, mask: Mask, scale: jax.Array) -> Any:
-        *given, sinks = arrays
-        out = attend(
-            AttentionInputs(*given, mask, scale, case.cap, sinks), attention=how, **options
-        )
-        return jnp.sum(out * cotangent), jnp.where(real, out, 0.0)
+    @jax.jit
+    def run(arrays: Any, sinks: Any, mask: Mask, scale: jax.Array) -> Any:
+        return values_and_gradients(case, how, arrays, sinks, mask=mask, scale=scale, **options)
 
-    scale = jnp.float32(case.scale or 0.3)
-    (_, out), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(
-        (*arrays, case.heads_sinks()), mask, scale
-    )
-    assert np.isfinite(out).all()
-    return out, *(x for x in gradient if x is not None)
+    results = run(case.arrays(), case.head_sinks(), mask, jnp.float32(case.scale or 0.3))
+    assert np.isfinite(results[0]).all()
+    return results
 
 
-MASKS = {
-    "causal": (Case(128, batch=2, kv_heads=2, group=1), None),
-    "padded, packed, a window, capped": (
-        Case(
-            200, packed=True, padding="right", window=70, cap=1.5, kv_heads=1, group=3, sinks=True
-        ),
-        None,
-    ),
-    "bidirectional": (Case(150, causal=False, padding="left", kv_heads=2, group=2), None),
-    "prompts and completions": (
-        Case(200, branched=True, packed=True, padding="right", cap=1.5, kv_heads=1, group=3),
-        None,
-    ),
-    "a prompt and completions": (
-        Case(128, branched=True, padding="left", kv_heads=2, group=2),
-        None,
-    ),
-    "a layer with a window": (Case(256, window=100, padding="left", kv_heads=1, group=2), True),
-    "a layer without": (Case(256, window=100, padding="left", kv_heads=1, group=2), False),
-}
+MASKS = shapes_of_masks(128)
 
 
 OFTEN = ["padded, packed, a window, capped"]
@@ -83,7 +56,7 @@ def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
 @pytest.mark.slow
 def test_sinks_in_fp32_beside_bf16() -> None:
     """As full fine-tuning holds them: the kernel's gradient of sinks has the queries' dtype."""
-    case = Case(128, batch=2, packed=True, kv_heads=2, group=1, sinks=True)
+    case = AttentionShape(128, batch=2, packed=True, kv_heads=2, group=1, sinks=True)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.arrays())
 
     def run(sinks: jax.Array, how: Any) -> jax.Array:
@@ -91,7 +64,7 @@ def test_sinks_in_fp32_beside_bf16() -> None:
         return jnp.sum(out.astype(jnp.float32) * draw(4, out.shape))
 
     got, want = (
-        jax.jit(jax.grad(run), static_argnums=1)(case.heads_sinks(), how)
+        jax.jit(jax.grad(run), static_argnums=1)(case.head_sinks(), how)
         for how in (SPLASH, "dense")
     )
     assert got.dtype == jnp.float32
@@ -99,19 +72,23 @@ def test_sinks_in_fp32_beside_bf16() -> None:
 
 
 SPLITS = [
-    ("sequence=2,tensor=2", Case(512, kv_heads=2, group=1, packed=True), None),
-    ("sequence=2", Case(512, kv_heads=1, group=2, window=150, cap=2.0), True),
-    ("data=2,sequence=2", Case(256, kv_heads=1, group=1, causal=False, padding="left"), None),
+    ("sequence=2,tensor=2", AttentionShape(512, kv_heads=2, group=1, packed=True), None),
+    ("sequence=2", AttentionShape(512, kv_heads=1, group=2, window=150, cap=2.0), True),
+    (
+        "data=2,sequence=2",
+        AttentionShape(256, kv_heads=1, group=1, causal=False, padding="left"),
+        None,
+    ),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("text", "case", "some"), SPLITS)
-def test_devices_compute_what_one_does(text: str, case: Case, some: bool | None) -> None:
+def test_devices_compute_what_one_does(text: str, case: AttentionShape, some: bool | None) -> None:
     check_split(SPLASH, text, case, some)
 
 
-def check_split(how: Any, text: str, case: Case, some: bool | None) -> None:
+def check_split(how: Any, text: str, case: AttentionShape, some: bool | None) -> None:
     """Compares an implementation on a mesh with dense attention on one device."""
     size = math.prod(int(part.split("=")[1]) for part in text.split(","))
     layout = Layout(make_mesh(text, 4, jax.devices()[:size]), ())
@@ -134,7 +111,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
         return DENSE(*args)
 
     how = dataclasses.replace(SPLASH, fallback=told)
-    case = Case(130, slots=140 if name == "a cache" else None)
+    case = AttentionShape(130, slots=140 if name == "a cache" else None)
     if "completions" in name:
         case = dataclasses.replace(case, branched=True, window=40)
     mask, arrays = case.mask(), case.arrays()
@@ -150,7 +127,7 @@ def test_what_the_kernel_lacks_goes_to_blocks(name: str) -> None:
 @pytest.mark.slow
 def test_half_precision() -> None:
     """Nearly as near to fp32 as dense attention is: the scaled queries round once more."""
-    case = Case(128, kv_heads=1, head_dim=24)
+    case = AttentionShape(128, kv_heads=1, head_dim=24)
     mask, half = case.mask(), tuple(x.astype(jnp.bfloat16) for x in case.arrays())
     exact = DENSE(*(x.astype(jnp.float32) for x in half), mask)
     outs = jax.jit(lambda *x: (SPLASH(*x, mask), DENSE(*x, mask)))(*half)
@@ -189,7 +166,7 @@ def check_band(causal: bool, window: int | None, parts: Any, some: bool | None) 
 
 def test_plans_count_what_the_kernel_visits() -> None:
     """The jaxpr of a gradient: two products forward, seven backward, of the blocks visited."""
-    case = Case(640, batch=2, kv_heads=2, group=2, window=200)
+    case = AttentionShape(640, batch=2, kv_heads=2, group=2, window=200)
     how = Splash(block=128)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -204,8 +181,8 @@ def test_plans_count_what_the_kernel_visits() -> None:
 
 
 CUDNN = {
-    "packed, a window and padding": Case(24, packed=True, window=3, padding="right"),
-    "bidirectional, padded left": Case(16, causal=False, padding="left"),
+    "packed, a window and padding": AttentionShape(24, packed=True, window=3, padding="right"),
+    "bidirectional, padded left": AttentionShape(16, causal=False, padding="left"),
 }
 
 

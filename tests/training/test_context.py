@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.cases.attention import AttentionShape
 from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import AttentionInputs
 from lora_jax.models.layers.blockwise import Blockwise
@@ -18,7 +19,6 @@ from lora_jax.models.layers.masks import Mask, MaskTokens, Split
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout
 from tests.models import tiny
-from tests.models.test_attention import Case
 from tests.support import AS_FOR_USERS, assert_close, draw, over
 from train.plan.clock.work import work_of
 from train.processes.mesh import make_mesh
@@ -33,7 +33,7 @@ def layout_of(text: str) -> Layout:
     return Layout(make_mesh(text, 4, jax.devices()[:size]), ())
 
 
-def differentiated(case: Case, layout: Layout, how: Any, **options: Any) -> Any:
+def differentiated(case: AttentionShape, layout: Layout, how: Any, **options: Any) -> Any:
     """Values and gradients of what the queries that see anything give."""
     mask, arrays = case.mask(), case.arrays()
     looks = np.asarray(mask.visible()).any(-1)[..., None, None]
@@ -49,27 +49,31 @@ def differentiated(case: Case, layout: Layout, how: Any, **options: Any) -> Any:
     gradient = jax.value_and_grad(run, has_aux=True)
     with jax.set_mesh(layout.mesh):
         (_, out), got = jax.jit(gradient, compiler_options=tiny.FAST_COMPILE)(
-            (*arrays, case.heads_sinks()), mask
+            (*arrays, case.head_sinks()), mask
         )
     return out, *(x for x in got if x is not None)
 
 
 CASES = [
-    ("sequence=4", Case(32, **ALL), BLOCKS),
-    ("data=2,sequence=2", Case(24, causal=False, padding="left"), BLOCKS),
-    ("sequence=2,tensor=2", Case(24, kv_heads=1, group=4, sinks=True), BLOCKS),  # keys are repeated
-    ("sequence=4", Case(24, window=5), "dense"),
-    ("sequence=4", Case(20, window=4), BLOCKS),  # no multiple of 8: nothing is exchanged
-    ("sequence=4", Case(18), BLOCKS),  # no multiple of 4: each device has the row
-    ("fsdp=2,sequence=2", Case(20, packed=True), BLOCKS),
-    ("sequence=2,tensor=2", Case(24, padding="left"), BLOCKS),
-    ("tensor=4", Case(10, kv_heads=3, group=1, **ALL), BLOCKS),  # heads stay whole
-    ("fsdp=2,tensor=2", Case(10, slots=31, padding="left"), BLOCKS),
+    ("sequence=4", AttentionShape(32, **ALL), BLOCKS),
+    ("data=2,sequence=2", AttentionShape(24, causal=False, padding="left"), BLOCKS),
+    (
+        "sequence=2,tensor=2",
+        AttentionShape(24, kv_heads=1, group=4, sinks=True),
+        BLOCKS,
+    ),  # keys are repeated
+    ("sequence=4", AttentionShape(24, window=5), "dense"),
+    ("sequence=4", AttentionShape(20, window=4), BLOCKS),  # no multiple of 8: nothing is exchanged
+    ("sequence=4", AttentionShape(18), BLOCKS),  # no multiple of 4: each device has the row
+    ("fsdp=2,sequence=2", AttentionShape(20, packed=True), BLOCKS),
+    ("sequence=2,tensor=2", AttentionShape(24, padding="left"), BLOCKS),
+    ("tensor=4", AttentionShape(10, kv_heads=3, group=1, **ALL), BLOCKS),  # heads stay whole
+    ("fsdp=2,tensor=2", AttentionShape(10, slots=31, padding="left"), BLOCKS),
 ]
 
 
 @over(("text", "case", "how"), CASES, often=[str(CASES[1])], called=str)
-def test_devices_compute_what_one_does(text: str, case: Case, how: Any) -> None:
+def test_devices_compute_what_one_does(text: str, case: AttentionShape, how: Any) -> None:
     layout = layout_of(text)
     want = differentiated(case, layout, "dense")
     assert_close(differentiated(case, layout, how, placement=layout), want, 1e-5)
@@ -78,7 +82,7 @@ def test_devices_compute_what_one_does(text: str, case: Case, how: Any) -> None:
 
 def test_a_local_function_gets_a_device_s_part() -> None:
     """Its queries, heads and batch; all keys; numbers as numbers; and which queries those are."""
-    case, seen = Case(24, batch=2, kv_heads=2), []
+    case, seen = AttentionShape(24, batch=2, kv_heads=2), []
 
     def local(q: Any, k: Any, v: Any, mask: Mask, scale: Any, cap: Any) -> Any:
         seen.append((q.shape, k.shape, mask, scale, cap))
@@ -107,7 +111,7 @@ def test_queries_of_all_devices_see_as_many_keys(parts: int) -> None:
 @pytest.mark.slow
 def test_derivatives_of_other_kinds() -> None:
     """Forward mode, and the gradient of rematerialised layers in a scan."""
-    case, layout = Case(16), layout_of("sequence=4")
+    case, layout = AttentionShape(16), layout_of("sequence=4")
     mask, (q, k, v) = case.mask(), case.arrays()
     along = draw(9, q.shape)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import models
+from lora_jax.cases.mixtures import choose_experts, gated
+from lora_jax.cases.sharded import make_layout
 from lora_jax.models.decoder.dispatch import UNEVEN
 from lora_jax.models.decoder.experts import implementation
 from lora_jax.models.decoder.moe import make_mixture
@@ -29,10 +30,6 @@ BATCH, SEQ = 4, 18
 NAMES = ("gate", "up", "down")
 
 
-def gated(gate, up):
-    return jax.nn.silu(gate) * up
-
-
 @functools.cache
 def case(choice):
     """An adapter and its base, and the arguments of a mixture whose tokens choose so."""
@@ -46,12 +43,7 @@ def case(choice):
     base = lj.quantized.quantize(params, "int8") if choice == "codes" else params
     rule = lj.LoraRule(targets=list(NAMES), rank=3, alpha=7, bias_on_b=choice == "a bias on B")
     tree = with_random_factors(lorafied(base, [rule]))
-    draws = rng.permuted(np.tile(np.arange(EXPERTS), (BATCH, SEQ, 1)), axis=-1)[..., :CHOSEN]
-    if choice == "one part":  # all on one device
-        draws = np.broadcast_to([1, 0], draws.shape)
-    if choice == "one part of some":  # of the rows of the first data part alone
-        draws = np.concatenate([np.broadcast_to([1, 0], draws.shape)[:2], draws[2:]])
-    chosen = array(draws, jnp.int32)
+    chosen = array(choose_experts(choice, EXPERTS, (BATCH, SEQ, CHOSEN)))
     return tree, normal(BATCH, SEQ, WIDTH), jax.nn.softmax(normal(BATCH, SEQ, CHOSEN)), chosen
 
 
@@ -77,12 +69,7 @@ def lowered(tree, x, weights, chosen, experts, layout=None):
 
 
 def layout_of(**sizes):
-    table = [
-        (r"(gate|up)/kernel", models.specs.EXPERT_COLUMNS),
-        (r"down/kernel", models.specs.EXPERT_ROWS),
-    ]
-    n = int(np.prod([*sizes.values()]))
-    return Layout(make_mesh(jax.devices()[:n], **sizes), table)
+    return make_layout(jax.devices()[: int(np.prod([*sizes.values()]))], **sizes)
 
 
 CASES = [

@@ -1,0 +1,1 @@
+"""Small cases of kernels, with references in dense arithmetic and bounds that rounding explains."""
