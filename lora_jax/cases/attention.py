@@ -199,7 +199,7 @@ def values_and_gradients(
     scale: float | jax.Array | None = None,
     placement: Placement = UNPLACED,
 ) -> tuple[jax.Array, ...]:
-    """Returns what real tokens give, and the gradients of queries, keys, values and sinks.
+    """Returns attention of real tokens, and the gradients of queries, keys, values and sinks.
 
     Args:
       shape: the mask and the sizes.

@@ -29,7 +29,7 @@ _PRODUCT_ROUNDOFF = {"gpu": 2.0**-11, "tpu": 2.0**-8}
 _SUM_ROUNDOFF = 2.0**-24
 
 
-class Comparison(NamedTuple):
+class Deviation(NamedTuple):
     """The error of a kernel's results, relative to the reference, and its bound."""
 
     error: float
@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the bound; a NaN is not."""
+        """Returns True if the error is within the bound, and no NaN."""
         return self.error <= self.bound
 
 
@@ -73,17 +73,17 @@ class Case:
         roundoff = max(roundoff, _PRODUCT_ROUNDOFF.get(platform, 0.0))
         return self.roundings * roundoff + 2 * math.sqrt(self.terms) * _SUM_ROUNDOFF
 
-    def compare(self, kernel: Any, device: jax.Device | None = None) -> Comparison:
+    def compare(self, kernel: Any, device: jax.Device | None = None) -> Deviation:
         """Returns the error of a kernel on one device.
 
         Args:
           kernel: the first argument of `compute`.
           device: the device; by default JAX's first local one.
         """
-        (comparison,) = self.compare_on(kernel, [device or jax.local_devices()[0]])
-        return comparison
+        (deviation,) = self.compare_on(kernel, [device or jax.local_devices()[0]])
+        return deviation
 
-    def compare_on(self, kernel: Any, devices: Sequence[jax.Device]) -> list[Comparison]:
+    def compare_on(self, kernel: Any, devices: Sequence[jax.Device]) -> list[Deviation]:
         """Returns the error of a kernel on each of some local devices, which run one program."""
         mesh = Mesh(np.array(devices), (_DEVICE_AXIS,))
         arrays = jax.device_put(self.arrays, NamedSharding(mesh, PartitionSpec()))
@@ -91,16 +91,16 @@ class Case:
         results = [jax.tree.map(lambda stack, n=n: stack[n], stacks) for n in range(len(devices))]
         return self._judge(results, devices[0].platform)
 
-    def compare_placed(self, kernel: Any, arrays: tuple[Tree, ...], mesh: Mesh) -> Comparison:
+    def compare_placed(self, kernel: Any, arrays: tuple[Tree, ...], mesh: Mesh) -> Deviation:
         """Returns the error of a kernel that works on a mesh, over arrays that lie there."""
         whole = NamedSharding(mesh, PartitionSpec())
         with jax.set_mesh(mesh):
             run = jax.jit(functools.partial(self.compute, kernel), out_shardings=whole)
             results = jax.device_get(run(*arrays))
-        (comparison,) = self._judge([results], mesh.devices.flat[0].platform)
-        return comparison
+        (deviation,) = self._judge([results], mesh.devices.flat[0].platform)
+        return deviation
 
-    def _judge(self, results: Sequence[Tree], platform: str) -> list[Comparison]:
+    def _judge(self, results: Sequence[Tree], platform: str) -> list[Deviation]:
         """Returns the errors of results."""
 
         def compute_dense(*arrays: Any) -> Tree:
@@ -109,7 +109,7 @@ class Case:
 
         expected = jax.device_get(jax.jit(compute_dense)(*self.arrays))
         bound = self.bound(platform)
-        return [Comparison(relative_error(result, expected), bound) for result in results]
+        return [Deviation(relative_error(result, expected), bound) for result in results]
 
     def jitted(self, kernel: Any, mesh: Mesh) -> Any:
         """Returns the jitted computation of each device of a mesh; results have an axis for it."""

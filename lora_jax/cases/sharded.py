@@ -75,10 +75,7 @@ def fsdp_case(layout: Layout) -> tuple[Case, tuple[Any, ...]]:
     rule = lj.LoraRule(targets=[*kernels], rank=8, alpha=16)
     tree = lj.lorafy(kernels, [rule])
     shapes, base = lj.split(tree)
-    adapter: Any = {
-        path: {name: normal(3, array.shape) / np.float32(8) for name, array in arrays.items()}
-        for path, arrays in shapes.items()
-    }
+    adapter = jax.tree.map(lambda array: normal(3, array.shape) / np.float32(8), shapes)
     x = normal(4, (layout.mesh.size, _ROWS, _WIDTH))
 
     def run_mlp(params: Any, x: jax.Array) -> jax.Array:
