@@ -90,6 +90,7 @@ class Hooks:
       measures: are taken in this order.
       owed: the prefixes of the measures that the step to begin with lacks.
       settle: waits until all that was saved is written, where a bucket takes it beside the steps.
+      timed: receives the seconds of all steps that were measured so far, whenever a line is logged.
       judge: gets what was measured after a step, by prefixed name, before the step is saved; {}
         before the first. Returns True if training ends here.
     """
@@ -106,6 +107,7 @@ class Hooks:
     measures: Sequence[PeriodicMeasure] = ()
     owed: Sequence[str] = ()
     settle: Callable[[], None] = lambda: None
+    timed: Callable[[Sequence[float]], None] = lambda seconds: None
     judge: Callable[[State, dict[str, float]], bool] = lambda state, measured: False
 
 
@@ -347,6 +349,7 @@ def training_steps(
         with clock.paused():
             if read_is_due:
                 window.read()
+                hooks.timed(window.seconds)
             if is_stopping and done < steps:
                 scores, owed = {}, due
             else:

@@ -285,5 +285,12 @@ def compiled_bytes(compiled: Any) -> dict[str, int]:
 
 def step_bytes(compiled: Any) -> int | None:
     """Returns the bytes per device of a compiled step; None if they are not reported."""
-    sizes = compiled_bytes(compiled)
+    return total_bytes(compiled_bytes(compiled))
+
+
+def total_bytes(sizes: Mapping[str, int]) -> int | None:
+    """Returns the sum of `compiled_bytes`; None if the backend does not report them.
+
+    Donated arguments become outputs, so that both of them count the aliased bytes.
+    """
     return sum(sizes.values()) - 2 * sizes["aliased"] if sizes else None

@@ -156,6 +156,9 @@ class _Jitted:
     def memory_analysis(self) -> Any:
         return self.compiled.memory_analysis()
 
+    def as_text(self) -> str | None:
+        return self.compiled.as_text()
+
 
 class CompiledStep:
     """Runs a step, compiled once for each shape of a batch."""
@@ -183,7 +186,15 @@ class CompiledStep:
 
     def memory_analysis(self) -> Any:
         """Returns the memory use of the first compiled shape, the largest one."""
-        return next(iter(self._by_shape.values())).memory_analysis()
+        return self._first_program().memory_analysis()
+
+    def as_text(self) -> str | None:
+        """Returns the optimised HLO of the first compiled shape."""
+        text: str | None = self._first_program().as_text()
+        return text
+
+    def _first_program(self) -> Any:
+        return next(iter(self._by_shape.values()))
 
 
 def state_shardings(

@@ -194,6 +194,16 @@ def topology_of_devices(devices: Sequence[Any]) -> str | None:
     return None
 
 
+def estimating_machine(devices: Sequence[Any]) -> Machine | None:
+    """Returns the machine of devices, or None if their compiler estimates no time.
+
+    Args:
+      devices: the devices of a program.
+    """
+    version = _VERSION_OF_TPU_KIND.get(devices[0].device_kind)
+    return None if version is None else _machine_of_kind(version, devices, KINDS[version])
+
+
 def with_assumptions(
     machine: Machine, kernel_share: float | None, link_gbytes: float | None
 ) -> Machine:
@@ -277,9 +287,14 @@ def _tpu_machine(topology: str, name: str, n_slices: int, kind: MachineKind) -> 
         raise UserError(
             f"--topology {topology} cannot be planned. {_topology_problem(error)}"
         ) from None
+    return _machine_of_kind(topology, description.devices, kind)
+
+
+def _machine_of_kind(name: str, devices: Sequence[Any], kind: MachineKind) -> Machine:
+    """Returns TPU devices of a kind, with the rates of the kind."""
     return Machine(
-        name=topology,
-        devices=description.devices,
+        name=name,
+        devices=devices,
         capacity=kind.capacity,
         flops=kind.flops,
         devices_a_chip=kind.devices_a_chip,

@@ -1,8 +1,12 @@
-"""The memory of this process."""
+"""The memory of this process, and of its devices."""
 
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import jax
 
 
 def peak_bytes() -> int:
@@ -18,3 +22,20 @@ def peak_bytes() -> int:
         return int(kilobytes) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak_bytes(devices: Iterable[Any]) -> int | None:
+    """Returns the peak memory of the fullest device; None if a device does not report it.
+
+    It is the peak since this process started. A CPU reports none.
+
+    Args:
+      devices: devices of this process.
+    """
+    peaks: list[int] = []
+    for device in devices:
+        try:
+            peaks.append(int(device.memory_stats()["peak_bytes_in_use"]))
+        except (AttributeError, KeyError, TypeError, jax.errors.JaxRuntimeError):
+            return None
+    return max(peaks, default=None)

@@ -67,18 +67,25 @@ def print_costs(console: Console, report: Mapping[str, Any]) -> None:
         step = "no step taken"
     else:
         step = step_time(seconds)
+    step_bytes = report.get("compiled_step_bytes")
+    device_peak = report.get("device_peak_bytes")
+    estimate = report.get("estimated_step_seconds")
     lines = [
         ("step (median)", step),
+        ("step, as the compiler estimates", None if estimate is None else step_time(estimate)),
         ("compilation of the step", f"{report['compile_seconds']:.1f} s"),
         ("further compilations", f"{report['further_compile_seconds']:.1f} s"),
         ("compiled: temporaries", byte_size(memory["temporaries"]) if memory else "not reported"),
         ("compiled: arguments", byte_size(memory["arguments"]) if memory else "not reported"),
+        ("compiled: step in total", None if step_bytes is None else byte_size(step_bytes)),
+        ("peak memory of a device", None if device_peak is None else byte_size(device_peak)),
         ("peak memory of the process", byte_size(report["peak_bytes"])),
         ("adapter on disk", byte_size(report["adapter_bytes"])),
         ("base in memory", byte_size(report["base_bytes"])),
     ]
-    for line in lines:
-        table.add_row(*line)
+    for name, value in lines:
+        if value is not None:
+            table.add_row(name, value)
     console.print(table)
 
 

@@ -1,6 +1,7 @@
 """The arrangement of a single run, which uses the command's console and whose errors end it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TypeVar
@@ -18,6 +19,7 @@ from lora_jax.training.setup import CompiledStep
 from lora_jax.training.step import Metrics, State
 from train.run.intrinsic import model_in
 from train.run.output import ADAPTER
+from train.stages.estimate import StepEstimate, estimate_step
 from train.stages.steps import drive
 from train.stages.types import (
     BegunRun,
@@ -56,12 +58,18 @@ class StepsAlone:
         self._state, metrics = self.step(self._state, self._base, placed_batch)
         return {name: metrics}
 
+    @functools.cached_property
+    def estimate(self) -> StepEstimate | None:
+        """The compiler's estimate of the step; None if there is none."""
+        return estimate_step(self.step, [*self._layout.mesh.devices.flat])
+
     def compilation(self, seconds: float, clock: StepClock) -> Compilation:
         """Returns the costs of compiling the step, which took `seconds`."""
         return Compilation(
             seconds=seconds,
             further_seconds=clock.compile_seconds,
             sizes=compiled_bytes(self.step),
+            estimate=self.estimate,
         )
 
 

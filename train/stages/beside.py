@@ -67,6 +67,10 @@ class StepsTogether:
         self.clock.under_way = self.together.step(batches)
         return self.clock.under_way
 
+    @property
+    def estimate(self) -> None:
+        """None, because the step does not belong to one run."""
+
     def compilation(self, seconds: float, clock: StepClock) -> None:
         """Returns None, because the step does not belong to one run."""
 

@@ -8,7 +8,8 @@ import lora_jax as lj
 from lora_jax.adapt.activate import invocations_of
 from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.processes import write_json
-from train.processes.memory import peak_bytes
+from lora_jax.training.remat import total_bytes
+from train.processes.memory import device_peak_bytes, peak_bytes
 from train.reporters.files import read_json
 from train.run.costs import print_adapter
 from train.run.intrinsic import merge_trained
@@ -29,7 +30,12 @@ from train.stages.types import (
 )
 
 # Measured while steps are taken.
-_STEP_MEASURES = ("median_step_seconds", "step_seconds_quartiles", "peak_bytes")
+_STEP_MEASURES = (
+    "median_step_seconds",
+    "step_seconds_quartiles",
+    "peak_bytes",
+    "device_peak_bytes",
+)
 
 
 def measure_runs(
@@ -123,6 +129,7 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
         "median_step_seconds": None if times is None else times.median,
         "step_seconds_quartiles": None if times is None else [times.low, times.high],
         "peak_bytes": peak_bytes(),
+        "device_peak_bytes": device_peak_bytes(opened.inputs.layout.mesh.local_devices),
     }
     earlier_report = read_json(opened.folder / REPORT)
     if times is None and earlier_report.get("last_step") == run.last_step:
@@ -130,6 +137,7 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
             if name in earlier_report:
                 step_measures[name] = earlier_report[name]
     compilation = run.compilation
+    estimate = compilation.estimate if compilation else None
     return RunReport(
         summary=lj.summary(run.tree.content, in_training=True),
         steps=opened.inputs.steps,
@@ -144,6 +152,8 @@ def make_report(run: TrainedRun, base_bytes: int, n_runs: int) -> RunReport:
         compile_seconds=compilation.seconds if compilation else None,
         further_compile_seconds=compilation.further_seconds if compilation else None,
         compiled_bytes=compilation.sizes if compilation else None,
+        compiled_step_bytes=total_bytes(compilation.sizes) if compilation else None,
+        estimated_step_seconds=estimate.seconds if estimate else None,
         side_by_side=None if compilation else n_runs,
         base_bytes=base_bytes,
     )

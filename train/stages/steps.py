@@ -35,6 +35,7 @@ from train.run.intrinsic import merge_trained
 from train.run.log import QuietLog, RunLog, draw_curve, draw_progress, read_metrics
 from train.run.task import EvaluatedModel
 from train.settings.files import effective_options
+from train.stages.estimate import SlowStepWarning
 from train.stages.measures import make_measures
 from train.stages.types import (
     CompiledRun,
@@ -114,7 +115,11 @@ def drive(
         """Runs the steps between opening and closing the log, and returns the run's ending."""
         with open_run_log(opened, start, int(current_state().step)) as run_log:
             measures = make_measures(opened, run.evaluation, trained_model, held_out, run_log)
-            measured_hooks = dataclasses.replace(hooks, measures=[*measures])
+            measured_hooks = dataclasses.replace(
+                hooks,
+                measures=[*measures],
+                timed=SlowStepWarning(driver.estimate, functools.partial(tell, opened.console)),
+            )
             log = run_log if board is None else TeeLog(run_log, board, opened.name)
             # A table defers signals itself, for all its runs.
             deferral = opened.stop.deferred() if board is None else nullcontext()

@@ -29,6 +29,7 @@ from train.options.common import Options
 from train.run.output import OutputFolder
 from train.run.pretrained import ModelInfo
 from train.run.task import Evaluation, Task
+from train.stages.estimate import StepEstimate
 from train.stages.inputs import InputReader, Inputs
 
 Content = TypeVar("Content")
@@ -213,11 +214,19 @@ class CompiledRun:
 
 
 class Compilation(NamedTuple):
-    """The compilations of a single run: their seconds, and the bytes of the step by kind."""
+    """The compilations of a single run.
+
+    Attributes:
+      seconds: seconds of compiling the step.
+      further_seconds: seconds of later compilations.
+      sizes: bytes of the step, by kind.
+      estimate: the compiler's estimate of the step's time; None if there is none.
+    """
 
     seconds: float
     further_seconds: float
     sizes: dict[str, int]
+    estimate: StepEstimate | None
 
 
 class StepDriver(Protocol):
@@ -229,6 +238,10 @@ class StepDriver(Protocol):
 
     def state(self, name: str) -> State:
         """Returns the state of a run after the steps so far."""
+
+    @property
+    def estimate(self) -> StepEstimate | None:
+        """The compiler's estimate of the step of a single run; None for several runs."""
 
     def compilation(self, seconds: float, clock: StepClock) -> Compilation | None:
         """Returns the costs of compiling the step of a single run; None for several runs."""
