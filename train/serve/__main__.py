@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_jax import models
+from lora_jax.models.layers.attend import choose_attention
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout, layout_of_one_device
 from lora_jax.training.run.lock import LOCK, FolderLock, RunLock
@@ -24,6 +25,7 @@ from train.console.output import say
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.costs import byte_size
+from train.run.kernel_trials import choose_replacements, find_trials
 from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
 from train.run.sampling import apply_generation_config
@@ -157,6 +159,33 @@ def _output(options: ServeOptions, exits: ExitStack) -> Path:
     return folder
 
 
+def choose_kernels(
+    options: ServeOptions, outline: ModelInfo, layout: Layout, length: int, console: Console
+) -> dict[str, str]:
+    """Returns the implementations that a server asks for, without kernels that fail.
+
+    Args:
+      options: the options.
+      outline, layout: the model, and its placement.
+      length: the longest row that trains.
+      console: console to print to.
+    """
+    attention = choose_attention(
+        outline.config,
+        length,
+        dtype=options.dtype,
+        attention=options.attention,
+        platform=layout.platform,
+        split=layout.split(length),
+    )
+    requested = {"attention": options.attention}
+    trials = find_trials(
+        outline, layout, attention=attention.name, dtype=options.dtype, requested=requested
+    )
+    device = layout.mesh.local_devices[0]
+    return {**requested, **choose_replacements(trials, device, console)}
+
+
 def _engine(
     options: ServeOptions,
     outline: ModelInfo,
@@ -166,14 +195,15 @@ def _engine(
 ) -> Engine:
     """Returns a compiled engine, and calls `report` with the progress of the compilation."""
     console = Console(stderr=True)
+    kernels = choose_kernels(options, outline, layout, length, console)
     with doing(console, f"reading the weights of {outline.name}"):
         model, params = read_model(
             outline.name,
             dtype=options.dtype,
             param_dtype=options.dtype,
             remat=options.remat,
-            attention=options.attention,
             sharding=layout.of_parameter,
+            **kernels,
             **outline.head,
         )
     check_weights(outline, params)

@@ -37,6 +37,7 @@ from train.run.shared_prompts import SHARED
 from train.run.task import Data, Task, TaskRows
 from train.settings.files import options_of_processes
 
+_ATTENTION_LINE = "attention: "  # the beginning of the line about the implementation
 _PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
 _HELD_OUT_OPTIONS = ("eval_every", "eval_questions")  # a resumed run keeps its first held-out rows
 
@@ -105,6 +106,14 @@ class Inputs:
     layout: Layout
     lines: tuple[str, ...]
     attention: str
+
+    def with_attention(self, attention: str) -> "Inputs":
+        """Returns the inputs with another implementation of attention."""
+        lines = []
+        for line in self.lines:
+            is_attention = line.startswith(_ATTENTION_LINE)
+            lines.append(f"{_ATTENTION_LINE}{attention}" if is_attention else line)
+        return dataclasses.replace(self, attention=attention, lines=tuple(lines))
 
 
 def read_inputs(config: Options, task: Task) -> RunData:
@@ -197,7 +206,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     layout = dataclasses.replace(layout, keeps_rows=invocation is not None)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     attention = _choose_attention(optim, outline, layout, data.facts)
-    lines.append(f"attention: {attention}")
+    lines.append(f"{_ATTENTION_LINE}{attention}")
     layout, product_form = choose_product_form(layout, config.run.collective_matmul)
     if product_form:
         lines.append(f"collective matmul: {product_form}")

@@ -26,6 +26,7 @@ from train.run.rules import rules
 from train.run.task import Evaluation, EvaluationContext
 from train.stages.arrangement import Arrangement
 from train.stages.inputs import make_inputs
+from train.stages.kernels import KernelTries, keep_kernels
 from train.stages.remat import settle_remat
 from train.stages.types import FinishedRun, OpenedRun, RequestedRun, RunContext
 
@@ -64,15 +65,17 @@ def open_runs(
         mesh = make_mesh(options.mesh, math.gcd(*batch_sizes), slice_axis=options.slice_axis)
         opened = [open_run(script, run, mesh, session, arrangement, context) for run in requested]
         runs: list[OpenedRun | FinishedRun] = []
-        for run in opened:
-            finished = finished_run(run, context)
-            runs.append(run if finished is None else finished)
-        unfinished_runs = [run for run in runs if isinstance(run, OpenedRun)]
-        check_images(unfinished_runs)
+        for opened_run in opened:
+            finished = finished_run(opened_run, context)
+            runs.append(opened_run if finished is None else finished)
+        check_images([run for run in runs if isinstance(run, OpenedRun)])
+        tries = KernelTries()
+        runs = [tries.settle(run) if isinstance(run, OpenedRun) else run for run in runs]
     if cache_line:
         tell(arrangement.console, cache_line)
-    for run in unfinished_runs:
-        tell(run.console, *run.inputs.lines)
+    for run in runs:
+        if isinstance(run, OpenedRun):
+            tell(run.console, *run.inputs.lines)
     finished_names = [run.opened.name for run in runs if isinstance(run, FinishedRun)]
     arrangement.tell(*(f"{name}: finished" for name in finished_names))
     return runs
@@ -104,7 +107,7 @@ def open_run(
         task = requested.task
         console = arrangement.console_of(requested.name)
         config = task.completed(requested.options)
-        config = settle_remat(config, platform_of(mesh.devices.flat[0]))
+        config = keep_kernels(settle_remat(config, platform_of(mesh.devices.flat[0])))
         if is_first():
             check_packages(config.run.report_to)
         rules(config.adapter)
