@@ -20,6 +20,7 @@ from lora_jax.quantized.trees import (
     quantize,
     report,
     requantize,
+    without_rows_kernel,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "quantize",
     "report",
     "requantize",
+    "without_rows_kernel",
 ]

@@ -54,11 +54,13 @@ class Coded:
         scale_divisor: fp32, in the place of steps: s = code / divisor.
       format: the format of the codes.
       dtype: dtype of W.
+      allows_kernel: whether a kernel may multiply few rows of x; see `rows_kernel`.
     """
 
     arrays: dict[str, Leaf]
     format: Format = field(metadata=STATIC)
     dtype: DTypeLike = field(metadata=STATIC)
+    allows_kernel: bool = field(metadata=STATIC, default=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,7 +126,7 @@ class Coded:
         self, rows: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
     ) -> RowsKernel | None:
         """Returns the TPU kernel for few rows and a layer of this stack; see `find_kernel`."""
-        return find_kernel(self, rows, casts, params)
+        return find_kernel(self, rows, casts, params) if self.allows_kernel else None
 
     def __repr__(self) -> str:
         shape = getattr(self.arrays.get("codes"), "shape", None)
@@ -285,7 +287,7 @@ def _repeat(array: jax.Array, axis: int, times: int) -> jax.Array:
 
 def _serialize(static: Sequence[Leaf]) -> bytes:
     """Returns the static fields of a `Coded` as JSON, for `jax.export`."""
-    format, dtype = static
+    format, dtype, allows_kernel = static
     known = FORMATS.get(format.name)
     settings = {"block": format.block, "scale_table": format.scale_table}
     if known is None or dataclasses.replace(known, **settings) != format:
@@ -293,15 +295,16 @@ def _serialize(static: Sequence[Leaf]) -> bytes:
             f"jax.export cannot write {format!r}, because its functions are your own. It can "
             f"write {', '.join(FORMATS)}."
         )
-    return json.dumps([format.name, settings, np.dtype(dtype).name]).encode()
+    return json.dumps([format.name, settings, np.dtype(dtype).name, allows_kernel]).encode()
 
 
-def _deserialize(text: bytes | bytearray) -> tuple[Format, jnp.dtype]:
+def _deserialize(text: bytes | bytearray) -> tuple[Format, jnp.dtype, bool]:
     """Returns the static fields that `_serialize` wrote."""
-    name, settings, dtype = json.loads(bytes(text))
+    name, settings, dtype, *further = json.loads(bytes(text))
     if settings["scale_table"] is not None:
         settings["scale_table"] = tuple(settings["scale_table"])
-    return dataclasses.replace(FORMATS[name], **settings), jnp.dtype(dtype)
+    allows_kernel = all(further)  # earlier releases wrote three fields
+    return dataclasses.replace(FORMATS[name], **settings), jnp.dtype(dtype), allows_kernel
 
 
 export.register_pytree_node_serialization(

@@ -223,6 +223,20 @@ def is_coded(value: Leaf) -> bool:
     return isinstance(value, Coded)
 
 
+def without_rows_kernel(params: Tree) -> Tree:
+    """Returns the tree with weights whose products with few rows are XLA's, also on a TPU.
+
+    >>> base = lj.quantized.quantize({"dense": {"kernel": jnp.ones((128, 96))}})
+    >>> lj.quantized.without_rows_kernel(base)["dense"]["kernel"].allows_kernel
+    False
+    """
+
+    def without_kernel(_: str, leaf: Leaf) -> Leaf:
+        return dataclasses.replace(leaf, allows_kernel=False) if is_coded(leaf) else leaf
+
+    return map_leaves(without_kernel, params)
+
+
 def dequantize(params: Tree) -> Tree:
     """Returns the tree with arrays in place of codes, also in adapted weights.
 

@@ -7,6 +7,11 @@ Prompts are arguments, the rows or lines of a file (--prompts), or the lines of 
 import sys
 from collections.abc import Sequence
 
+import jax
+from rich.console import Console
+
+from lora_jax.quantized import without_rows_kernel
+from lora_jax.training.layout import layout_of_one_device
 from train.console.errors import UserError, reported
 from train.console.output import check_free, say
 from train.generate.answers import read_schema
@@ -33,8 +38,11 @@ from train.generate.shared_base import (
 )
 from train.options.field import given_options
 from train.processes.cache import keep_compiled
+from train.run.kernel_trials import choose_replacements, find_trials
 from train.run.pretrained import read_model, read_model_info
 from train.run.sampling import apply_generation_config
+
+_DTYPE = "float32"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -97,8 +105,18 @@ def run(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -
         n_refused = n_prompts - len(prompts)
 
     model, params = read_model(
-        outline.name, dtype="float32", attention=options.attention, **outline.head
+        outline.name, dtype=_DTYPE, attention=options.attention, **outline.head
     )
+    # The kernels of attention do not read a cache, and experts are computed in blocks.
+    trials = find_trials(
+        outline,
+        layout_of_one_device(),
+        attention=options.attention,
+        dtype=_DTYPE,
+        requested={"attention": options.attention, "experts": "blocks"},
+    )
+    if choose_replacements(trials, jax.local_devices()[0], Console(stderr=True)):
+        params = without_rows_kernel(params)
     if outline.is_torch:
         say(model.config.cache_line())
     loaded = LoadedAdapters(model, params, adapters, outline, options, grammar)

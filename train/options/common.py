@@ -107,6 +107,7 @@ Remat = Annotated[
 CollectiveMatmul = Literal["auto", "windowed", "whole"]
 Attention = Literal["auto", "dense", "blockwise", "splash", "flash", "cudnn"]
 Experts = Literal["auto", "blocks", "ragged"]
+FewRows = Literal["auto", "kernel", "xla"]
 Quantize = Literal["none", "int8", "int4", "nf4", "nf4-double", "stored"]
 ReportTo = Literal["none", *TRACKERS]  # type: ignore[valid-type]
 
@@ -258,6 +259,9 @@ class OptimConfig:
     compiler has. auto: ragged on a TPU, and blocks elsewhere. On a TPU, auto is blocks for
     --dropout on several chips. It is also blocks for quantized experts that few rows choose, that
     have more than a thousand rows each, or whose kernel of a layer exceeds a GiB."""
+    few_rows: FewRows = option("auto", field.OF_BASE)
+    """The products of quantized kernels with few rows, as in generation. kernel: a kernel for one
+    TPU. xla: a form that XLA compiles. auto: the kernel on one TPU, and xla elsewhere."""
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", field.OF_BASE, card=CardSection.OPTIMISATION
     )

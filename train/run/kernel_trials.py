@@ -25,6 +25,7 @@ import lora_jax
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import Case
 from lora_jax.cases.mixtures import gated, mixture_cases
+from lora_jax.cases.products import few_rows_cases, run_rows_kernel
 from lora_jax.folders import cache_folder
 from lora_jax.models.decoder.experts import apply_ragged
 from lora_jax.models.decoder.moe import make_mixture
@@ -54,6 +55,7 @@ class KernelTrial:
     """A kernel that a run is about to use, and its cases.
 
     Attributes:
+      title: the kernel in words.
       option: the option that chooses the kernel, such as "attention".
       name: the value of the option for the kernel, such as "splash".
       replacement: the value of the option that replaces the kernel.
@@ -64,6 +66,7 @@ class KernelTrial:
       sources: the files and folders of the kernel's source, in the package `lora_jax`.
     """
 
+    title: str
     option: str
     name: str
     replacement: str
@@ -103,6 +106,7 @@ def find_trials(
     if isinstance(implementation, Kernel):
         trials.append(
             KernelTrial(
+                title=f"attention kernel {attention}",
                 option="attention",
                 name=attention,
                 replacement="blockwise",
@@ -118,6 +122,7 @@ def find_trials(
     if has_ragged_kernels and experts != "blocks":
         trials.append(
             KernelTrial(
+                title="kernel of ragged experts",
                 option="experts",
                 name="ragged",
                 replacement="blocks",
@@ -126,6 +131,22 @@ def find_trials(
                 kernel=make_mixture(gated, apply_ragged),
                 make_cases=functools.partial(mixture_cases, dtype, layout.platform),
                 sources=("models/decoder/experts.py", "models/decoder/moe.py"),
+            )
+        )
+    few_rows = requested.get("few_rows", AUTO)
+    has_rows_kernel = outline.has_codes and layout.platform == "tpu" and layout.mesh.size == 1
+    if has_rows_kernel and few_rows != "xla":
+        trials.append(
+            KernelTrial(
+                title="kernel for few rows",
+                option="few_rows",
+                name="kernel",
+                replacement="xla",
+                is_requested=few_rows != AUTO,
+                dtype=dtype,
+                kernel=run_rows_kernel,
+                make_cases=functools.partial(few_rows_cases, dtype),
+                sources=("quantized", "core/few_rows.py"),
             )
         )
     return trials
@@ -148,8 +169,9 @@ def choose_replacements(
         if trial.is_requested:
             tell(
                 console,
-                f"{flag(trial.option, trial.name)} names a kernel, so this kernel is not compared "
-                f"with dense arithmetic first. With {flag(trial.option, AUTO)}, it is compared",
+                f"{flag(trial.option, trial.name)} names a kernel, so the {trial.title} is not "
+                f"compared with dense arithmetic first. With {flag(trial.option, AUTO)}, it is "
+                "compared",
             )
             continue
         failures = hosts.gather(find_failure(trial, device, console))
@@ -159,8 +181,8 @@ def choose_replacements(
             where = f" in process {process}" if len(failures) > 1 else ""
             tell(
                 console,
-                f"warning: {trial.option}: the kernel {trial.name} is replaced by "
-                f"{trial.replacement}, because it failed{where} on this device: {failure}",
+                f"warning: the {trial.title} is replaced by {trial.replacement}, because it "
+                f"failed{where} on this device: {failure}",
             )
             replacements[trial.option] = trial.replacement
             break
@@ -178,8 +200,7 @@ def find_failure(trial: KernelTrial, device: Any, console: Console) -> str | Non
     path = cache_folder() / _CACHE / _digest_of_trial(trial, device)
     verdict = _read_verdict(path)
     if verdict is None:
-        kernel = f"{trial.option} {trial.name}"
-        with doing(console, f"comparing the kernel of {kernel} with dense arithmetic"):
+        with doing(console, f"comparing the {trial.title} with dense arithmetic"):
             verdict = compare(trial, device)
         if verdict.is_final:
             _write_verdict(path, verdict)

@@ -142,6 +142,24 @@ class ModelInfo:
                 "experts. Remove --experts."
             )
 
+    def check_few_rows(self, few_rows: str, platform: str) -> None:
+        """Raises a UserError if the value of --few-rows has no effect on this model.
+
+        Args:
+          few_rows: the value.
+          platform: the platform of the devices.
+        """
+        if few_rows != "auto" and not self.has_codes:
+            raise UserError(
+                f"--few-rows {few_rows} has no effect, because {self.name} is not quantized. "
+                "Remove --few-rows."
+            )
+        if few_rows == "kernel" and platform != "tpu":
+            raise UserError(
+                f"--few-rows kernel runs only on a TPU, but the devices are of the kind "
+                f"{platform}. Remove --few-rows."
+            )
+
     @property
     def max_tokens(self) -> int:
         """The maximum number of tokens of a row."""

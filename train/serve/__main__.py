@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lora_jax import models
 from lora_jax.models.layers.attend import choose_attention
+from lora_jax.quantized import without_rows_kernel
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.layout import Layout, layout_of_one_device
 from lora_jax.training.run.lock import LOCK, FolderLock, RunLock
@@ -25,7 +26,7 @@ from train.console.output import say
 from train.processes.cache import keep_compiled
 from train.processes.mesh import make_mesh
 from train.run.costs import byte_size
-from train.run.kernel_trials import choose_replacements, find_trials
+from train.run.kernel_trials import AUTO, choose_replacements, find_trials
 from train.run.log import doing
 from train.run.pretrained import ModelInfo, check_weights, end_tokens, read_model, read_model_info
 from train.run.sampling import apply_generation_config
@@ -162,7 +163,7 @@ def _output(options: ServeOptions, exits: ExitStack) -> Path:
 def choose_kernels(
     options: ServeOptions, outline: ModelInfo, layout: Layout, length: int, console: Console
 ) -> dict[str, str]:
-    """Returns the implementations that a server asks for, without kernels that fail.
+    """Returns the options of a server's implementations, without kernels that fail.
 
     Args:
       options: the options.
@@ -178,7 +179,7 @@ def choose_kernels(
         platform=layout.platform,
         split=layout.split(length),
     )
-    requested = {"attention": options.attention}
+    requested = {"attention": options.attention, "experts": AUTO, "few_rows": AUTO}
     trials = find_trials(
         outline, layout, attention=attention.name, dtype=options.dtype, requested=requested
     )
@@ -203,10 +204,13 @@ def _engine(
             param_dtype=options.dtype,
             remat=options.remat,
             sharding=layout.of_parameter,
-            **kernels,
+            attention=kernels["attention"],
+            experts=kernels["experts"],
             **outline.head,
         )
     check_weights(outline, params)
+    if kernels["few_rows"] == "xla":
+        params = without_rows_kernel(params)
     tokenizer = outline.tokenizer
 
     def text_of(ids: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 import lora_jax as lj
 from lora_jax import subspace
 from lora_jax.core.types import Model, Tree
+from lora_jax.quantized import without_rows_kernel
 from lora_jax.training.losses import HELD_OUT, SCORE
 from lora_jax.training.optimizer import takes_from_base
 from lora_jax.training.processes import is_first, wait_for_all
@@ -85,6 +86,8 @@ def load_base(config: Options, inputs: Inputs) -> EvaluatedModel:
         **outline.head,
     )
     check_weights(outline, params)
+    if optim.few_rows == "xla":
+        params = without_rows_kernel(params)
     # A model runs on quantized weights only through `adapt`.
     forward = lj.adapt(model.apply) if outline.has_codes else model.apply
     return EvaluatedModel(model, params, forward)

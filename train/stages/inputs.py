@@ -205,6 +205,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     layout = Layout.of(mesh, outline.config)
     layout = dataclasses.replace(layout, keeps_rows=invocation is not None)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
+    outline.check_few_rows(optim.few_rows, layout.platform)
     attention = _choose_attention(optim, outline, layout, data.facts)
     lines.append(f"{_ATTENTION_LINE}{attention}")
     layout, product_form = choose_product_form(layout, config.run.collective_matmul)

@@ -8,7 +8,7 @@ from train.run.kernel_trials import choose_replacements, find_trials
 from train.run.output import saved_options
 from train.stages.types import OpenedRun
 
-_OPTIONS = ("attention", "experts")
+_OPTIONS = ("attention", "experts", "few_rows")
 
 
 def keep_kernels(config: Options) -> Options:

@@ -19,13 +19,17 @@ import pytest
 from rich.console import Console
 
 from lora_jax.cases.attention import attention_cases
+from lora_jax.cases.case import normal
 from lora_jax.cases.mixtures import gated, mixture_cases
+from lora_jax.cases.products import few_rows_cases, run_rows_kernel
 from lora_jax.models.decoder.experts import apply_blocks, apply_ragged
 from lora_jax.models.decoder.moe import make_mixture
 from lora_jax.models.layers.kernels.splash import Splash
+from lora_jax.quantized import encode, is_coded, without_rows_kernel
 from lora_jax.training.layout import layout_of_one_device
 from tests.train.scripts import fails
 from tests.train.tiny import write_model, write_rows
+from train.generate import __main__ as generate
 from train.processes import hosts
 from train.run import kernel_trials
 from train.run.kernel_trials import KernelTrial, choose_replacements, compare, find_trials
@@ -33,7 +37,7 @@ from train.run.pretrained import read_model_info
 from train.serve import __main__ as server
 from train.serve.options import ServeOptions
 from train.sft import main
-from train.stages import kernels
+from train.stages import begin, kernels
 
 ROOT = Path(__file__).parents[3]
 UNIT, HEAD = 128, 16
@@ -65,8 +69,29 @@ def spoiled_experts(*args, biases=()):
     return out.astype(jnp.bfloat16).astype(out.dtype)
 
 
+def few_rows_trial(layer=0):
+    """A trial of the interpreted kernel, which reads a later layer."""
+
+    def multiply(kernel, stack, index, x):
+        kernel = dataclasses.replace(kernel, interpret=True)
+        return run_rows_kernel(kernel, stack, index + layer, x)
+
+    return KernelTrial(
+        title="kernel for few rows",
+        option="few_rows",
+        name="kernel",
+        replacement="xla",
+        is_requested=False,
+        dtype="float32",
+        kernel=multiply,
+        make_cases=lambda: few_rows_cases("float32", n_in=256, n_out=128)[:1],
+        sources=("quantized",),
+    )
+
+
 def attention_trial(kernel=SPLASH, cases=splash_cases, requested=False):
     return KernelTrial(
+        title="attention kernel splash",
         option="attention",
         name="splash",
         replacement="blockwise",
@@ -80,6 +105,7 @@ def attention_trial(kernel=SPLASH, cases=splash_cases, requested=False):
 
 def experts_trial(apply):
     return KernelTrial(
+        title="kernel of ragged experts",
         option="experts",
         name="ragged",
         replacement="blocks",
@@ -119,7 +145,7 @@ def choose(*trials):
 
 def test_a_kernel_that_holds_is_compared_once(cache, compared):
     made, told = choose(attention_trial())
-    assert made == {} and "comparing the kernel of attention splash" in told
+    assert made == {} and "comparing the attention kernel splash" in told
     made, told = choose(attention_trial())
     assert made == {} and told == "" and compared == ["splash"]
     (file,) = cache.iterdir()
@@ -130,8 +156,8 @@ def test_a_spoiled_kernel_is_replaced_and_named_and_compared_once(cache, compare
     for _ in range(2):
         made, told = choose(attention_trial(Spoiled()), experts_trial(spoiled_experts))
         assert made == {"attention": "blockwise", "experts": "blocks"}
-        assert "attention: the kernel splash is replaced by blockwise, because it failed" in told
-        assert "experts: the kernel ragged is replaced by blocks" in told
+        assert "the attention kernel splash is replaced by blockwise, because it failed" in told
+        assert "the kernel of ragged experts is replaced by blocks" in told
         assert re.search(r"causal, float32: its error is 0\.0\d+, and rounding explains", told)
         assert re.search(r"\(delete /\S+\.json to compare it again\)", told)
     assert compared == ["splash", "ragged"] and len([*cache.iterdir()]) == 2
@@ -211,7 +237,9 @@ def test_cases_that_the_kernel_refuses_are_passed_over():
 def test_a_kernel_by_name_is_not_compared(cache, compared):
     made, told = choose(attention_trial(Spoiled(), requested=True))
     assert made == {} and not compared and not cache.exists()
-    assert "--attention splash names a kernel, so this kernel is not compared" in told
+    assert (
+        "--attention splash names a kernel, so the attention kernel splash is not compared" in told
+    )
 
 
 @pytest.mark.parametrize("spoiled", [0, 1])
@@ -226,10 +254,12 @@ def test_all_processes_replace_what_fails_in_one(spoiled, monkeypatch):
 
 
 def test_auto_tries_the_kernels_of_the_platform():
-    def trials(name, *, ragged=False, n_experts=None, **requested):
+    one, two = (types.SimpleNamespace(size=size) for size in (1, 2))
+
+    def trials(name, *, ragged=False, n_experts=None, has_codes=False, mesh=one, **requested):
         found = find_trials(
-            types.SimpleNamespace(active_experts=n_experts),
-            types.SimpleNamespace(platform="tpu", ragged_kernels=ragged),
+            types.SimpleNamespace(active_experts=n_experts, has_codes=has_codes),
+            types.SimpleNamespace(platform="tpu", ragged_kernels=ragged, mesh=mesh),
             attention=name,
             dtype="bfloat16",
             requested={"attention": "auto", "experts": "auto"} | requested,
@@ -244,6 +274,10 @@ def test_auto_tries_the_kernels_of_the_platform():
     assert ragged(experts="ragged") == [("experts", "ragged", True)]
     assert ragged(experts="blocks") == []
     assert trials("dense", ragged=True) == trials("dense", n_experts=2) == []
+    codes = functools.partial(trials, "dense", has_codes=True)
+    assert codes() == [("few_rows", "kernel", False)]
+    assert codes(few_rows="kernel") == [("few_rows", "kernel", True)]
+    assert codes(few_rows="xla") == codes(mesh=two) == []
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +303,8 @@ def kernel_of_auto(monkeypatch):
     return use
 
 
-def saved(folder):
-    return re.search(r"^attention: (\S+)$", (folder / "config.yaml").read_text(), re.MULTILINE)[1]
+def saved(folder, name="attention"):
+    return re.search(rf"^{name}: (\S+)$", (folder / "config.yaml").read_text(), re.MULTILINE)[1]
 
 
 def test_a_run_replaces_a_kernel_and_a_resumed_run_keeps_the_choice(
@@ -282,7 +316,7 @@ def test_a_run_replaces_a_kernel_and_a_resumed_run_keeps_the_choice(
     capsys.readouterr()
     main([*line, "--steps", "1"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "attention: the kernel splash is replaced by blockwise" in told
+    assert "the attention kernel splash is replaced by blockwise" in told
     assert "attention: blockwise" in told and saved(tmp_path / "run") == "blockwise"
     # The kernel would hold now, but the run keeps what it began with.
     (file,) = cache.iterdir()
@@ -312,16 +346,79 @@ def test_a_cpu_compares_nothing(inputs, tmp_path, compared, cache):
     assert not compared and not cache.exists()
 
 
+def quantized_leaves(params):
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_coded) if is_coded(leaf)]
+
+
+def test_few_rows_are_multiplied_by_xla_where_the_kernel_fails(
+    inputs, tmp_path, compared, monkeypatch, capsys
+):
+    monkeypatch.setattr(kernels, "find_trials", lambda *_, **__: [few_rows_trial(layer=1)])
+    allowed, load = [], begin.load_base
+
+    def loaded(*args):
+        base = load(*args)
+        allowed.extend(leaf.allows_kernel for leaf in quantized_leaves(base.params))
+        return base
+
+    monkeypatch.setattr(begin, "load_base", loaded)
+    line = [*inputs, "--quantize", "int8", "--output", str(tmp_path / "run"), "--steps"]
+    main([*line, "1"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the kernel for few rows is replaced by xla" in told and compared == ["kernel"]
+    assert saved(tmp_path / "run", "few_rows") == "xla"
+    assert allowed and not any(allowed)
+    monkeypatch.setattr(kernels, "find_trials", lambda *_, **__: [])
+    main([*line, "2", "--resume"])
+    assert saved(tmp_path / "run", "few_rows") == "xla" and not any(allowed)
+    message = fails(capsys, main, *inputs, "--few-rows", "xla", "--output", str(tmp_path / "x"))
+    assert "--few-rows xla has no effect" in message and "is not quantized" in message
+    kernel = [*line[:-1], "--few-rows", "kernel", "--overwrite"]
+    assert "--few-rows kernel runs only on a TPU" in fails(capsys, main, *kernel)
+
+
+def test_generate_replaces_the_kernel_for_few_rows(inputs, compared, monkeypatch, capsys):
+    trees = []
+
+    class Loaded:
+        def __init__(self, model, params, *_):
+            trees.append(params)
+
+    monkeypatch.setattr(generate, "LoadedAdapters", Loaded)
+    monkeypatch.setattr(generate, "answer_all", lambda *_: None)
+    monkeypatch.setattr(generate, "stream_answers", lambda *_: 0)
+    words = ["--model", inputs[1], "--prompt", "a"]
+    generate.main(words)
+    assert not compared and "kernel" not in capsys.readouterr().err
+    monkeypatch.setattr(generate, "find_trials", lambda *_, **__: [few_rows_trial(layer=1)])
+    monkeypatch.setattr(generate, "without_rows_kernel", lambda params: "replaced")
+    generate.main(words)
+    generate.main(words)
+    told = " ".join(capsys.readouterr().err.split())
+    assert trees[1:] == ["replaced"] * 2 and compared == ["kernel"]
+    assert told.count("the kernel for few rows is replaced by xla") == 2
+
+
+def test_a_tree_without_the_kernel_multiplies_the_same():
+    stack = encode(jnp.asarray(normal(1, (3, 256, 128))), "int8")
+    tree = without_rows_kernel({"kernel": stack, "bias": jnp.ones(3)})
+    x = jnp.ones((5, 256))
+    assert stack.rows_kernel(x, (), {}) is not None
+    assert tree["kernel"].rows_kernel(x, (), {}) is None
+    assert jnp.array_equal(tree["kernel"].as_array(), stack.as_array())
+
+
 def test_a_server_replaces_a_kernel(inputs, compared, monkeypatch, capsys):
     monkeypatch.setattr(server, "find_trials", lambda *_, **__: [attention_trial(Spoiled())])
     outline = read_model_info(inputs[1])
     options = ServeOptions(model=inputs[1])
     console = Console(file=io.StringIO(), width=10_000)
     arguments = (options, outline, layout_of_one_device(), 1024, console)
-    assert server.choose_kernels(*arguments) == {"attention": "blockwise"}
-    assert "the kernel splash is replaced by blockwise" in console.file.getvalue()
+    auto = {"attention": "auto", "experts": "auto", "few_rows": "auto"}
+    assert server.choose_kernels(*arguments) == auto | {"attention": "blockwise"}
+    assert "the attention kernel splash is replaced by blockwise" in console.file.getvalue()
     monkeypatch.setattr(server, "find_trials", find_trials)
-    assert server.choose_kernels(*arguments) == {"attention": "auto"}
+    assert server.choose_kernels(*arguments) == auto
     assert compared == ["splash"]
 
 
