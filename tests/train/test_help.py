@@ -10,6 +10,7 @@ from train import classify, command, distill, dpo, grpo, sft
 from train.compare import __main__ as compare
 from train.compare.scripts import SCRIPTS
 from train.console.help import help_text
+from train.check.options import CheckOptions
 from train.doctor.__main__ import DoctorOptions
 from train.doctor.__main__ import parse as parse_doctor
 from train.export.options import ExportOptions
@@ -36,6 +37,11 @@ PAGES = {
         for name, script in SCRIPTS.items()
     },
     "plan": (PlanOptions, None, parse_plan),
+    "check": (
+        CheckOptions,
+        None,
+        lambda args: parse_options(CheckOptions, args, "train.check"),
+    ),
     "doctor": (DoctorOptions, None, parse_doctor),
     "generate": (GenerateOptions, None, parse_generate),
     "serve": (ServeOptions, None, parse_serve),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train.console.program import program
 from train.doctor.hardware import Hardware
 from train.doctor.troubles import Trouble, set_variables
 
@@ -53,10 +54,9 @@ def run_module(
       seconds: the time after which it is ended.
       variables: environment variables that are not set here already.
     """
-    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from {module} import main; main()"
     try:
         ended = subprocess.run(
-            [sys.executable, "-P", "-c", start, *args],
+            module_command(module, args),
             env=dict(variables or {}) | os.environ,
             capture_output=True,
             text=True,
@@ -67,6 +67,12 @@ def run_module(
         output, errors = (part or b"" for part in (error.stdout, error.stderr))
         return ChildEnding(_decoded_output(output), _decoded_output(errors), None)
     return ChildEnding(ended.stdout, ended.stderr, ended.returncode)
+
+
+def module_command(module: str, args: Sequence[str]) -> list[str]:
+    """Returns the command that runs the `main` of a module of this project; see `run_module`."""
+    start = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from {module} import main; main()"
+    return [sys.executable, "-P", "-c", start, *args]
 
 
 def _decoded_output(part: bytes | str) -> str:
@@ -138,6 +144,7 @@ def describe_kernels(now: Circumstances) -> dict[str, Any]:
         "flash compiled by": found.get("flash_compiled_by"),
         "below 512 tokens": "dense" if found else None,
         "mixtures of experts": found.get("experts"),
+        "to test them": program("train.check") if found else None,
     }
 
 

@@ -50,20 +50,18 @@ class DoctorReport:
     def json(self) -> str:
         """Returns the report as JSON."""
         troubles = [trouble._asdict() for trouble in self.troubles]
-        return json.dumps(_without_secrets(self.sections | {"troubles": troubles}), indent=2)
+        return json.dumps(without_secrets(self.sections | {"troubles": troubles}), indent=2)
 
     def text(self) -> str:
         """Returns the report as text, wrapped to the terminal."""
         columns = min(_MOST_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
         lines = []
-        for title, facts in _without_secrets(self.sections).items():
+        for title, facts in without_secrets(self.sections).items():
             text = "; ".join(f"{name} {_fact_in_words(fact)}" for name, fact in facts.items())
             lines += _wrap_text(f"{title:11}", text, columns) if facts else []
         for trouble in sorted(self.troubles, key=lambda trouble: not trouble.fatal):
             head = "error: " if trouble.fatal else "remark: "
-            lines += _wrap_text(
-                head, _without_secrets(f"{trouble.what}: {trouble.remedy}"), columns
-            )
+            lines += _wrap_text(head, without_secrets(f"{trouble.what}: {trouble.remedy}"), columns)
         if not self.troubles:
             lines.append("nothing is wrong")
         return "\n".join(lines)
@@ -92,12 +90,12 @@ def _fact_in_words(fact: Any) -> str:
     return str(fact)
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     """Returns a value without tokens, passwords, and the names of the user and the host."""
     if isinstance(value, dict):
-        return {name: _without_secrets(inner) for name, inner in value.items()}
+        return {name: without_secrets(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_secrets(inner) for inner in value]
+        return [without_secrets(inner) for inner in value]
     if not isinstance(value, str):
         return value
     text = _CREDENTIALS.sub("", _TOKEN.sub("hf_...", value))

@@ -1,5 +1,8 @@
 """The memory of this process, and of its devices."""
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterable
@@ -39,3 +42,11 @@ def device_peak_bytes(devices: Iterable[Any]) -> int | None:
         except (AttributeError, KeyError, TypeError, jax.errors.JaxRuntimeError):
             return None
     return max(peaks, default=None)
+
+
+def reset_peak() -> None:
+    """Sets the peak to the present size, without freed memory, on Linux; elsewhere it stays."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")

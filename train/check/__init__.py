@@ -1,0 +1,1 @@
+"""Tests the kernels and real training steps on the devices that JAX computes on."""
