@@ -7,10 +7,10 @@ import shlex
 import pytest
 
 from train import classify, command, distill, dpo, grpo, sft
+from train.check.options import CheckOptions
 from train.compare import __main__ as compare
 from train.compare.scripts import SCRIPTS
 from train.console.help import help_text
-from train.check.options import CheckOptions
 from train.doctor.__main__ import DoctorOptions
 from train.doctor.__main__ import parse as parse_doctor
 from train.export.options import ExportOptions

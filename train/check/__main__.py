@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.check.child import GROUPS
-from train.check.group import CHILD, Clock, run_group
+from train.check.group import CHILD, TimeLimits, run_group
 from train.check.options import CheckOptions, check_options
 from train.check.report import make_report, write_report
 from train.check.shapes import choose_shapes
@@ -93,7 +93,7 @@ class Checks:
         self.process = options.process_id or 0
         self._child = child
         self._start = time.monotonic()
-        self._clock = Clock(self._start + 60 * options.minutes)
+        self._limits = TimeLimits(self._start + 60 * options.minutes)
         self._model = folder / "config.json"
         self._started: list[str] = []
 
@@ -123,15 +123,15 @@ class Checks:
                 "launch": {name: getattr(self.options, name) for name in _LAUNCH},
                 "model": str(self._model),
             }
-            clock = self._clock
+            limits = self._limits
             if group in _STEP_GROUPS:
-                clock = clock._replace(row_seconds=_STEP_SECONDS)
+                limits = limits._replace(row_seconds=_STEP_SECONDS)
                 plan = self._plan_steps(group)
                 if group == "longest" and plan is None:
                     continue
                 seq = plan["seq_len"] if plan else _SEQ
                 request |= {"plan": plan, "seq": seq}
-            process = run_group(group, request, clock, self.add_row, self._child)
+            process = run_group(group, request, limits, self.add_row, self._child)
             self.process = self.process if process is None else process
 
     def add_row(self, row: RowResult) -> None:
@@ -164,7 +164,7 @@ class Checks:
             reason = "there is no plan for this device" if topology is None else "several hosts"
             self.add_row(RowResult(name, NOT_APPLICABLE, reason))
             return None
-        if self._clock.left <= 0:
+        if self._limits.left <= 0:
             self.add_row(RowResult(name, NOT_REACHED))
             return None
         words = ["--model", str(self._model), "--topology", topology, "--alone", "--json"]
@@ -174,7 +174,7 @@ class Checks:
         if group == "longest":
             words.append("--longest")
         self.tell(f"{name} is compiled")
-        ending = run_module("train.plan.__main__", words, self._clock.left)
+        ending = run_module("train.plan.__main__", words, self._limits.left)
         if ending.code != 0:
             state: State = NOT_REACHED if ending.code is None else NOT_APPLICABLE
             text = "the time was up" if ending.code is None else ending.last_error

@@ -22,8 +22,8 @@ _MOST_CHILDREN = 4  # of a group: after so many hangs and crashes, its other row
 _END = object()
 
 
-class Clock(NamedTuple):
-    """The time that a check may take, and that one row may take before it counts as hanging."""
+class TimeLimits(NamedTuple):
+    """The end of a check, and the seconds after which a row counts as hanging."""
 
     deadline: float
     row_seconds: float = 120.0
@@ -35,7 +35,7 @@ class Clock(NamedTuple):
 
 
 class _Ending(NamedTuple):
-    """How a child ended: the row that it was in, if any, and the result of this row."""
+    """The end of a child: the state and the text of the row that it was in."""
 
     state: Any
     text: str
@@ -44,7 +44,7 @@ class _Ending(NamedTuple):
 def run_group(
     group: str,
     request: Mapping[str, Any],
-    clock: Clock,
+    limits: TimeLimits,
     on_row: Callable[[RowResult], None],
     child: str = CHILD,
 ) -> int | None:
@@ -53,7 +53,7 @@ def run_group(
     Args:
       group: a name of `train.check.child.GROUPS`.
       request: further fields of the request for the child.
-      clock: the time.
+      limits: the time limits.
       on_row: gets each result.
       child: the module that a child runs.
 
@@ -73,7 +73,7 @@ def run_group(
             current = group
             ending = _Ending(NOT_REACHED, "")
             fields = {**request, "group": group, "skip": finished}
-            for message in _messages_of_child(child, fields, clock):
+            for message in _messages_of_child(child, fields, limits):
                 if isinstance(message, _Ending):
                     ending = message
                 elif "names" in message:
@@ -99,10 +99,10 @@ def run_group(
 
 
 def _messages_of_child(
-    module: str, request: Mapping[str, Any], clock: Clock
+    module: str, request: Mapping[str, Any], limits: TimeLimits
 ) -> Iterator[dict[str, Any] | _Ending]:
     """Yields the messages of a child, and how it ended; ends it at a deadline."""
-    if clock.left <= 0:
+    if limits.left <= 0:
         return
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
@@ -118,7 +118,7 @@ def _messages_of_child(
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()
         try:
-            yield from _read_messages(process, lines, errors, clock)
+            yield from _read_messages(process, lines, errors, limits)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -136,16 +136,16 @@ def _read_lines(process: subprocess.Popen[str], lines: "queue.Queue[Any]") -> No
 
 
 def _read_messages(
-    process: subprocess.Popen[str], lines: "queue.Queue[Any]", errors: IO[str], clock: Clock
+    process: subprocess.Popen[str], lines: "queue.Queue[Any]", errors: IO[str], limits: TimeLimits
 ) -> Iterator[dict[str, Any] | _Ending]:
     """Yields the messages of a process, and how it ended."""
     row_seconds = _START_SECONDS
     while True:
-        seconds = min(row_seconds, clock.left)
+        seconds = min(row_seconds, limits.left)
         try:
             line = lines.get(timeout=max(seconds, 0.0))
         except queue.Empty:
-            if clock.left <= 0:
+            if limits.left <= 0:
                 yield _Ending(NOT_REACHED, "it was running when the time was up")
             else:
                 yield _Ending(FAILS, f"it hangs: no answer in {row_seconds:.0f} s")
@@ -153,7 +153,7 @@ def _read_messages(
         if line is _END:
             break
         if line.startswith(MARK):
-            row_seconds = clock.row_seconds
+            row_seconds = limits.row_seconds
             yield json.loads(line.removeprefix(MARK))
     code = process.wait()
     if code:

@@ -51,7 +51,7 @@ jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 @dataclasses.dataclass(kw_only=True)
 class Measured:
-    """What two steps measured.
+    """Figures of two steps.
 
     Attributes:
       losses: the loss of each step.
@@ -235,7 +235,7 @@ def dtype_of_steps(platform: str) -> str:
 
 
 def judge_memory(name: str, peak: int | None, planned: int | None) -> RowResult:
-    """Returns whether a device's memory is about what a plan says.
+    """Compares the memory of a device with the plan.
 
     Args:
       name: the row's name.
@@ -254,7 +254,7 @@ def judge_memory(name: str, peak: int | None, planned: int | None) -> RowResult:
 
 
 def judge_time(name: str, seconds: float, estimate: float | None) -> RowResult:
-    """Returns whether a step takes about the time that its compiler estimates."""
+    """Compares the time of a step with the estimate of its compiler."""
     figures = {"seconds": seconds, "estimated_seconds": estimate}
     if estimate is None:
         text = f"{seconds:.3g} s; the compiler estimates no time"

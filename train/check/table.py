@@ -50,7 +50,7 @@ class RowResult(NamedTuple):
 
     @property
     def remedy(self) -> str | None:
-        """What to do about a failure; None for other states."""
+        """Returns the remedy for a failure; None for other states."""
         if self.state != FAILS:
             return None
         subjects = [subject for subject in _REMEDIES if self.name.startswith(subject)]
@@ -58,7 +58,7 @@ class RowResult(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The row as a line of the table."""
+        """Returns the row as a line of the table."""
         return f"{self.state:14}  {self.name:44}  {self.text}".rstrip()
 
     def as_json(self) -> dict[str, Any]:

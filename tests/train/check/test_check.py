@@ -14,7 +14,7 @@ import pytest
 from tests.train.check import spoiled
 from train.check import __main__ as check
 from train.check import steps
-from train.check.group import Clock, run_group
+from train.check.group import TimeLimits, run_group
 from train.check.options import CheckOptions
 from train.check.steps import StepCheck, judge_memory, judge_time
 from train.check.table import FAILS, HOLDS, NOT_APPLICABLE, NOT_REACHED, RowResult, format_table
@@ -33,7 +33,7 @@ LAUNCH = {
 def run_spoiled(group: str, seconds: float = 60.0, row_seconds: float = 3.0) -> list[RowResult]:
     """Returns the rows of a group of `spoiled`."""
     rows: list[RowResult] = []
-    clock = Clock(time.monotonic() + seconds, row_seconds)
+    clock = TimeLimits(time.monotonic() + seconds, row_seconds)
     assert run_group(group, {"launch": LAUNCH}, clock, rows.append, SPOILED) in (0, None)
     return rows
 
