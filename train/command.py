@@ -29,7 +29,7 @@ COMMANDS = {
     "plan": "tells how much memory and time a run needs, on a machine that you do not need to have",
     "launch": "prints a file for a scheduler (Slurm, JobSet, SkyPilot) that starts a run and "
     "continues it",
-    "check": "tests kernels and training steps on this machine",
+    "check": "tests kernels and steps on this machine",
     "doctor": "tells what this machine has, what is wrong with it, and what to do",
 }
 
