@@ -208,15 +208,27 @@ def has_rows_kernel(base: BaseLike) -> bool:
     return hasattr(type(base), "rows_kernel")
 
 
+def has_ragged_kernel(base: BaseLike) -> bool:
+    """Returns True if a base of this kind may have a TPU kernel for ragged products."""
+    return hasattr(type(base), "ragged_kernel")
+
+
 def stack_member(base: BaseLike) -> tuple[StackMember, tuple[DTypeLike, ...]] | None:
     """Returns the stack member behind a base, and the dtypes that it was cast to, in order.
 
     None for a base that is no member of a stack, and for one that was rearranged.
     """
-    if isinstance(base, StackMember):
+    source_and_casts = before_casts(base)
+    if source_and_casts is None or not isinstance(source_and_casts[0], StackMember):
+        return None
+    return source_and_casts
+
+
+def before_casts(base: BaseLike) -> tuple[BaseLike, tuple[DTypeLike, ...]] | None:
+    """Returns the base before casts, and the dtypes of the casts; None if it was rearranged."""
+    if not isinstance(base, _View):
         return base, ()
-    is_view_of_member = isinstance(base, _View) and isinstance(base.source, StackMember)
-    if not is_view_of_member or base.rearranged_shape is not None:
+    if base.rearranged_shape is not None:
         return None
     casts: list[Any] = [dict(params)["new_dtype"] for _, params in base.operations]
     return base.source, tuple(casts)

@@ -6,6 +6,9 @@ FACTORS = "lora"  # scope of all operations that an adapter adds to a product, f
 # of a row of x. Keeping s·xA then takes little memory, and saves reading x again.
 NARROW_PRODUCT = "lora_xA"
 
+# The primitive of ragged products with a quantized W; see `lora_jax.core.ragged_call`.
+RAGGED_CALL = "coded_ragged_dot"
+
 # The names of the input and of the result of an operation, attention or a mixture of experts, that
 # may reorder the tokens inside, and returns them along the axes of its input, in their order.
 TOKENS, SAME_TOKENS = "lora_tokens", "lora_same_tokens"

@@ -31,6 +31,7 @@ from lora_jax.core.base import Move, is_of_4_bits
 from lora_jax.core.parts import STATIC
 from lora_jax.core.types import EqnParams, Forward, Leaf, Shaped
 from lora_jax.quantized.formats import FORMATS, Format
+from lora_jax.quantized.ragged import RaggedKernel, find_ragged_kernel
 from lora_jax.quantized.rows import RowsKernel, find_kernel
 
 _TILE = 8  # rows of a TPU's register
@@ -54,7 +55,7 @@ class Coded:
         scale_divisor: fp32, in the place of steps: s = code / divisor.
       format: the format of the codes.
       dtype: dtype of W.
-      allows_kernel: whether a kernel may multiply few rows of x; see `rows_kernel`.
+      allows_kernel: whether a kernel may read the codes; see `rows_kernel` and `ragged_kernel`.
     """
 
     arrays: dict[str, Leaf]
@@ -127,6 +128,12 @@ class Coded:
     ) -> RowsKernel | None:
         """Returns the TPU kernel for few rows and a layer of this stack; see `find_kernel`."""
         return find_kernel(self, rows, casts, params) if self.allows_kernel else None
+
+    def ragged_kernel(
+        self, x: Shaped, casts: tuple[DTypeLike, ...], params: EqnParams
+    ) -> RaggedKernel | None:
+        """Returns the TPU kernel for sorted rows and these experts; see `find_ragged_kernel`."""
+        return find_ragged_kernel(self, x, casts, params) if self.allows_kernel else None
 
     def __repr__(self) -> str:
         shape = getattr(self.arrays.get("codes"), "shape", None)

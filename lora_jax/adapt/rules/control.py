@@ -19,7 +19,13 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
 from lora_jax.adapt.rules.choices import CommonForm, common_form, convert_to_form
 from lora_jax.adapt.rules.flow import common_sources, may_be_weights, sources_of_outputs
 from lora_jax.adapt.rules.layout import move_axes
-from lora_jax.core.base import StackMember, has_rows_kernel, is_base, splittable
+from lora_jax.core.base import (
+    StackMember,
+    has_ragged_kernel,
+    has_rows_kernel,
+    is_base,
+    splittable,
+)
 from lora_jax.core.factored import Factored
 from lora_jax.core.few_rows import MAX_KERNEL_ROWS
 from lora_jax.core.parts import Axes
@@ -126,7 +132,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
         for index, is_used in enumerate(use.used_outputs)
     )
     body = interpreter.function_of_jaxpr(scan.body, None if all(used_outputs) else used_outputs)
-    kernel_indices = _indices_with_rows_kernel(stacks) if _has_few_rows(carries.arrays) else []
+    kernel_indices = _indices_with_kernel(stacks, _has_few_rows(carries.arrays))
     needs_iteration = bool(kernel_indices) or _has_dropout_keys(use.values)
     iterations = jnp.arange(scan.length) if needs_iteration else None
 
@@ -169,13 +175,19 @@ def _without_sliced_shift(interpreter: Interpreter, use: Use, stack: Value) -> V
     return stack
 
 
-def _indices_with_rows_kernel(stacks: Sequence[Value]) -> list[int]:
-    """Returns the indices of stacks whose layers a TPU kernel may read in place."""
-    return [
-        index
-        for index, stack in enumerate(stacks)
-        if isinstance(stack, Factored) and has_rows_kernel(stack.base)
-    ]
+def _indices_with_kernel(stacks: Sequence[Value], has_few_rows: bool) -> list[int]:
+    """Returns the indices of stacks whose layers a TPU kernel may read in place.
+
+    These are kernels for few rows, and those of experts, which are stacks in each layer.
+    """
+    indices: list[int] = []
+    for index, stack in enumerate(stacks):
+        if not isinstance(stack, Factored):
+            continue
+        has_experts = has_ragged_kernel(stack.base) and len(stack.base.shape) == 4
+        if has_experts or (has_few_rows and has_rows_kernel(stack.base)):
+            indices.append(index)
+    return indices
 
 
 def _has_few_rows(carries: Mapping[int, Value]) -> bool:

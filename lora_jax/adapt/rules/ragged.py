@@ -4,6 +4,7 @@ The **near** factor of a weight is the one that x is multiplied by, and the **fa
 one: A and B for xW, B and A for the mirror image.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,15 @@ from lora_jax.adapt.rules.products import base_product, check_no_bias_on_b, chec
 from lora_jax.core.factored import Factored
 from lora_jax.core.magnitude import accumulation_dtype
 from lora_jax.core.product import combine_base_and_factors, name_if_narrow
-from lora_jax.core.types import Outcome
+from lora_jax.core.ragged_call import ragged_product
+from lora_jax.core.types import Outcome, Value
 
+# The axes of rows, [rows, in], and kernels, [groups, in, out], as `lax.ragged_dot` has them.
+_ROWS_TIMES_KERNELS = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (1,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+)
 _UNIT_COLUMNS = 256  # that two passes of a TPU's matrix unit take, 128 each
 
 
@@ -107,7 +115,7 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     if isinstance(x, Factored) or isinstance(group_sizes, Factored):
         return None
     if not weight.parts:
-        return [base_product(use, 1)(x)]
+        return [_base_product(use)(x)]
     if not _is_product_of_rows(x, weight, use):
         return None
     dimension_numbers = use.params["ragged_dot_dimension_numbers"]
@@ -142,9 +150,26 @@ def _ragged_dot_general(interpreter: Interpreter, use: Use) -> Outcome:
     def vector_of_row(vectors: jax.Array) -> jax.Array:
         return vector_of_each_row(vectors, group_sizes, x.shape[0])
 
-    return [
-        combine_base_and_factors(x, weight, base_product(use, 1), factor_product, vector_of_row)
-    ]
+    return [combine_base_and_factors(x, weight, _base_product(use), factor_product, vector_of_row)]
+
+
+def _base_product(use: Use) -> Callable[[Value], jax.Array]:
+    """Returns the product with W as a function of x: by a kernel where quantized W has one."""
+    _, weight, group_sizes = use.values
+    dimension_numbers = use.params["ragged_dot_dimension_numbers"]
+    if dimension_numbers != _ROWS_TIMES_KERNELS or use.params["group_offset"] is not None:
+        return base_product(use, 1)
+
+    def bind(w: jax.Array, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """Applies the equation with W as an array."""
+        result: jax.Array
+        (result,) = use.bind([x, w, group_sizes])
+        return result
+
+    def multiply(x: Value) -> jax.Array:
+        return ragged_product(bind, weight.base, x, group_sizes, use.params)
+
+    return multiply
 
 
 def _is_product_of_rows(x: jax.Array, weight: Factored, use: Use) -> bool:

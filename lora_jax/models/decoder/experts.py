@@ -10,9 +10,11 @@ A token costs k products, however many experts there are. Two implementations ac
   XLA for CPU and GPU, and for TPU without the option, multiplies all rows with every expert, and
   masks.
 
-Kernels in codes are formed from them: one expert's for each block, or a layer's for the ragged
-products. By the TPU's compiler, gpt-oss-20b's step on a row of 2,048 tokens, 160 blocks of 64 a
-layer, takes less than half of the time with the latter; with blocks of 512 they take as long.
+Quantized kernels are formed from their codes: one expert's for each block, or a layer's for the
+ragged products. By the TPU's compiler, gpt-oss-20b's step on a row of 2,048 tokens, 160 blocks of
+64 a layer, takes less than half of the time with the latter; with blocks of 512 they take as long.
+On one TPU, the ragged products of most formats form no kernel: they decode it tile by tile (see
+`lora_jax.quantized.ragged`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.extend import Primitive
+from lora_jax.core.names import RAGGED_CALL
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import ModelConfig
 from lora_jax.models.layers.placement import UNPLACED, Placement
@@ -215,7 +218,7 @@ def apply_formed(
 
 def _saves_products(primitive: Primitive, *_: object, **__: object) -> bool:
     """Saves the results of ragged products as well as those of ``dots_saveable``."""
-    return primitive.name in ("dot_general", "ragged_dot_general")
+    return primitive.name in ("dot_general", "ragged_dot_general", RAGGED_CALL)
 
 
 IMPLEMENTATIONS: dict[str, Experts] = {"blocks": apply_blocks, "ragged": apply_ragged}

@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.extend import Primitive
-from lora_jax.core.names import NARROW_PRODUCT
+from lora_jax.core.names import NARROW_PRODUCT, RAGGED_CALL
 from lora_jax.models.layers.attention import KERNEL_OUTPUT
 from lora_jax.models.layers.cache import Cache, NewEntries
 from lora_jax.models.layers.masks import Mask, MaskTokens
@@ -336,7 +336,7 @@ def _jax_policy(name: str) -> Callable[..., object]:
         return policy
 
     def saves_products(primitive: Primitive, *args: object, **params: object) -> object:
-        if primitive.name == "ragged_dot_general":
+        if primitive.name in ("ragged_dot_general", RAGGED_CALL):
             return True
         return policy(primitive, *args, **params)
 

@@ -15,22 +15,24 @@ from lora_jax.core import base
 from lora_jax.models import compiler_options
 from lora_jax.models.decoder.experts import apply_blocks, apply_formed
 from lora_jax.quantized import FORMATS, Coded, coded
+from lora_jax.quantized.ragged import KERNEL_NAME
 from train.plan.clock.groups import COPIES
 from train.plan.clock.read import read_clock
 from train.plan.machines import find_machine
 
 pytestmark = [pytest.mark.tpu_compiler, pytest.mark.usefixtures("tpu_compiler")]
 
-LAYERS, EXPERTS, WIDTH, ROWS = 2, 8, 1440, 2048
-CODES = (LAYERS, EXPERTS, WIDTH, WIDTH)
+# A kernel that decodes codes takes whole registers of 64 rows: not 1,440.
+LAYERS, EXPERTS, WIDTH, WHOLE_WIDTH, ROWS = 2, 8, 1440, 1536, 2048
 
 
-def compiled(apply):
+def compiled(apply, width=WIDTH):
     """The HLO of the gradient of layers of a kernel up and one down, in MXFP4."""
+    jax.clear_caches()
     where = SingleDeviceSharding(find_machine("v5e:1x1").devices[0])
     array = functools.partial(jax.ShapeDtypeStruct, sharding=where)
-    scales = array((LAYERS, EXPERTS, WIDTH // 32, WIDTH), jnp.uint8)
-    arrays = {"codes": array(CODES, jnp.int4), "scales": scales}
+    scales = array((LAYERS, EXPERTS, width // 32, width), jnp.uint8)
+    arrays = {"codes": array((LAYERS, EXPERTS, width, width), jnp.int4), "scales": scales}
     params = {name: Coded(arrays, FORMATS["mxfp4"], jnp.bfloat16) for name in ("up", "down")}
 
     def layers(params, x, chosen):
@@ -43,14 +45,20 @@ def compiled(apply):
         return jnp.sum(lj.adapt(layers)(params, x, chosen).astype(jnp.float32) ** 2)
 
     run = jax.jit(jax.grad(loss), compiler_options=compiler_options("tpu"))
-    args = array((ROWS, WIDTH), jnp.bfloat16), params, array((ROWS,), jnp.int32)
+    args = array((ROWS, width), jnp.bfloat16), params, array((ROWS,), jnp.int32)
     return run.lower(*args).compile().as_text()
+
+
+def layers_written(text, dtype, width):
+    """Returns how many instructions write a layer's kernel or codes in this dtype."""
+    pattern = rf"\n  (?:ROOT )?%\S+ = {dtype}\[([\d,]+)\]\S* fusion\(.*estimated_cycles"
+    sizes = [math.prod(map(int, size.split(","))) for size in re.findall(pattern, text)]
+    return sizes.count(EXPERTS * width * width)
 
 
 def codes_copied(text):
     """Returns True if instructions write a layer's codes."""
-    sizes = re.findall(r"\n  (?:ROOT )?%\S+ = s4\[([\d,]+)\]\S* fusion\(.*estimated_cycles", text)
-    return math.prod(CODES[1:]) in [math.prod(map(int, size.split(","))) for size in sizes]
+    return layers_written(text, "s4", WIDTH) > 0
 
 
 def test_codes_of_experts_are_read_where_they_lie(monkeypatch):
@@ -65,6 +73,18 @@ def test_codes_of_experts_are_read_where_they_lie(monkeypatch):
     assert codes_copied(behind) and read_clock(behind).seconds > 1.2 * seconds
     blocks = read_clock(compiled(apply_blocks))
     assert blocks.seconds > 2 * seconds and blocks.cost(COPIES).seconds > seconds
+
+
+def test_codes_of_experts_are_decoded_within_the_product(monkeypatch):
+    """No kernel of a layer is written, and no codes are copied out of their stack."""
+    within = compiled(apply_formed, WHOLE_WIDTH)
+    assert KERNEL_NAME in within and "ragged-dot" not in within
+    assert layers_written(within, "bf16", WHOLE_WIDTH) == 0
+    assert layers_written(within, "s4", WHOLE_WIDTH) == 0
+    monkeypatch.setattr(coded, "find_ragged_kernel", lambda *_: None)  # the control
+    formed = compiled(apply_formed, WHOLE_WIDTH)
+    assert "ragged-dot" in formed and layers_written(formed, "bf16", WHOLE_WIDTH) >= 3
+    assert read_clock(formed).seconds > 1.5 * read_clock(within).seconds
 
 
 def estimate_of_blocks():

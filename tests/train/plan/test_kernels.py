@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 import lora_jax
-from lora_jax.quantized.rows import KERNEL_NAME
+from lora_jax.quantized import ragged, rows
 from train.plan.clock.work import work_of
 from train.plan.hlo.kernels import KERNELS, kernel_lines, unlisted_kernels
 
+OWN_FILES = ["quantized/ragged.py", "quantized/rows.py"]
 # As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -103,7 +106,32 @@ def test_kernels_of_our_own_cost_the_cycles_of_their_schedule() -> None:
     """Not a share of the peak, which is assumed of kernels that others wrote."""
     folder = Path(lora_jax.__file__).parent
     files = [file for file in folder.rglob("*.py") if "pallas_call(" in file.read_text()]
-    assert [file.relative_to(folder).as_posix() for file in files] == ["quantized/rows.py"]
-    own = [name for name in KERNELS if name.startswith(KERNEL_NAME)]
-    assert len(own) == 2
+    assert sorted(file.relative_to(folder).as_posix() for file in files) == OWN_FILES
+    own = [name for name in KERNELS if name.startswith((rows.KERNEL_NAME, ragged.KERNEL_NAME))]
+    assert len(own) == 3
     assert all(KERNELS[name].cycles for name in own)
+
+
+CODED_RAGGED = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: bf16[128,64], c: s4[3,5,64,256], s: u8[5,2,256]) -> bf16[128,256] {
+  %n = s32[8] constant({...})
+  %x = bf16[128,64]{1,0} parameter(0)
+  %c = s4[3,5,64,256]{3,2,1,0} parameter(1)
+  %s = u8[5,2,256]{2,1,0} parameter(2)
+  ROOT %coded_ragged.3 = bf16[128,256]{1,0} custom-call(%n, %n, %x, %c, %s), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/pallas_call"}
+}
+"""
+
+
+def test_a_product_with_quantized_experts_reads_one_layer_and_decodes_it_once() -> None:
+    work = work_of(CODED_RAGGED)
+    assert work.flops == 2 * 128 * 64 * 256
+    assert kernel_lines(work.kernels) == ("ragged products by codes (rows)",)
+    (call,) = work.kernels
+    kernel = KERNELS[ragged.KERNEL_NAME]
+    assert kernel.unread(call) == 2 * 5 * 64 * 256 // 2
+    # 3.2 cycles for 1,024 weights, and 64 rows more for each expert.
+    multiplied = 1.05 * 2 * (128 + 5 * 64) * 64 * 256 / 2**17
+    assert kernel.cycles(call) == pytest.approx(3.2 * 5 * 16 + multiplied)

@@ -18,13 +18,14 @@ from lora_jax.adapt.eqns import (
 )
 from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
+from lora_jax.core.names import RAGGED_CALL
 from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed_kernel
 from train.plan.hlo.products import pairs_along
 
 _RUN_ONCE = {"jit", "closed_call", "core_call", "remat2", "checkpoint"}
-_RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call", "few_rows"}
+_RUN_ONCE |= {"custom_jvp_call", "custom_vjp_call", "few_rows", RAGGED_CALL}
 
 
 class Count(NamedTuple):

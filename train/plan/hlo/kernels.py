@@ -198,6 +198,43 @@ def _coded_rows_kernel(part: str, cycles_per_1024: float) -> KernelWork:
     )
 
 
+# Ragged products with a layer of quantized experts (`lora_jax.quantized.ragged`)
+
+_DECODE_CYCLES = 3.2  # for 1,024 weights, by the compiler's schedule on v5e
+_FLOPS_PER_CYCLE = 2**17  # of a v5e's matrix units
+_SCHEDULE_OVERHEAD = 1.05  # of loops, and of the padding of tiles
+_BLOCK_ROWS = 64  # rows that are multiplied at a time, if one of them belongs to an expert
+
+
+def _coded_ragged_shapes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of rows, [rows, width], and of kernels, [layers, experts, in, out]."""
+    shapes = [shape for _, shape in call.operands]
+    (stack_shape,) = [shape for shape in shapes if len(shape) == 4]
+    (row_shape,) = [shape for shape in shapes if len(shape) == 2]
+    return row_shape, stack_shape
+
+
+def _coded_ragged_flops(call: KernelCall) -> int:
+    row_shape, stack_shape = _coded_ragged_shapes(call)
+    return 2 * row_shape[0] * math.prod(stack_shape[2:])
+
+
+def _coded_ragged_cycles(call: KernelCall) -> float:
+    """Counts the cycles of decoding each kernel once, and of whole blocks of rows."""
+    (n_rows, _), (_, n_experts, n_in, n_out) = _coded_ragged_shapes(call)
+    decoding = _DECODE_CYCLES * n_experts * n_in * n_out / 1024
+    n_multiplied_rows = n_rows + n_experts * _BLOCK_ROWS
+    flops = 2 * n_multiplied_rows * n_in * n_out
+    return decoding + _SCHEDULE_OVERHEAD * flops / _FLOPS_PER_CYCLE
+
+
+def _bytes_of_other_experts(call: KernelCall) -> int:
+    """Returns the bytes of the other layers in the stack, which a call does not read."""
+    stacks = [(dtype, shape) for dtype, shape in call.operands if len(shape) == 4]
+    layers = [(dtype, shape[1:]) for dtype, shape in stacks]
+    return bytes_of_arrays(stacks) - bytes_of_arrays(layers)
+
+
 # The beginning of a kernel's name -> its entry.
 KERNELS: dict[str, KernelWork] = {
     # q k^T, p v; q k^T, do v^T, ds k; q k^T, p^T do, do v^T, ds^T q.
@@ -209,6 +246,13 @@ KERNELS: dict[str, KernelWork] = {
     "flash_dkv": KernelWork("flash attention", "dkv", _attention_flops(4, -3)),
     "coded_rows": _coded_rows_kernel("cast", _CAST_CYCLES),
     "coded_rows_by_table": _coded_rows_kernel("by table", _TABLE_CYCLES),
+    "coded_ragged": KernelWork(
+        label="ragged products by codes",
+        part="rows",
+        flops=_coded_ragged_flops,
+        unread=_bytes_of_other_experts,
+        cycles=_coded_ragged_cycles,
+    ),
     "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot_flops),
     "ragged-dot-metadata": KernelWork("ragged products", "groups", lambda _: 0),
 }
