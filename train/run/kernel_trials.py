@@ -40,7 +40,10 @@ from train.run.pretrained import ModelInfo
 
 SECONDS = 20.0  # that a trial may take
 _CACHE = "kernels"  # the folder of results in the user's cache
-_N_ATTENTION_CASES = 4  # the most important ones
+# The cases and sizes that fit into the time: most of it is the compilation of dense arithmetic.
+_ATTENTION_CASES = ("causal", "padded, packed, a window, capped", "prompts and completions")
+_ATTENTION_UNIT = 512
+_N_EXPERTS, _EXPERTS_SHAPE = 4, (4, 64, 2)
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "triton", "jax-triton"),
     *("jax-cuda12-plugin", "jax-cuda13-plugin"),
@@ -113,7 +116,7 @@ def find_trials(
                 is_requested=requested["attention"] != AUTO,
                 dtype=dtype,
                 kernel=implementation,
-                make_cases=lambda: attention_cases(implementation, dtype)[:_N_ATTENTION_CASES],
+                make_cases=functools.partial(_attention_cases, implementation, dtype),
                 sources=("models/layers",),
             )
         )
@@ -129,7 +132,13 @@ def find_trials(
                 is_requested=experts != AUTO,
                 dtype=dtype,
                 kernel=make_mixture(gated, apply_ragged),
-                make_cases=functools.partial(mixture_cases, dtype, layout.platform),
+                make_cases=functools.partial(
+                    mixture_cases,
+                    dtype,
+                    layout.platform,
+                    n_experts=_N_EXPERTS,
+                    shape=_EXPERTS_SHAPE,
+                ),
                 sources=("models/decoder/experts.py", "models/decoder/moe.py"),
             )
         )
@@ -150,6 +159,12 @@ def find_trials(
             )
         )
     return trials
+
+
+def _attention_cases(kernel: Any, dtype: DTypeLike) -> list[Case]:
+    """Returns the cases of a trial of attention."""
+    cases = {case.name: case for case in attention_cases(kernel, dtype, unit=_ATTENTION_UNIT)}
+    return [cases[f"attention: {name}, {dtype}"] for name in _ATTENTION_CASES]
 
 
 def choose_replacements(

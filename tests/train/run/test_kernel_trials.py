@@ -264,6 +264,7 @@ def test_auto_tries_the_kernels_of_the_platform():
             dtype="bfloat16",
             requested={"attention": "auto", "experts": "auto"} | requested,
         )
+        assert all(trial.make_cases() for trial in found)
         return [(trial.option, trial.name, trial.is_requested) for trial in found]
 
     assert trials("dense") == trials("blockwise") == []
