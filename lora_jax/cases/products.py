@@ -1,10 +1,10 @@
-"""Cases of products with quantized weights of each kind, and of the kernel for few rows.
+"""Cases of products with quantized weights of each kind, and of the TPU kernels that decode them.
 
 The codes stand for numbers of the dtype of x, so that only a result is rounded; on accelerators,
 half a rounding more comes from the order of sums.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.cases.case import Case, normal
+from lora_jax.core.base import StackMember, member
 from lora_jax.core.few_rows import BaseDot, base_dot
 from lora_jax.quantized import FORMATS, Coded, encode
 from lora_jax.quantized.coded import host_array
+from lora_jax.quantized.ragged import RaggedKernel, find_ragged_kernel
 from lora_jax.quantized.rows import RowsKernel, find_kernel
 
 _ROUNDINGS = 2
@@ -32,9 +34,10 @@ def multiply_coded(x: jax.Array, coded: Coded) -> jax.Array:
     return base_dot(x, coded, BaseDot(contract=((x.ndim - 1,), (0,))))
 
 
-def run_rows_kernel(kernel: RowsKernel, stack: Coded, index: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns x times a layer of a stack, by the kernel."""
-    return kernel(stack, index, x)
+def run_kernel(kernel: RowsKernel | RaggedKernel, *operands: Any) -> jax.Array:
+    """Returns the product of rows with a layer of a stack, by the kernel."""
+    product: Callable[..., jax.Array] = kernel
+    return product(*operands)
 
 
 def product_cases(
@@ -80,7 +83,7 @@ def product_cases(
 def few_rows_cases(dtype: DTypeLike, *, n_in: int = 1024, n_out: int = 384) -> list[Case]:
     """Returns a case for each kind of codes that the kernel for few rows decodes.
 
-    The kernel is a function like `run_rows_kernel`.
+    The kernel is a function like `run_kernel`.
     """
     x = normal(2, (_FEW_ROWS, n_in), dtype)
     cases = []
@@ -108,6 +111,72 @@ def few_rows_cases(dtype: DTypeLike, *, n_in: int = 1024, n_out: int = 384) -> l
                 dtype=dtype,
                 roundings=_ROUNDINGS,
                 terms=n_in,
+            )
+        )
+    return cases
+
+
+def ragged_cases(
+    dtype: DTypeLike, *, n_in: int = 512, n_out: int = 384, sizes: Sequence[int] = (200, 0, 3, 97)
+) -> list[Case]:
+    """Returns a case for each kind of codes that the kernel for experts decodes.
+
+    A case is the product of sorted rows, and the gradient of the rows. The kernel is a function
+    like `run_kernel`.
+
+    Args:
+      dtype: the dtype of the rows; for other than bf16, there is no kernel.
+      n_in, n_out: the sizes of an expert.
+      sizes: the rows of each expert.
+    """
+    n_rows = sum(sizes)
+    x = normal(2, (n_rows, n_in), dtype)
+    cotangent = normal(3, (n_rows, n_out), dtype)
+    cases = []
+    for kind in KINDS:
+        stack = _draw_codes(kind, (_LAYERS, len(sizes), n_in, n_out), dtype)
+        ragged_kernel = find_ragged_kernel(member(stack, 0, _LAYER), x, (), {})
+        if ragged_kernel is None:
+            continue
+
+        def compute(
+            kernel: Any,
+            stack: Any,
+            x: Any,
+            cotangent: Any,
+            sizes: Any,
+            _: Any,
+            ragged_kernel: RaggedKernel = ragged_kernel,
+        ) -> tuple[jax.Array, jax.Array]:
+            place = StackMember(member(stack, 0, _LAYER), stack, jnp.int32(_LAYER))
+
+            def multiply(rows: jax.Array, transposed: bool) -> jax.Array:
+                result: jax.Array = kernel(
+                    ragged_kernel, place.member, place, rows, sizes, transposed
+                )
+                return result
+
+            return multiply(x, False), multiply(cotangent, True)
+
+        def compute_dense(
+            _: Any, x: jax.Array, cotangent: jax.Array, sizes: jax.Array, dense: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            experts = jnp.repeat(jnp.arange(sizes.size), sizes, total_repeat_length=n_rows)
+            is_chosen = jax.nn.one_hot(experts, sizes.size)  # [rows, experts]
+            x, cotangent = (array.astype(jnp.float32) for array in (x, cotangent))
+            out = jnp.einsum("re,ri,eio->ro", is_chosen, x, dense[_LAYER])
+            gradient = jnp.einsum("re,ro,eio->ri", is_chosen, cotangent, dense[_LAYER])
+            return out, gradient
+
+        cases.append(
+            Case(
+                name=f"quantized experts: {kind}, {jnp.dtype(dtype).name}",
+                arrays=(stack, x, cotangent, np.asarray(sizes, np.int32), _decode_in_numpy(stack)),
+                compute=compute,
+                reference=compute_dense,
+                dtype=dtype,
+                roundings=_ROUNDINGS,
+                terms=max(n_in, n_out),
             )
         )
     return cases

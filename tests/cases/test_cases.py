@@ -12,7 +12,13 @@ import lora_jax as lj
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import relative_error
 from lora_jax.cases.mixtures import gated, mixture_cases
-from lora_jax.cases.products import few_rows_cases, multiply_coded, product_cases, run_rows_kernel
+from lora_jax.cases.products import (
+    few_rows_cases,
+    multiply_coded,
+    product_cases,
+    ragged_cases,
+    run_kernel,
+)
 from lora_jax.cases.sharded import (
     exchange_cases,
     exchanged_mixture,
@@ -188,7 +194,7 @@ def test_the_kernel_for_few_rows() -> None:
     """Interpreted; one that reads the layer before is found."""
 
     def interpreted(kernel, stack, index, x):
-        return run_rows_kernel(dataclasses.replace(kernel, interpret=True), stack, index, x)
+        return run_kernel(dataclasses.replace(kernel, interpret=True), stack, index, x)
 
     def spoiled(kernel, stack, index, x):
         return interpreted(kernel, stack, index - 1, x)
@@ -198,6 +204,25 @@ def test_the_kernel_for_few_rows() -> None:
     for case in cases:
         assert case.compare(interpreted).holds, case.name
         assert not case.compare(spoiled).holds, case.name
+
+
+def test_the_kernel_for_quantized_experts() -> None:
+    """Interpreted; one that gives a row to the next expert is found."""
+
+    def interpreted(kernel, *operands):
+        return run_kernel(dataclasses.replace(kernel, interpret=True), *operands)
+
+    def spoiled(kernel, layer, place, x, sizes, transposed):
+        return interpreted(kernel, layer, place, x, sizes.at[0].add(-1).at[2].add(1), transposed)
+
+    cases = ragged_cases(jnp.bfloat16, n_in=128, n_out=192)
+    assert [case.name for case in cases] == [
+        f"quantized experts: {kind}, bfloat16" for kind in ("int8", "int4", "q6_k", "mxfp4")
+    ]
+    for case in cases:
+        assert case.compare(interpreted).holds, case.name
+        assert not case.compare(spoiled).holds, case.name
+    assert not ragged_cases(jnp.float32)
 
 
 @pytest.mark.parametrize("experts", [apply_blocks, apply_ragged])

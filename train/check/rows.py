@@ -12,7 +12,13 @@ import lora_jax as lj
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import Case, Deviation
 from lora_jax.cases.mixtures import gated, mixture_cases
-from lora_jax.cases.products import few_rows_cases, multiply_coded, product_cases, run_rows_kernel
+from lora_jax.cases.products import (
+    few_rows_cases,
+    multiply_coded,
+    product_cases,
+    ragged_cases,
+    run_kernel,
+)
 from lora_jax.cases.sharded import (
     exchange_cases,
     exchanged_mixture,
@@ -65,8 +71,10 @@ def product_rows(product: Any = multiply_coded, few_rows: Any = None) -> list[Ch
     rows = _rows_of_cases(product_cases(jnp.bfloat16), product, devices)
     if few_rows is None and devices[0].platform != "tpu":
         return [*rows, _not_applicable("few rows", "only TPUs have a kernel for few rows")]
-    few_rows = few_rows or run_rows_kernel
-    return [*rows, *_rows_of_cases(few_rows_cases(jnp.bfloat16), few_rows, devices)]
+    cases = few_rows_cases(jnp.bfloat16)
+    if few_rows is None:
+        cases += ragged_cases(jnp.bfloat16)
+    return [*rows, *_rows_of_cases(cases, few_rows or run_kernel, devices)]
 
 
 def expert_rows(experts: Any = None) -> list[CheckRow]:

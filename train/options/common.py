@@ -261,7 +261,8 @@ class OptimConfig:
     have more than a thousand rows each, or whose kernel of a layer exceeds a GiB."""
     few_rows: FewRows = option("auto", field.OF_BASE)
     """The products of quantized kernels with few rows, as in generation. kernel: a kernel for one
-    TPU. xla: a form that XLA compiles. auto: the kernel on one TPU, and xla elsewhere."""
+    TPU. xla: a form that XLA compiles. auto: the kernel on one TPU, and xla elsewhere. The
+    kernel of quantized experts follows this option, too."""
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", field.OF_BASE, card=CardSection.OPTIMISATION
     )

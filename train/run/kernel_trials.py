@@ -25,7 +25,7 @@ import lora_jax
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import Case
 from lora_jax.cases.mixtures import gated, mixture_cases
-from lora_jax.cases.products import few_rows_cases, run_rows_kernel
+from lora_jax.cases.products import few_rows_cases, ragged_cases, run_kernel
 from lora_jax.folders import cache_folder
 from lora_jax.models.decoder.experts import apply_ragged
 from lora_jax.models.decoder.moe import make_mixture
@@ -153,9 +153,11 @@ def find_trials(
                 replacement="xla",
                 is_requested=few_rows != AUTO,
                 dtype=dtype,
-                kernel=run_rows_kernel,
-                make_cases=functools.partial(few_rows_cases, dtype),
-                sources=("quantized", "core/few_rows.py"),
+                kernel=run_kernel,
+                make_cases=functools.partial(
+                    _cases_of_codes, dtype, outline.active_experts is not None
+                ),
+                sources=("quantized", "core/few_rows.py", "core/ragged_call.py"),
             )
         )
     return trials
@@ -165,6 +167,12 @@ def _attention_cases(kernel: Any, dtype: DTypeLike) -> list[Case]:
     """Returns the cases of a trial of attention."""
     cases = {case.name: case for case in attention_cases(kernel, dtype, unit=_ATTENTION_UNIT)}
     return [cases[f"attention: {name}, {dtype}"] for name in _ATTENTION_CASES]
+
+
+def _cases_of_codes(dtype: DTypeLike, has_experts: bool) -> list[Case]:
+    """Returns the cases of the kernels that read codes, those of experts first."""
+    cases = few_rows_cases(dtype)
+    return [*ragged_cases(dtype), *cases] if has_experts else cases
 
 
 def choose_replacements(

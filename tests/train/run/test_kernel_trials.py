@@ -21,7 +21,7 @@ from rich.console import Console
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import normal
 from lora_jax.cases.mixtures import gated, mixture_cases
-from lora_jax.cases.products import few_rows_cases, run_rows_kernel
+from lora_jax.cases.products import few_rows_cases, run_kernel
 from lora_jax.models.decoder.experts import apply_blocks, apply_ragged
 from lora_jax.models.decoder.moe import make_mixture
 from lora_jax.models.layers.kernels.splash import Splash
@@ -74,7 +74,7 @@ def few_rows_trial(layer=0):
 
     def multiply(kernel, stack, index, x):
         kernel = dataclasses.replace(kernel, interpret=True)
-        return run_rows_kernel(kernel, stack, index + layer, x)
+        return run_kernel(kernel, stack, index + layer, x)
 
     return KernelTrial(
         title="kernel for few rows",
