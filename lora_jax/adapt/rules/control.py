@@ -19,6 +19,7 @@ from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
 from lora_jax.adapt.rules.choices import CommonForm, common_form, convert_to_form
 from lora_jax.adapt.rules.flow import common_sources, may_be_weights, sources_of_outputs
 from lora_jax.adapt.rules.layout import move_axes
+from lora_jax.adapt.rules.routed import ROUTED_RULES
 from lora_jax.core.base import (
     StackMember,
     has_ragged_kernel,
@@ -29,6 +30,7 @@ from lora_jax.core.base import (
 from lora_jax.core.factored import Factored
 from lora_jax.core.few_rows import MAX_KERNEL_ROWS
 from lora_jax.core.parts import Axes
+from lora_jax.core.turns import TURNS, add_turns
 from lora_jax.core.types import Forward, Outcome, Tree, Value
 
 MeshAxes = str | tuple[str, ...] | None  # the axes of the mesh along which an axis is split
@@ -40,6 +42,10 @@ _State = tuple[Value, dict[int, Value]]
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
     """Calls the inner function under `jax.jit`, with the shardings of the equation."""
     jit = eqns.read_jit(use.eqn)
+    if jit.name in ROUTED_RULES and interpreter.record is None:
+        outputs = ROUTED_RULES[jit.name](interpreter, use)
+        if outputs is not None:
+            return outputs
     fn = interpreter.function_of_jaxpr(jit.jaxpr, use.used_outputs)
     values = list(map(_with_sharding_constraint, use.values, jit.in_shardings))
     if not jit.inline and interpreter.record is None:
@@ -434,7 +440,23 @@ def _partition_specs(value: Value, spec: PartitionSpec) -> Value:
     return move_axes(value, part_spec)
 
 
+def _turns(interpreter: Interpreter, use: Use) -> Outcome:
+    """Adds up turns whose operands have factors; see `lora_jax.core.turns`."""
+    n_turns, total, *operands = use.values
+    if isinstance(n_turns, Factored) or isinstance(total, Factored):
+        return None
+    body = interpreter.function_of_jaxpr(use.params["jaxpr"])
+
+    def run_turn(index: jax.Array, *operands: Value) -> Value:
+        operands = tuple(fold_dropout_key(operand, index) for operand in operands)
+        (addend,) = body(index, *operands)
+        return interpreter.as_plain_array(addend, use, "as an output")
+
+    return [add_turns(run_turn, n_turns, total, *operands)]
+
+
 CONTROL_RULES: dict[str, Rule] = {
+    TURNS: _turns,
     "jit": _jit,
     "pjit": _jit,
     "remat2": _remat,

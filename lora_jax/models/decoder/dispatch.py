@@ -6,17 +6,61 @@ is the other's derivative, so that nothing is scattered, sums have a fixed order
 all pairs of a batch. A turn is a fixed number of rows.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.models.decoder.experts import Experts, GatedActivation
+from lora_jax.core.routed import (
+    ProductOfRows,
+    Routing,
+    SumOfProducts,
+    multiply_rows,
+    read_tokens,
+    sum_products,
+    sum_rows,
+)
+from lora_jax.core.turns import add_turns
+from lora_jax.models.decoder.experts import Experts, GatedActivation, uses_ragged_products
+from lora_jax.models.layers.trunk import PRODUCTS, name_mlp_product
 
 UNEVEN = "uneven_choice_of_experts"  # scope of what runs if a part has more rows than its share
 _SLACK = 1.25  # rows of the first turn, over an equal share of the pairs
 _SUBLANES = 8  # a turn's rows are a multiple; see `experts`
+
+
+class _SortedPairs(NamedTuple):
+    """All pairs, sorted by expert; those of other parts come last.
+
+    Attributes:
+      pair_of_row: [rows] int32, filled up to whole turns.
+      row_of_pair: [k, tokens] int32; the number of pairs for one of another part.
+      group_ends: [experts] int32, the row behind the last one of each expert.
+    """
+
+    pair_of_row: jax.Array
+    row_of_pair: jax.Array
+    group_ends: jax.Array
+
+
+class _Turn(NamedTuple):
+    """The rows of one turn, and what it multiplies them by.
+
+    Attributes:
+      tokens: [tokens, d_model].
+      weights: [rows] fp32, the routing weights; zeros for rows of no expert.
+      routing: the rows.
+      kernels, biases: see `experts.Experts`.
+    """
+
+    tokens: jax.Array
+    weights: jax.Array
+    routing: Routing
+    kernels: Sequence[jax.Array]
+    biases: Sequence[jax.Array]
 
 
 def apply_part_of_experts(
@@ -32,7 +76,7 @@ def apply_part_of_experts(
     """Applies one shard of the experts, and returns each token's weighted sum.
 
     It takes `_SLACK` times the pairs that it has if all experts are chosen equally often. What is
-    left over goes in further turns, which do nothing if there is nothing: no pair is lost, whatever
+    left over goes in further turns, of which there are none as a rule: no pair is lost, whatever
     the choice.
 
     Args:
@@ -46,138 +90,131 @@ def apply_part_of_experts(
     Returns:
       [tokens, d_model] fp32, without the experts of other parts.
     """
-    k, n_tokens = chosen.shape
     n_pairs = chosen.size
-    last_expert = kernels[0].shape[0] - 1
-    # A caller's own function of experts may have no parameter for biases.
-    bias_option = {"biases": biases} if biases else {}
-    chosen = chosen.reshape(-1)  # the expert of each pair
-    is_own = (chosen >= 0) & (chosen <= last_expert)
-    # The sort is stable, and pairs of other parts come last.
-    pair_of_row = jnp.argsort(jnp.where(is_own, chosen, last_expert + 1))
-    row_of_pair = jnp.argsort(pair_of_row)
-    row_dtype = pair_of_row.dtype
-    n_own = jnp.sum(is_own, dtype=row_dtype)
     # A turn has room for an equal share of all pairs and some more, in whole tiles of rows.
     share_tiles = -(-round(_SLACK * n_pairs) // (_SUBLANES * shares))
     all_tiles = -(-n_pairs // _SUBLANES)
     turn_rows = _SUBLANES * min(share_tiles, all_tiles)
-    turn_pairs = jnp.pad(pair_of_row, (0, -n_pairs % turn_rows)).reshape(-1, turn_rows)
-    turn_starts = turn_rows * jnp.arange(len(turn_pairs), dtype=row_dtype)
+    pairs = _sort_pairs(chosen, kernels[0].shape[0], turn_rows)
+    run = _run_by_kernels
+    if not uses_ragged_products(experts, turn_rows, kernels):
+        run = functools.partial(_run_experts, experts)
 
-    def run_turn(start: jax.Array, pairs: jax.Array) -> jax.Array:
-        """Returns the sums over one block of rows, from row `start` on."""
-        is_row_own = start + jnp.arange(turn_rows, dtype=row_dtype) < n_own
-        is_in_turn = is_own & (row_of_pair >= start) & (row_of_pair < start + turn_rows)
-        rows_of_token = jnp.where(is_in_turn, row_of_pair - start, turn_rows).reshape(k, n_tokens)
-        token_of_row = pairs % n_tokens
-        rows = _read_tokens(tokens, token_of_row, rows_of_token)
-        # Rows of other parts have a weight of 0, so that any expert will do.
-        expert_of_row = jnp.where(is_row_own, chosen[pairs], last_expert).astype(chosen.dtype)
-        out = experts(gated, rows, expert_of_row, *kernels, **bias_option)
-        weight_of_row = jnp.where(is_row_own, weights.reshape(-1)[pairs], 0)
-        return _sum_rows(out, weight_of_row, token_of_row, rows_of_token)
+    def run_turn(
+        index: jax.Array,
+        tokens: jax.Array,
+        weights: jax.Array,
+        pairs: _SortedPairs,
+        kernels: Sequence[jax.Array],
+        biases: Sequence[jax.Array],
+    ) -> jax.Array:
+        """Returns the sums over one block of rows."""
+        routing, row_weights = _rows_of_turn(index, turn_rows, weights, pairs)
+        return run(gated, _Turn(tokens, row_weights, routing, kernels, biases))
 
-    total = run_turn(turn_starts[0], turn_pairs[0])
-    if len(turn_pairs) == 1:  # one turn has room for all pairs
+    operands = (tokens, weights, pairs, kernels, biases)
+    n_own = pairs.group_ends[-1]
+    total = run_turn(jnp.zeros_like(n_own), *operands)
+    if turn_rows >= n_pairs:  # one turn has room for all pairs
         return total
-    zeros = jnp.zeros_like(total)
 
-    def add_turn(total: jax.Array, turn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        start, pairs = turn
-        sums = lax.cond(start < n_own, run_turn, lambda *_: zeros, start, pairs)
-        return total + sums, None
-
-    def add_further_turns(total: jax.Array) -> jax.Array:
-        body = jax.checkpoint(add_turn, prevent_cse=False)
-        total, _ = lax.scan(body, total, (turn_starts[1:], turn_pairs[1:]))
-        return total
+    def run_further_turn(index: jax.Array, *operands: Any) -> jax.Array:
+        return run_turn(index + 1, *operands)
 
     # Further turns run only if this part has more pairs than the first turn has rows.
+    n_further_turns = jnp.maximum(0, -(-n_own // turn_rows) - 1)
     with jax.named_scope(UNEVEN):
-        is_uneven = turn_rows < n_own
-        sums: jax.Array = lax.cond(is_uneven, add_further_turns, lambda total: total, total)
-    return sums
+        return add_turns(run_further_turn, n_further_turns, total, *operands)
 
 
-@jax.custom_vjp
-def _read_tokens(tokens: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array) -> jax.Array:
-    """Returns the token vector of each row.
-
-    Args:
-      tokens: [tokens, d_model].
-      token_of_row: [rows] int.
-      rows_of_token: [k, tokens] int; the number of rows stands for no row.
-    """
-    del rows_of_token
-    return tokens[token_of_row]
-
-
-def _read_tokens_forward(
-    tokens: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _read_tokens(tokens, token_of_row, rows_of_token), rows_of_token
+def _sort_pairs(chosen: jax.Array, n_experts: int, turn_rows: int) -> _SortedPairs:
+    """Sorts the pairs by expert, in whole turns of rows; see `apply_part_of_experts`."""
+    n_pairs = chosen.size
+    is_own = (chosen >= 0) & (chosen < n_experts)
+    expert_of_pair = jnp.where(is_own, chosen, n_experts).reshape(-1).astype(jnp.int32)
+    pair_of_row = jnp.argsort(expert_of_pair).astype(jnp.int32)  # stable
+    row_of_pair = jnp.argsort(pair_of_row).astype(jnp.int32).reshape(chosen.shape)
+    expert_ids = jnp.arange(n_experts, dtype=jnp.int32)
+    group_sizes = jnp.sum(expert_of_pair == expert_ids[:, None], axis=1, dtype=jnp.int32)
+    return _SortedPairs(
+        pair_of_row=jnp.pad(pair_of_row, (0, -n_pairs % turn_rows)),
+        row_of_pair=jnp.where(is_own, row_of_pair, n_pairs),
+        group_ends=jnp.cumsum(group_sizes, dtype=jnp.int32),
+    )
 
 
-def _read_tokens_backward(
-    rows_of_token: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array, None, None]:
-    return _sum_rows_of_tokens(cotangent, None, rows_of_token).astype(cotangent.dtype), None, None
-
-
-_read_tokens.defvjp(_read_tokens_forward, _read_tokens_backward)
-
-
-@jax.custom_vjp
-def _sum_rows(
-    rows: jax.Array, weights: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
-) -> jax.Array:
-    """Returns the weighted sum of each token's rows, [tokens, d_model] fp32.
+def _rows_of_turn(
+    index: jax.Array, turn_rows: int, weights: jax.Array, pairs: _SortedPairs
+) -> tuple[Routing, jax.Array]:
+    """Returns the rows of a turn, and their routing weights, [rows] fp32.
 
     Args:
-      rows: [rows, d_model].
-      weights: [rows] fp32; zeros for rows of no token.
-      token_of_row, rows_of_token: see `_read_tokens`.
+      index: [] int, the turn.
+      turn_rows: the number of its rows.
+      weights: [k, tokens] fp32.
+      pairs: all pairs.
     """
-    del token_of_row
-    return _sum_rows_of_tokens(rows, weights, rows_of_token)
+    n_tokens = weights.shape[1]
+    start = index.astype(jnp.int32) * turn_rows
+    pair_of_row = lax.dynamic_slice_in_dim(pairs.pair_of_row, start, turn_rows)
+    row = start + jnp.arange(turn_rows, dtype=jnp.int32)
+    # A row's expert is the number of experts whose rows end before it.
+    expert_of_row = jnp.sum(pairs.group_ends <= row[:, None], axis=1, dtype=jnp.int32)
+    ends_in_turn = jnp.clip(pairs.group_ends - start, 0, turn_rows)
+    row_in_turn = pairs.row_of_pair - start
+    is_in_turn = (row_in_turn >= 0) & (row_in_turn < turn_rows)
+    rows_of_token = jnp.where(is_in_turn, row_in_turn, turn_rows)
+    routing = Routing(
+        group_sizes=jnp.diff(ends_in_turn, prepend=jnp.zeros_like(ends_in_turn[:1])),
+        expert_of_row=expert_of_row,
+        token_of_row=pair_of_row % n_tokens,
+        rows_of_token=rows_of_token,
+    )
+    # A weight belongs to one pair, which has one row at most.
+    routing_of_pairs = routing._replace(
+        token_of_row=pair_of_row, rows_of_token=rows_of_token.reshape(1, -1)
+    )
+    row_weights = read_tokens(weights.reshape(-1), routing_of_pairs)
+    has_expert = expert_of_row < len(pairs.group_ends)
+    return routing, jnp.where(has_expert, row_weights, 0)
 
 
-def _sum_rows_forward(
-    rows: jax.Array, weights: jax.Array, token_of_row: jax.Array, rows_of_token: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _sum_rows_of_tokens(rows, weights, rows_of_token), (rows, weights, token_of_row)
+def _run_experts(experts: Experts, gated: GatedActivation, turn: _Turn) -> jax.Array:
+    """Returns the sums of a turn by an implementation that gives each row's output."""
+    # A caller's own function of experts may have no parameter for biases.
+    bias_option = {"biases": turn.biases} if turn.biases else {}
+    rows = read_tokens(turn.tokens, turn.routing)
+    # Rows of no expert have a weight of 0, so that any expert will do.
+    expert_of_row = jnp.minimum(turn.routing.expert_of_row, turn.kernels[0].shape[0] - 1)
+    out = experts(gated, rows, expert_of_row, *turn.kernels, **bias_option)
+    out = out.astype(jnp.promote_types(out.dtype, turn.weights.dtype))
+    return sum_rows(out * turn.weights[:, None], turn.routing)
 
 
-def _sum_rows_backward(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
-    """Returns the gradients of rows and weights."""
-    rows, weights, token_of_row = residuals
-    row_cotangents = cotangent[token_of_row]
-    weight_gradients = jnp.sum(rows.astype(cotangent.dtype) * row_cotangents, axis=-1)
-    row_gradients = (row_cotangents * weights[:, None]).astype(rows.dtype)
-    return row_gradients, weight_gradients, None, None
+def _run_by_kernels(gated: GatedActivation, turn: _Turn) -> jax.Array:
+    """Returns the sums of a turn by ragged products of the sorted rows.
+
+    The routing weights are applied before the last product. Their gradient then needs nothing that
+    this product returns.
+    """
+    routing = turn.routing
+    *up_kernels, down_kernel = turn.kernels
+    rows = read_tokens(turn.tokens, routing)
+    products = multiply_rows(ProductOfRows(rows, turn.tokens, tuple(up_kernels), routing))
+    if turn.biases:
+        *up_biases, down_bias = turn.biases
+        products = [
+            product + _vector_of_row(bias, routing)
+            for product, bias in zip(products, up_biases, strict=True)
+        ]
+    features = gated(*(name_mlp_product(product, PRODUCTS) for product in products))
+    weighted = (features.astype(turn.weights.dtype) * turn.weights[:, None]).astype(features.dtype)
+    sums = sum_products(SumOfProducts(weighted, turn.weights, down_kernel, routing))
+    if not turn.biases:
+        return sums
+    return sums + sum_rows(_vector_of_row(down_bias, routing) * turn.weights[:, None], routing)
 
 
-_sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
-
-
-def _sum_rows_of_tokens(
-    rows: jax.Array, weights: jax.Array | None, rows_of_token: jax.Array
-) -> jax.Array:
-    """Returns the sum of each token's rows, fp32; missing rows count as zeros."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-
-    def read(array: jax.Array, indices: jax.Array) -> jax.Array:
-        return array.at[indices].get(mode="fill", fill_value=0).astype(dtype)
-
-    def read_weighted(indices: jax.Array) -> jax.Array:
-        if weights is None:
-            return read(rows, indices)
-        return read(rows, indices) * read(weights, indices)[:, None]
-
-    total = read_weighted(rows_of_token[0])
-    for indices in rows_of_token[1:]:
-        total = total + read_weighted(indices)
-    return total
+def _vector_of_row(vectors: jax.Array, routing: Routing) -> jax.Array:
+    """Returns the vector of each row's expert, from [experts, …]; zeros for rows of no expert."""
+    return vectors.at[routing.expert_of_row].get(mode="fill", fill_value=0)

@@ -207,13 +207,20 @@ def apply_formed(
     and again, if a layer's kernel, formed, leaves room for the rest. They lie in blocks for a token
     of decoding, and where blocks are so large that a product takes longer than forming its kernel.
     """
-    n_experts = kernels[0].shape[0]
-    block_rows, n_blocks = _block_size_and_count(chosen.size, n_experts)
-    kernel_bytes = max(kernel.size * kernel.dtype.itemsize for kernel in kernels)
-    forms_often = n_blocks > 2 * n_experts  # each block would form its expert's kernels
-    is_ragged = forms_often and block_rows < _LARGE_BLOCK_ROWS and kernel_bytes <= _MAX_FORMED_BYTES
+    is_ragged = uses_ragged_products(apply_formed, chosen.size, kernels)
     apply = apply_ragged if is_ragged else apply_blocks
     return apply(gated, rows, chosen, *kernels, biases=biases)
+
+
+def uses_ragged_products(experts: Experts, n_rows: int, kernels: Sequence[jax.Array]) -> bool:
+    """Returns True if an implementation multiplies so many rows by ragged products."""
+    if experts != apply_formed:
+        return experts == apply_ragged
+    n_experts = kernels[0].shape[0]
+    block_rows, n_blocks = _block_size_and_count(n_rows, n_experts)
+    kernel_bytes = max(kernel.size * kernel.dtype.itemsize for kernel in kernels)
+    forms_often = n_blocks > 2 * n_experts  # each block would form its expert's kernels
+    return forms_often and block_rows < _LARGE_BLOCK_ROWS and kernel_bytes <= _MAX_FORMED_BYTES
 
 
 def _saves_products(primitive: Primitive, *_: object, **__: object) -> bool:

@@ -19,6 +19,7 @@ from lora_jax.adapt.eqns import (
 from lora_jax.adapt.needed import needed_equations
 from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from lora_jax.core.names import RAGGED_CALL
+from lora_jax.core.turns import TURNS
 from lora_jax.models.decoder.dispatch import UNEVEN
 from train.plan.hlo.kernels import KernelCall, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed_kernel
@@ -86,7 +87,7 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
     if name == "cond":
         costliest_flops = max(count.flops for count in inner_counts)
         return Count(costliest_flops, exact=all(count.exact for count in inner_counts))
-    if name == "while" and UNEVEN in scope:  # it has no turns then
+    if name in ("while", TURNS) and UNEVEN in scope:  # it has no turns then
         return Count(0)
     total = _sum_counts(inner_counts)
     runs_known_times = name in _RUN_ONCE or total.flops == 0
