@@ -23,7 +23,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.core.base import StackMember
 from lora_jax.core.types import EqnParams, Shaped
-from lora_jax.quantized.formats import Format, from_e2m1, from_unsigned
+from lora_jax.quantized.formats import Format, from_e2m1, from_nf4, from_unsigned
+from lora_jax.quantized.rows import look_up, value_table
 
 if TYPE_CHECKING:
     from lora_jax.quantized.coded import Coded
@@ -132,11 +133,18 @@ def _is_decodable(coded: "Coded") -> bool:
         return False
     is_narrow = arrays["codes"].dtype.name in ("int4", "int8")
     is_known = format.to_values in (None, from_unsigned, from_e2m1)
+    if _has_table(format):  # its values are looked up by whole registers
+        is_known = coded.shape[2] % _LANES == 0
     has_float_scales = arrays["scales"].dtype.name in ("uint8", "bfloat16", "float32")
     experts, rows, columns = coded.blocks
     has_whole_blocks = experts == columns == 1 and _CODE_ROWS % rows == 0
     is_whole = coded.shape[1] % _CODE_ROWS == 0
     return is_narrow and is_known and has_float_scales and has_whole_blocks and is_whole
+
+
+def _has_table(format: Format) -> bool:
+    """Returns True if the values of codes are looked up in a table, along a register's lanes."""
+    return format.to_values is from_nf4
 
 
 def _tile_size(n_contracted: int, n_out: int) -> int | None:
@@ -218,6 +226,7 @@ def _run_over_tiles(
             (None, n_blocks, size), lambda n, v, layer, e, *_: (expert_of(v, e), 0, n)
         )
         n_tile_blocks = n_blocks
+    tables = [value_table(kernel.format)] if _has_table(kernel.format) else []
     call = pl.pallas_call(
         functools.partial(_visit_rows, kernel, n_experts, n_in // n_blocks, transposed),
         grid_spec=tpu.PrefetchScalarGridSpec(
@@ -227,6 +236,7 @@ def _run_over_tiles(
                 pl.BlockSpec((_TILE_ROWS, n_contracted), lambda n, v, layer, e, t, *_: (t[v], 0)),
                 code_spec,
                 scale_spec,
+                *[pl.BlockSpec((1, _LANES), lambda *_: (0, 0))] * len(tables),
             ],
             out_specs=pl.BlockSpec((_TILE_ROWS, size), lambda n, v, layer, e, t, *_: (t[v], n)),
             scratch_shapes=[
@@ -237,10 +247,10 @@ def _run_over_tiles(
         out_shape=jax.ShapeDtypeStruct((n_rows, n_result), kernel.out_dtype),
         compiler_params=tpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         interpret=kernel.interpret,
-        name=KERNEL_NAME,
+        name=f"{KERNEL_NAME}_by_table" if tables else KERNEL_NAME,
     )
     visits = _plan_visits(group_sizes, n_rows)
-    result: jax.Array = call(index[None], *visits, x, stack_codes, scales)
+    result: jax.Array = call(index[None], *visits, x, stack_codes, scales, *tables)
     return result
 
 
@@ -254,11 +264,14 @@ def _visit_rows(
       n_experts: the number of experts.
       block: the number of rows of W that share a scale.
       transposed: whether rows are multiplied by the transposed tile.
-      refs: the fields of `_Visits`, rows, codes, scales, the result, W, and its scales in fp32.
+      refs: the fields of `_Visits`, rows, codes, scales, a table of values if there is one, the
+        result, W, and its scales in fp32.
     """
     from jax.experimental import pallas as pl
 
-    experts, row_tiles, starts, ends, n_visits, x, codes, scales, out, w, wide_scales = refs
+    experts, row_tiles, starts, ends, n_visits, x, codes, scales, *tables, out, w, wide_scales = (
+        refs
+    )
     tile, visit = pl.program_id(0), pl.program_id(1)
     expert, row_tile = experts[visit], row_tiles[visit]
     previous = jnp.maximum(visit - 1, 0)
@@ -274,7 +287,10 @@ def _visit_rows(
 
         def decode_rows(index: jax.Array, _: None) -> None:
             rows = pl.ds(pl.multiple_of(index * _CODE_ROWS, _CODE_ROWS), _CODE_ROWS)
-            values = _values_of(codes[rows, :], kernel.format)
+            if tables:
+                values = look_up(codes[rows, :], tables[0][...])
+            else:
+                values = _values_of(codes[rows, :], kernel.format)
             n_blocks = _CODE_ROWS // block
             blocks: list[jax.Array] = []
             for n in range(n_blocks):

@@ -164,7 +164,7 @@ def _code_offset(format: Format) -> float | None:
     return 8.0 if format.to_values is from_unsigned else None
 
 
-def _value_table(format: Format) -> jax.Array:
+def value_table(format: Format) -> jax.Array:
     """Returns the 16 values of 4-bit codes, repeated along a register's lanes, [1, lanes]."""
     codes = jnp.asarray(np.arange(-8, 8, dtype=np.int8)).astype(format.code_dtype)
     return jnp.tile(format.values(codes), _LANES // 16)[None]
@@ -184,7 +184,7 @@ def _run_over_tiles(
     n_steps = n_in // tile.n_in
     block = stack.blocks[1]
     offset = _code_offset(kernel.format)
-    tables = [_value_table(kernel.format)] if offset is None else []
+    tables = [value_table(kernel.format)] if offset is None else []
     arrays = [stack.arrays[name] for name in ("codes", "scales", "mins") if name in stack.arrays]
 
     def stack_spec(n_rows: int) -> Any:
@@ -245,7 +245,7 @@ def _multiply_tile(
         """Decodes some rows of the tile, and adds x times these rows to the sum."""
         stop = start + n_rows
         piece = codes[start:stop, :]
-        values = _add_offset(piece, offset) if table is None else _look_up(piece, table)
+        values = _add_offset(piece, offset) if table is None else look_up(piece, table)
         block_arrays = [ref[start // block : stop // block, :] for ref in block_refs]
         blocks = values.reshape(n_rows // block, block, values.shape[1])
         scales, *mins = [array.astype(jnp.float32)[:, None, :] for array in block_arrays]
@@ -276,7 +276,7 @@ def _add_offset(codes: jax.Array, offset: float | None) -> jax.Array:
     return values + offset if offset else values
 
 
-def _look_up(codes: jax.Array, table: jax.Array) -> jax.Array:
+def look_up(codes: jax.Array, table: jax.Array) -> jax.Array:
     """Returns the values of 4-bit codes, one register at a time along the out axis."""
     indices = codes.astype(jnp.int32) + 8
     lanes = jnp.broadcast_to(table, (codes.shape[0], _LANES))

@@ -215,9 +215,9 @@ def test_the_kernel_for_quantized_experts() -> None:
     def spoiled(kernel, layer, place, x, sizes, transposed):
         return interpreted(kernel, layer, place, x, sizes.at[0].add(-1).at[2].add(1), transposed)
 
-    cases = ragged_cases(jnp.bfloat16, n_in=128, n_out=192)
+    cases = ragged_cases(jnp.bfloat16, n_in=128, n_out=256)
     assert [case.name for case in cases] == [
-        f"quantized experts: {kind}, bfloat16" for kind in ("int8", "int4", "q6_k", "mxfp4")
+        f"quantized experts: {kind}, bfloat16" for kind in ("nf4", "int8", "int4", "q6_k", "mxfp4")
     ]
     for case in cases:
         assert case.compare(interpreted).holds, case.name

@@ -19,7 +19,7 @@ from lora_jax.quantized import FORMATS, Coded, encode, ragged
 from tests.adapted_trees import with_random_factors
 from tests.support import assert_close, draw, equations, lorafied
 
-LAYERS, EXPERTS, IN, OUT = 2, 5, 192, 320
+LAYERS, EXPERTS, IN, OUT = 2, 5, 192, 384
 # Each with 300 rows, the last of which belong to no expert in one case.
 SIZES = {
     "as they come": [20, 0, 200, 3, 77],
@@ -27,7 +27,7 @@ SIZES = {
     "rows of no expert": [0, 130, 5, 0, 9],
     "no rows": [0, 0, 0, 0, 0],
 }
-# bf16 products of 192 or 320 terms, summed in fp32 and rounded once.
+# bf16 products of 192 or 384 terms, summed in fp32 and rounded once.
 BOUND = 2**-8
 
 
@@ -60,16 +60,17 @@ def by_hand(x, kernels, sizes):
 
 
 @pytest.mark.parametrize("choice", SIZES)
-@pytest.mark.parametrize("name", ["mxfp4", "int4", "int8"])
+@pytest.mark.parametrize("name", ["mxfp4", "int4", "int8", "nf4"])
 def test_the_kernel_is_the_product_with_each_expert(name, choice, monkeypatch):
     """Tiles of 128, of which the last ones are partial; the layer before is another one."""
+    n_out = OUT if name == "nf4" else 320
     monkeypatch.setattr(ragged, "_MAX_TILE_ELEMENTS", 128 * OUT)
-    stack = stack_of(name)
+    stack = stack_of(name, (LAYERS, EXPERTS, IN, n_out))
     kernels = np.asarray(as_array(stack)[1], np.float64)
     layer = member(stack, 0, 1)
     place = StackMember(layer, stack, jnp.int32(1))
     sizes = jnp.asarray(SIZES[choice], jnp.int32)
-    for transposed, width in ((False, IN), (True, OUT)):
+    for transposed, width in ((False, IN), (True, n_out)):
         x = draw(2, (300, width), jnp.bfloat16)
         run = functools.partial(kernel_of(layer, x), transposed=transposed)
         want = by_hand(
@@ -100,7 +101,7 @@ def test_others_have_none():
         "few rows": (layer, x[:64]),
         "fp32": (layer, x.astype(jnp.float32)),
         "a kernel": (member(layer, 0, 0), x),
-        "nf4": (member(stack_of("nf4"), 0, 0), x),
+        "nf4 in part of a register": (stack_of("nf4", (EXPERTS, IN, 320)), x),
         "double": (member(stack_of("nf4-double"), 0, 0), x),
         "a partial piece": (stack_of("mxfp4", (EXPERTS, 96, OUT)), x),
     }

@@ -201,6 +201,7 @@ def _coded_rows_kernel(part: str, cycles_per_1024: float) -> KernelWork:
 # Ragged products with a layer of quantized experts (`lora_jax.quantized.ragged`)
 
 _DECODE_CYCLES = 3.2  # for 1,024 weights, by the compiler's schedule on v5e
+_LOOK_UP_CYCLES = 5.2  # for 1,024 weights whose values are in a table
 _FLOPS_PER_CYCLE = 2**17  # of a v5e's matrix units
 _SCHEDULE_OVERHEAD = 1.05  # of loops, and of the padding of tiles
 _BLOCK_ROWS = 64  # rows that are multiplied at a time, if one of them belongs to an expert
@@ -210,7 +211,7 @@ def _coded_ragged_shapes(call: KernelCall) -> tuple[tuple[int, ...], tuple[int, 
     """Returns the shapes of rows, [rows, width], and of kernels, [layers, experts, in, out]."""
     shapes = [shape for _, shape in call.operands]
     (stack_shape,) = [shape for shape in shapes if len(shape) == 4]
-    (row_shape,) = [shape for shape in shapes if len(shape) == 2]
+    row_shape = next(shape for shape in shapes if len(shape) == 2)  # before a table
     return row_shape, stack_shape
 
 
@@ -219,13 +220,28 @@ def _coded_ragged_flops(call: KernelCall) -> int:
     return 2 * row_shape[0] * math.prod(stack_shape[2:])
 
 
-def _coded_ragged_cycles(call: KernelCall) -> float:
-    """Counts the cycles of decoding each kernel once, and of whole blocks of rows."""
-    (n_rows, _), (_, n_experts, n_in, n_out) = _coded_ragged_shapes(call)
-    decoding = _DECODE_CYCLES * n_experts * n_in * n_out / 1024
-    n_multiplied_rows = n_rows + n_experts * _BLOCK_ROWS
-    flops = 2 * n_multiplied_rows * n_in * n_out
-    return decoding + _SCHEDULE_OVERHEAD * flops / _FLOPS_PER_CYCLE
+def _coded_ragged_cycles(cycles_per_1024: float) -> Callable[[KernelCall], float]:
+    """Returns the counter of the cycles of decoding each kernel once, and of blocks of rows."""
+
+    def cycles(call: KernelCall) -> float:
+        (n_rows, _), (_, n_experts, n_in, n_out) = _coded_ragged_shapes(call)
+        decoding = cycles_per_1024 * n_experts * n_in * n_out / 1024
+        n_multiplied_rows = n_rows + n_experts * _BLOCK_ROWS
+        flops = 2 * n_multiplied_rows * n_in * n_out
+        return decoding + _SCHEDULE_OVERHEAD * flops / _FLOPS_PER_CYCLE
+
+    return cycles
+
+
+def _coded_ragged_kernel(part: str, cycles_per_1024: float) -> KernelWork:
+    """Returns the table entry of a kernel that multiplies sorted rows by quantized experts."""
+    return KernelWork(
+        label="ragged products by codes",
+        part=part,
+        flops=_coded_ragged_flops,
+        unread=_bytes_of_other_experts,
+        cycles=_coded_ragged_cycles(cycles_per_1024),
+    )
 
 
 def _bytes_of_other_experts(call: KernelCall) -> int:
@@ -246,13 +262,8 @@ KERNELS: dict[str, KernelWork] = {
     "flash_dkv": KernelWork("flash attention", "dkv", _attention_flops(4, -3)),
     "coded_rows": _coded_rows_kernel("cast", _CAST_CYCLES),
     "coded_rows_by_table": _coded_rows_kernel("by table", _TABLE_CYCLES),
-    "coded_ragged": KernelWork(
-        label="ragged products by codes",
-        part="rows",
-        flops=_coded_ragged_flops,
-        unread=_bytes_of_other_experts,
-        cycles=_coded_ragged_cycles,
-    ),
+    "coded_ragged": _coded_ragged_kernel("cast", _DECODE_CYCLES),
+    "coded_ragged_by_table": _coded_ragged_kernel("by table", _LOOK_UP_CYCLES),
     "ragged-dot": KernelWork("ragged products", "rows", _ragged_dot_flops),
     "ragged-dot-metadata": KernelWork("ragged products", "groups", lambda _: 0),
 }
