@@ -11,7 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.mixtures import gated, mixture_cases
-from lora_jax.cases.products import few_rows_cases, multiply_coded, product_cases, run_rows_kernel
+from lora_jax.cases.products import (
+    few_rows_cases,
+    multiply_coded,
+    product_cases,
+    ragged_cases,
+    run_kernel,
+)
 from lora_jax.models.decoder.experts import apply_ragged
 from lora_jax.models.decoder.moe import make_mixture
 from lora_jax.models.layers.attend import Kernel, implementation
@@ -56,7 +62,8 @@ def test_programs_for_tpus(topology: str) -> None:
     case = product_cases(jnp.bfloat16, **SMALL)[0]
     compile_case(case, multiply_coded, device)
     for case in few_rows_cases(jnp.bfloat16):
-        assert "coded_rows" in compile_case(case, run_rows_kernel, device)
+        assert "coded_rows" in compile_case(case, run_kernel, device)
+    compile_case(ragged_cases(jnp.bfloat16)[0], run_kernel, device)
     case = mixture_cases(jnp.bfloat16, "tpu")[0]
     plain = dataclasses.replace(case, compiler_options={})
     mixture = make_mixture(gated, apply_ragged)
