@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from train.check import __main__ as check
 from train.check import steps
 from train.check.group import TimeLimits, run_group
 from train.check.options import CheckOptions
+from train.check.shapes import choose_shapes
 from train.check.steps import StepCheck, judge_memory, judge_time
 from train.check.table import FAILS, HOLDS, NOT_APPLICABLE, NOT_REACHED, RowResult, format_table
 
@@ -226,3 +228,29 @@ def test_the_cpu_as_a_device(tmp_path: Path) -> None:
     assert memory["state"] == HOLDS
     assert rows["decoding: after steps of 2,048 tokens"]["state"] == HOLDS
     assert {row["state"] for row in rows.values()} <= {HOLDS, NOT_APPLICABLE, NOT_REACHED}
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """Process 0 alone writes; steps and decoding hold on the devices of both."""
+    _, fields = choose_shapes("cpu", None)
+    fields |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048}
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(fields))
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    words = ["--model", str(model), "--minutes", "3", "--num-processes", "2"]
+    words += ["--coordinator", f"localhost:{port}"]
+    processes = []
+    for index in range(2):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        processes.append(start(*words, "--process-id", str(index), folder=folder))
+    (first, _), (second, _) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], first
+    for name in ("steps: two, of 2,048 tokens", "decoding: after steps", "fsdp"):
+        (line,) = [line for line in first.splitlines() if name in line]
+        assert line.startswith(HOLDS), line
+    assert second == "" and list((tmp_path / "1").iterdir()) == []
