@@ -96,7 +96,9 @@ def apply_part_of_experts(
     all_tiles = -(-n_pairs // _SUBLANES)
     turn_rows = _SUBLANES * min(share_tiles, all_tiles)
     pairs = _sort_pairs(chosen, kernels[0].shape[0], turn_rows)
-    run = _run_by_kernels
+    # For the count of FLOPs: kernels skip the rows that belong to no expert.
+    grouped_rows = min(turn_rows, -(-n_pairs // shares))
+    run = jax.named_scope(f"rows_{grouped_rows}_of_{turn_rows}")(_run_by_kernels)
     if not uses_ragged_products(experts, turn_rows, kernels):
         run = functools.partial(_run_experts, experts)
 

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import lora_jax
 from lora_jax.quantized import ragged, rows
 from train.plan.clock.work import work_of
+from train.plan.flops.jaxpr import count_flops
 from train.plan.hlo.kernels import KERNELS, kernel_lines, unlisted_kernels
 
 OWN_FILES = ["quantized/ragged.py", "quantized/rows.py"]
@@ -100,6 +104,19 @@ def test_ragged_products_count_each_row_with_its_group() -> None:
     assert work.flops == 3 * 2 * 40 * 5 * 7
     assert kernel_lines(work.kernels) == ("ragged products (rows, groups)",)
     assert not unlisted_kernels(work.kernels)
+
+
+def test_rows_of_no_group_do_not_count() -> None:
+    """A scope says how many of the rows belong to a group, if all experts are chosen alike."""
+    scoped = RAGGED.replace('"128,5,7"}', '"128,5,7"}, metadata={op_name="rows_32_of_40/dot"}')
+    assert work_of(scoped).flops == (1 + 2 * 32 / 40) * 2 * 40 * 5 * 7
+
+    @jax.named_scope("rows_32_of_40")
+    def multiply(rows: jax.Array, kernels: jax.Array) -> jax.Array:
+        return lax.ragged_dot(rows, kernels, jnp.array([12, 0, 20], jnp.int32))
+
+    traced = jax.make_jaxpr(multiply)(jnp.ones((40, 5)), jnp.ones((3, 5, 7)))
+    assert count_flops(traced).flops == 2 * 32 * 5 * 7
 
 
 def test_kernels_of_our_own_cost_the_cycles_of_their_schedule() -> None:

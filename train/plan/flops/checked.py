@@ -24,7 +24,7 @@ _UNKNOWN_LOOPS_NOTE = (
 )
 _EVEN_EXPERTS_NOTE = (
     "experts that devices share over the mesh's axis expert count as if tokens chose all of them "
-    "equally often, with the slack of a device's first turn"
+    "equally often; where they run in blocks, the slack of a device's first turn counts, too"
 )
 _MIN_FLOPS_RATIO = 0.9  # times the jaxpr's FLOPs: below, some products were not recognised
 

@@ -21,7 +21,7 @@ from lora_jax.core.extend import ClosedJaxpr, Jaxpr, JaxprEqn
 from lora_jax.core.names import RAGGED_CALL
 from lora_jax.core.turns import TURNS
 from lora_jax.models.decoder.dispatch import UNEVEN
-from train.plan.hlo.kernels import KernelCall, kernel_flops
+from train.plan.hlo.kernels import KernelCall, grouped_share, kernel_flops
 from train.plan.hlo.kernels import kernel_of as listed_kernel
 from train.plan.hlo.products import pairs_along
 
@@ -68,7 +68,8 @@ def _equation_count(eqn: JaxprEqn, scope: str) -> Count:
     name = eqn.primitive.name
     scope = f"{scope}/{scope_of(eqn)}"
     if name in _FLOPS_OF_PRIMITIVE:
-        return Count(_FLOPS_OF_PRIMITIVE[name](eqn))
+        share = grouped_share(scope) if name == "ragged_dot_general" else 1
+        return Count(round(_FLOPS_OF_PRIMITIVE[name](eqn) * share))
     if name == "scan":
         scan = read_scan(eqn)
         return _multiply_count(scan.length, count_flops(scan.body, scope))

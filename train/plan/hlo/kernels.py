@@ -135,8 +135,20 @@ def _floating_shapes(operands: Sequence[Array]) -> list[tuple[int, ...]]:
 # Products of the rows of groups (`jax.lax.ragged_dot`)
 
 
+_GROUPED_ROWS = re.compile(r"rows_(\d+)_of_(\d+)")
+
+
+def grouped_share(scope: str) -> float:
+    """Returns the share of rows that belong to a group; 1 if the scope has no share.
+
+    Kernels skip the other rows; see `lora_jax.models.decoder.dispatch`.
+    """
+    rows = _GROUPED_ROWS.search(scope)
+    return int(rows[1]) / int(rows[2]) if rows else 1.0
+
+
 def _ragged_dot_flops(call: KernelCall) -> int:
-    """Counts the FLOPs of a grouped product, in which each row belongs to one group.
+    """Counts the FLOPs of a grouped product, in which each row belongs to at most one group.
 
     The last operands are rows, [m, k], and kernels, [groups, …], or, for their gradient, the rows
     of a cotangent, [m, n].
@@ -145,7 +157,7 @@ def _ragged_dot_flops(call: KernelCall) -> int:
     n_rows, row_width = row_shape
     has_kernels = len(other_shape) == 3
     kernel_size = math.prod(other_shape[1:]) if has_kernels else row_width * other_shape[1]
-    return 2 * n_rows * kernel_size
+    return round(2 * n_rows * grouped_share(call.scope) * kernel_size)
 
 
 # Products of few rows with a layer of a stack of codes (`lora_jax.quantized.rows`)
