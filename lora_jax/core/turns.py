@@ -187,5 +187,8 @@ def _map_turns(operands: Sequence[Any], axes: Sequence[Any], *, jaxpr: Any) -> t
 _TURNS_PRIMITIVE.def_impl(_run_eagerly)
 _TURNS_PRIMITIVE.def_abstract_eval(_abstract_result)
 mlir.register_lowering(_TURNS_PRIMITIVE, mlir.lower_fun(_run_loop, multiple_results=False))
+# Since JAX 0.12: before it is lowered, a turn with functions of a derivative of their own becomes a
+# part of the loop.
+_TURNS_PRIMITIVE.to_lojax = _run_loop  # type: ignore[method-assign]
 ad.primitive_jvps[_TURNS_PRIMITIVE] = _differentiate
 batching.primitive_batchers[_TURNS_PRIMITIVE] = _map_turns

@@ -13,7 +13,10 @@ SHARED = ("core.types", "hf", *(f"models.{name}" for name in _MODELS))
 BELOW = {
     "hf": ("buckets", "core.paths", "core.types", "folders", "hf", "quantized"),
     "models/layers": ("core.extend", "core.names", "core.types", "models.layers"),
-    "models/decoder": (*SHARED, "core.extend", "core.names", "models.decoder"),
+    "models/decoder": (
+        *SHARED,
+        *("core.extend", "core.names", "core.routed", "core.turns", "models.decoder"),
+    ),
     "models/encoder": (*SHARED, "models.encoder"),
     "models/vision": (*SHARED, "models.vision"),
     "models/smolvlm": (*SHARED, "models.decoder", "models.smolvlm"),
