@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from lora_jax.models.layers.kernels.splash_backward import KERNEL_NAME as SPLASH_GRADIENTS
 from train.plan.hlo.module import bytes_of_arrays
 
 Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes it: "bf16"
@@ -269,6 +270,8 @@ KERNELS: dict[str, KernelWork] = {
     "splash_mha_fwd": KernelWork("splash attention", "fwd", _attention_flops(2)),
     "splash_mha_dq": KernelWork("splash attention", "dq", _attention_flops(3)),
     "splash_mha_dkv": KernelWork("splash attention", "dkv", _attention_flops(4)),
+    # q k^T, p^T do, do v^T, ds^T q, ds k.
+    SPLASH_GRADIENTS: KernelWork("splash attention", "bwd", _attention_flops(5)),
     "flash_fwd": KernelWork("flash attention", "fwd", _attention_flops(2, -3)),
     "flash_dq": KernelWork("flash attention", "dq", _attention_flops(3, -3)),
     "flash_dkv": KernelWork("flash attention", "dkv", _attention_flops(4, -3)),

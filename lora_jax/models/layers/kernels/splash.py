@@ -3,7 +3,8 @@
 The kernel visits blocks of queries and keys, and skips those that a mask hides completely. Tables,
 made for causal masks and windows, list the blocks to visit; within a block the kernel computes the
 mask from slots and segments. Padding is a segment of its own, so that real tokens see real tokens
-only.
+only. The backward pass is a kernel of our own where its sums fit on the chip; see
+``splash_backward``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lora_jax.models.layers.attention import (
     Implementation,
 )
 from lora_jax.models.layers.blockwise import Blockwise
+from lora_jax.models.layers.kernels.splash_backward import LANES, attend_fused, fits_chip
 from lora_jax.models.layers.kernels.splash_branches import attend_branches, missing_derivative
 from lora_jax.models.layers.masks import (
     Mask,
@@ -36,7 +38,6 @@ from lora_jax.models.layers.masks import (
     visits_scope,
 )
 
-LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 _WINDOWED = 1 << 30  # a bit of a query's slot: its layer has the window
 
 
@@ -55,6 +56,9 @@ class Splash(Implementation):
 
     Attributes:
       block: queries and keys per block at most, a multiple of 128.
+      fused: whether one kernel computes all gradients, where the chip's own memory holds those of a
+        head's keys and values: up to 16,384 keys in half precision, with heads of at most 128.
+        Otherwise, two kernels compute the gradients in more time.
       interpret: run the kernel in Python on any device, for tests.
       fallback: computes what the kernel refuses.
 
@@ -64,6 +68,7 @@ class Splash(Implementation):
     """
 
     block: int = 512
+    fused: bool = True
     interpret: bool = False
     fallback: Blockwise = Blockwise()
 
@@ -110,7 +115,8 @@ class Splash(Implementation):
         _, _, _, mask, _, cap, sinks = inputs
         _, seq, heads, _ = inputs.q.shape
         q, k, v, *segments = inputs._replace(q=inputs.scaled_queries).padded(LANES)
-        kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap)
+        fused = self.fused and fits_chip(k.shape[1], k.shape[3], v.shape[3], k.dtype)
+        kernel, visits = self._kernel(heads, q.shape[1], k.shape[1], mask, cap, fused)
         if sinks is not None:
             sinks = sinks.astype(q.dtype)  # the kernel's gradient of them has this dtype
         branched = mask.keys.branches is not None
@@ -123,6 +129,8 @@ class Splash(Implementation):
                 if branched:
                     prompt_ids = kernels.SegmentIds(*segments_that_see_prompts(*segment_ids))
                     out = attend_branches(kernel, q, k, v, [segment_ids, prompt_ids])
+                elif fused:
+                    out = attend_fused(kernel, q, k, v, segment_ids, sinks)
                 else:
                     out = kernel(q, k, v, segment_ids, sinks)
             return out.transpose(1, 0, 2)
@@ -132,11 +140,11 @@ class Splash(Implementation):
         return rows[:, :seq]
 
     def _kernel(
-        self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None
+        self, heads: int, queries: int, keys: int, mask: Mask, cap: float | None, fused: bool
     ) -> tuple[Any, str]:
         """Returns the kernel for a device's queries, and the number of blocks it visits.
 
-        The kernel takes [heads, queries, head_dim]. The number is for plans: "blocks_3_of_4";
+        The kernel takes [heads, queries, head_dim]. It has a backward pass unless ``fused``. The number is for plans: "blocks_3_of_4";
         "blocks_3_or_2_of_4" where a layer may have a window.
         """
         split = mask.split
@@ -151,8 +159,10 @@ class Splash(Implementation):
 
         def make_kernel(band: _Band) -> Any:
             """Returns the kernel for a mask with or without the window."""
-            sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size)
-            sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), key_size)
+            sizes = {"block_q": size, "block_kv": key_size}
+            if not fused:
+                sizes |= dict.fromkeys(("block_q_dkv", "block_q_dq"), size)
+                sizes |= dict.fromkeys(("block_kv_dkv", "block_kv_dq"), key_size)
             hides = band.causal or band.window is not None
             kernel = kernels.make_splash_mha(
                 kernels.MultiHeadMask(

@@ -17,6 +17,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from lora_jax.models.layers.attention import KERNEL_OUTPUT
+from lora_jax.models.layers.kernels.splash_backward import (
+    Operands,
+    compute_gradients,
+    sum_products,
+)
 
 CALLS_WITH_BRANCHES = 2  # of the kernel, for a row of prompts and completions
 _backward: Any = getattr(splash_attention_kernel, "_splash_attention_bwd", None)
@@ -75,6 +80,18 @@ def attend_branches(
         # Each call adds its terms to the gradients, given the joined output and logsumexp.
         gradients = []
         for segment_ids in segments:
+            if mask_tables[2] is None:  # the backward pass is one kernel
+                operands = Operands(
+                    q=q,
+                    k=k,
+                    v=v,
+                    segments=segment_ids,
+                    logsumexp=total,
+                    cotangent=cotangent,
+                    products=sum_products(out, cotangent),
+                )
+                gradients.append(compute_gradients(mask_tables[0], options, operands))
+                continue
             kernel_residuals = (q, k, v, segment_ids, None, out, total, *mask_tables[1:])
             _, _, _, dq, dk, dv, _, _ = _backward(**options, res=kernel_residuals, do=cotangent)
             gradients.append((dq, dk, dv))
