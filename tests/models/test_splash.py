@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from lora_jax.models.layers.attend import attend
 from lora_jax.models.layers.attention import DENSE, AttentionInputs
 from lora_jax.models.layers.kernels.cudnn import Cudnn
 from lora_jax.models.layers.kernels.splash import Splash, _Band
+from lora_jax.models.layers.kernels.splash_backward import fits_chip
 from lora_jax.models.layers.masks import Mask, Split
 from lora_jax.training.layout import Layout
 from tests.support import assert_close, draw, over
@@ -22,6 +24,7 @@ from train.plan.flops.jaxpr import count_flops
 from train.processes.mesh import make_mesh
 
 SPLASH = Splash(block=128, interpret=True)
+TWO_KERNELS = dataclasses.replace(SPLASH, fused=False)  # JAX's backward pass
 
 
 def differentiated(case: AttentionShape, how: Any, some: bool | None = None, **options: Any) -> Any:
@@ -51,6 +54,51 @@ def test_the_kernel_computes_what_dense_attention_does(name: str) -> None:
     want = differentiated(case, "dense", some)
     assert_close(differentiated(case, SPLASH, some), want, 1e-5)
     assert all(np.abs(x).max() > 1e-2 for x in want)
+
+
+@over("name", MASKS, often=["a prompt and completions"])
+def test_two_kernels_compute_the_same_gradients(name: str) -> None:
+    """As they do where the chip's own memory cannot hold the gradients of all keys."""
+    case, some = MASKS[name]
+    assert_close(differentiated(case, TWO_KERNELS, some), differentiated(case, SPLASH, some), 1e-5)
+
+
+def test_gradients_in_bf16_are_as_exact_as_those_of_two_kernels() -> None:
+    """Sums are fp32 in both, over several blocks of keys."""
+    case = AttentionShape(512, batch=2, kv_heads=1, group=2)
+    half = tuple(x.astype(jnp.bfloat16) for x in case.arrays())
+    cotangent = draw(4, half[0].shape).astype(jnp.bfloat16)
+
+    def gradients(how: Any, arrays: Any) -> Any:
+        loss = lambda *x: jnp.sum((how(*x, case.mask()) * cotangent).astype(jnp.float32))  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+    with jax.numpy_dtype_promotion("standard"):
+        exact = gradients(DENSE, [x.astype(jnp.float32) for x in half])
+        errors = [
+            [float(jnp.abs(x - y).mean()) for x, y in zip(gradients(how, half), exact, strict=True)]
+            for how in (SPLASH, TWO_KERNELS)
+        ]
+    np.testing.assert_allclose(*errors, rtol=0.02)
+
+
+BF16, FP32 = jnp.bfloat16, jnp.float32
+FITS = [  # keys, head_dim, value_dim, dtype
+    ((16384, 128, 128, BF16), True),
+    ((16384, 64, 64, BF16), True),
+    ((16512, 64, 64, BF16), False),  # heads fill whole lanes
+    ((16384, 192, 128, BF16), False),
+    ((8192, 256, 256, BF16), True),
+    ((8192, 128, 128, FP32), True),
+    ((16384, 128, 128, FP32), False),
+]
+
+
+@pytest.mark.parametrize(("sizes", "fits"), FITS)
+def test_the_chip_holds_the_gradients_of_a_head(sizes: Any, fits: bool, monkeypatch: Any) -> None:
+    assert fits_chip(*sizes) == fits
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v4")])
+    assert not fits_chip(*sizes)
 
 
 @pytest.mark.slow
@@ -164,10 +212,11 @@ def check_band(causal: bool, window: int | None, parts: Any, some: bool | None) 
     assert band.visits(24, 32) == (visited, 48)
 
 
-def test_plans_count_what_the_kernel_visits() -> None:
-    """The jaxpr of a gradient: two products forward, seven backward, of the blocks visited."""
+@pytest.mark.parametrize(("fused", "products"), [(True, 2 + 5), (False, 2 + 7)])
+def test_plans_count_what_the_kernel_visits(fused: bool, products: int) -> None:
+    """The jaxpr of a gradient: products forward and backward, of the blocks visited."""
     case = AttentionShape(640, batch=2, kv_heads=2, group=2, window=200)
-    how = Splash(block=128)
+    how = Splash(block=128, fused=fused)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(how(q, k, v, case.mask()) ** 2)
@@ -176,8 +225,8 @@ def test_plans_count_what_the_kernel_visits() -> None:
     pairs = how.pairs(640, window=200)
     assert pairs == (5 + 4 + 3) * 128**2  # a window of 200 reaches into the second block before
     count = count_flops(traced.jaxpr)
-    of_sums = 2 * (2 * 4) * 640 * 7  # of results times their gradients
-    assert count.exact and count.flops == 9 * 2 * (2 * 4) * 7 * pairs + of_sums
+    of_sums = 0 if fused else 2 * (2 * 4) * 640 * 7  # JAX's, of results times their gradients
+    assert count.exact and count.flops == products * 2 * (2 * 4) * 7 * pairs + of_sums
 
 
 CUDNN = {

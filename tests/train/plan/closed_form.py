@@ -28,7 +28,8 @@ _PROJECTED = r"attn/((q|k|v|qkv|q_a|q_b|kv_b|o|out)_proj|kv_a_proj_with_mqa|c_at
 _KEPT = {"full": None, "offload": None, "attention": None, "projections": re.compile(_PROJECTED)}
 _KEPT["products"] = re.compile(rf"{_PROJECTED}|(?<!experts/)(gate|up|gate_up)_proj/|mlp/c_fc/")
 _OF_BLOCKS |= dict.fromkeys(_KEPT, 4.5)
-# Of a kernel's products: two forward, once more with rematerialisation, and seven backward.
+# Of a kernel's products: two forward, once more with rematerialisation, and seven backward; five by
+# splash attention.
 _OF_KERNELS = {
     **dict.fromkeys(("none", "products", "projections", "attention"), 4.5),
     "dots_saveable": 5.5,
@@ -137,7 +138,8 @@ def step_flops(
         if windowed:
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / (whole + windowed)
-        return total + pair * pairs * (1 if forward else _OF_KERNELS[remat])
+        passes = _OF_KERNELS[remat] - isinstance(attention, Splash)
+        return total + pair * pairs * (1 if forward else passes)
     return total + pair * seq**2 * passes
 
 

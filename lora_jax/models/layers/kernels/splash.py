@@ -144,8 +144,8 @@ class Splash(Implementation):
     ) -> tuple[Any, str]:
         """Returns the kernel for a device's queries, and the number of blocks it visits.
 
-        The kernel takes [heads, queries, head_dim]. It has a backward pass unless ``fused``. The number is for plans: "blocks_3_of_4";
-        "blocks_3_or_2_of_4" where a layer may have a window.
+        The kernel takes [heads, queries, head_dim]. It has a backward pass unless ``fused``. The
+        number is for plans: "blocks_3_of_4"; "blocks_3_or_2_of_4" where a layer may have a window.
         """
         split = mask.split
         window = mask.window
@@ -159,7 +159,7 @@ class Splash(Implementation):
 
         def make_kernel(band: _Band) -> Any:
             """Returns the kernel for a mask with or without the window."""
-            sizes = {"block_q": size, "block_kv": key_size}
+            sizes: dict[str, Any] = {"block_q": size, "block_kv": key_size}
             if not fused:
                 sizes |= dict.fromkeys(("block_q_dkv", "block_q_dq"), size)
                 sizes |= dict.fromkeys(("block_kv_dkv", "block_kv_dq"), key_size)

@@ -24,10 +24,12 @@ from lora_jax.models.layers.attention import KERNEL_OUTPUT
 
 KERNEL_NAME = "splash_gradients"  # in compiled programs
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
-# The chip's own memory is 128 MiB on v5e and v6e, and 64 MiB on v5p and v7. A kernel may use 16 MiB
-# by default. This kernel may use as much for its blocks, and the gradients of keys beside them.
+# The chip's own memory is 128 MiB on v5e and v6e, 64 MiB on v5p and v7, and 16 MiB before v5. A
+# kernel may use 16 MiB by default. This kernel may use as much for its blocks, and beside them the
+# gradients of keys and values.
 _BLOCK_BYTES = 16 * 2**20
 _MAX_GRADIENT_BYTES = 32 * 2**20
+_SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 
 
 class Operands(NamedTuple):
@@ -52,18 +54,21 @@ class Operands(NamedTuple):
     products: jax.Array
 
 
-def bytes_of_gradients(keys: int, head_dim: int, value_dim: int, dtype: Any) -> int:
+def fits_chip(keys: int, head_dim: int, value_dim: int, dtype: Any) -> bool:
+    """Returns True if the chip's own memory can hold the gradients of a head's keys and values."""
+    if jax.devices()[0].device_kind in _SMALL_CHIPS:
+        return False
+    return _bytes_of_gradients(keys, head_dim, value_dim, dtype) <= _MAX_GRADIENT_BYTES
+
+
+def _bytes_of_gradients(keys: int, head_dim: int, value_dim: int, dtype: Any) -> int:
     """Returns the bytes that the gradients of a head's keys and values take on the chip.
 
     The sums are fp32. Two buffers in the dtype of the keys hold what is written to main memory.
     """
     lanes = sum(size + -size % LANES for size in (head_dim, value_dim))
-    return keys * lanes * (4 + 2 * jnp.dtype(dtype).itemsize)
-
-
-def fits_chip(keys: int, head_dim: int, value_dim: int, dtype: Any) -> bool:
-    """Returns True if the chip's own memory can hold the gradients of a head's keys and values."""
-    return bytes_of_gradients(keys, head_dim, value_dim, dtype) <= _MAX_GRADIENT_BYTES
+    itemsize: int = jnp.dtype(dtype).itemsize
+    return keys * lanes * (4 + 2 * itemsize)
 
 
 def attend_fused(
@@ -152,32 +157,26 @@ def compute_gradients(
     slots = [] if tables.q_sequence is None else [tables.q_sequence[None]]
 
     # The grid: heads of keys, their heads of queries, blocks of queries, visited blocks of keys.
-    def query_index(kv_head: Any, member: Any, query_block: Any, *_: Any) -> tuple[Any, ...]:
-        return kv_head * group + member, query_block, 0
-
-    def row_index(kv_head: Any, member: Any, query_block: Any, *_: Any) -> tuple[Any, ...]:
-        return kv_head * group + member, 0, query_block
-
-    def slot_index(kv_head: Any, member: Any, query_block: Any, *_: Any) -> tuple[Any, ...]:
-        return 0, query_block
-
     def key_block(query_block: Any, step: Any, visits: Any) -> Any:
         return visits[0][0, query_block, step].astype(jnp.int32) if visits else step
 
-    def key_index(kv_head: Any, _: Any, query_block: Any, step: Any, *visits: Any) -> Any:
-        return kv_head, key_block(query_block, step, visits), 0
-
-    def key_segment_index(_: Any, member: Any, query_block: Any, step: Any, *visits: Any) -> Any:
-        return key_block(query_block, step, visits), 0
-
-    def gradient_index(kv_head: Any, *_: Any) -> tuple[Any, ...]:
-        return kv_head, 0, 0
-
-    query_spec = pl.BlockSpec((None, query_size, head_dim), query_index)
-    row_spec = pl.BlockSpec((None, 1, query_size), row_index)
-    slot_spec = pl.BlockSpec((1, query_size), slot_index)
+    query_spec = pl.BlockSpec(
+        (None, query_size, head_dim), lambda head, member, i, *_: (head * group + member, i, 0)
+    )
+    row_spec = pl.BlockSpec(
+        (None, 1, query_size), lambda head, member, i, *_: (head * group + member, 0, i)
+    )
+    slot_spec = pl.BlockSpec((1, query_size), lambda head, member, i, *_: (0, i))
+    key_spec, value_spec = (
+        pl.BlockSpec(
+            (None, key_size, size),
+            lambda head, member, i, step, *visits: (head, key_block(i, step, visits), 0),
+        )
+        for size in (head_dim, value_dim)
+    )
     gradient_specs = [
-        pl.BlockSpec((None, n_keys, size), gradient_index) for size in (head_dim, value_dim)
+        pl.BlockSpec((None, n_keys, size), lambda head, *_: (head, 0, 0))
+        for size in (head_dim, value_dim)
     ]
     call = pl.pallas_call(
         functools.partial(
@@ -191,13 +190,16 @@ def compute_gradients(
             grid=(kv_heads, group, n_queries // query_size, n_steps),
             in_specs=[
                 query_spec,
-                pl.BlockSpec((None, key_size, head_dim), key_index),
-                pl.BlockSpec((None, key_size, value_dim), key_index),
-                pl.BlockSpec((None, query_size, value_dim), query_index),
+                key_spec,
+                value_spec,
+                pl.BlockSpec((None, query_size, value_dim), query_spec.index_map),
                 row_spec,
                 row_spec,
                 slot_spec,
-                pl.BlockSpec((key_size, 1), key_segment_index),
+                pl.BlockSpec(
+                    (key_size, 1),
+                    lambda head, member, i, step, *visits: (key_block(i, step, visits), 0),
+                ),
                 *[slot_spec for _ in slots],
             ],
             out_specs=[query_spec, *gradient_specs],
@@ -211,7 +213,7 @@ def compute_gradients(
         compiler_params=tpu.CompilerParams(
             dimension_semantics=("arbitrary",) * 4,
             vmem_limit_bytes=_BLOCK_BYTES
-            + bytes_of_gradients(n_keys, head_dim, value_dim, k.dtype),
+            + _bytes_of_gradients(n_keys, head_dim, value_dim, k.dtype),
         ),
         interpret=options["interpret"],
         name=KERNEL_NAME,
@@ -240,10 +242,8 @@ def _add_block(*refs: Any, n_tables: int, mask_function: Any, cap: float | None)
       mask_function: tells which slots of queries see which slots of keys; None if all do.
       cap: the cap of scores.
     """
-    tables, (q, k, v, cotangent, logsumexp, products, query_segments, key_segments, *rest) = (
-        refs[:n_tables],
-        refs[n_tables:],
-    )
+    tables = refs[:n_tables]
+    q, k, v, cotangent, logsumexp, products, query_segments, key_segments, *rest = refs[n_tables:]
     *slots, dq, dk, dv, dq_sum, dk_sum, dv_sum = rest
     _, member, query_block, step = (pl.program_id(axis) for axis in range(4))
     n_members, n_query_blocks, n_steps = (pl.num_programs(axis) for axis in (1, 2, 3))
@@ -268,7 +268,7 @@ def _add_block(*refs: Any, n_tables: int, mask_function: Any, cap: float | None)
     def _add() -> None:
         start = pl.multiple_of(key_block * key_size, key_size)
         scores = _multiply(k[...], q[...], 1, 1)  # [keys, queries]
-        slope = 1.0
+        slope = None
         if cap is not None:
             bounded = jnp.tanh(scores / cap)
             scores = cap * bounded
@@ -279,7 +279,9 @@ def _add_block(*refs: Any, n_tables: int, mask_function: Any, cap: float | None)
             query_slots = jnp.broadcast_to(query_slots[...], scores.shape)
             visible = visible & mask_function(query_slots, key_slots)
         weights = jnp.where(visible, jnp.exp(scores - logsumexp[...]), 0.0)
-        gradient = weights * (_multiply(v[...], cotangent[...], 1, 1) - products[...]) * slope
+        gradient = weights * (_multiply(v[...], cotangent[...], 1, 1) - products[...])
+        if slope is not None:
+            gradient = gradient * slope
         weights, gradient = weights.astype(v.dtype), gradient.astype(k.dtype)
         keys = pl.ds(start, key_size)
         dv_sum[keys, :] += _multiply(weights, cotangent[...], 1, 0)
