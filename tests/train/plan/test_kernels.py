@@ -4,16 +4,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 import lora_jax
+from lora_jax.models.layers.kernels import splash_backward
 from lora_jax.quantized import ragged, rows
+from train.plan.clock.read import read_clock
 from train.plan.clock.work import work_of
 from train.plan.flops.jaxpr import count_flops
-from train.plan.hlo.kernels import KERNELS, kernel_lines, unlisted_kernels
+from train.plan.hlo.kernels import KERNELS, KernelCall, kernel_lines, unlisted_kernels
 
-OWN_FILES = ["quantized/ragged.py", "quantized/rows.py"]
+OWN_FILES = [
+    "models/layers/kernels/splash_backward.py",
+    "quantized/ragged.py",
+    "quantized/rows.py",
+]
 # As the TPU compiler writes them: attributes have lines of their own, which begin with brackets.
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -124,9 +131,27 @@ def test_kernels_of_our_own_cost_the_cycles_of_their_schedule() -> None:
     folder = Path(lora_jax.__file__).parent
     files = [file for file in folder.rglob("*.py") if "pallas_call(" in file.read_text()]
     assert sorted(file.relative_to(folder).as_posix() for file in files) == OWN_FILES
-    own = [name for name in KERNELS if name.startswith((rows.KERNEL_NAME, ragged.KERNEL_NAME))]
-    assert len(own) == 4
+    prefixes = (rows.KERNEL_NAME, ragged.KERNEL_NAME, splash_backward.KERNEL_NAME)
+    own = [name for name in KERNELS if name.startswith(prefixes)]
+    assert len(own) == 5
     assert all(KERNELS[name].cycles for name in own)
+
+
+@pytest.mark.parametrize(("head_dim", "cycles"), [(64, 2700), (128, 5120), (256, 10240)])
+def test_one_backward_kernel_costs_no_less_than_those_of_jax(head_dim: int, cycles: int) -> None:
+    """Narrow heads fill half of the matrix units: the schedule of a block takes longer."""
+    floats = [("bf16", (4, 1024, head_dim)), ("bf16", (2, 1024, head_dim))]
+    call = KernelCall("splash_gradients.3", "blocks_3_of_4/x", (("s8", (1, 2, 2)), *floats))
+    kernel = KERNELS["splash_gradients"]
+    assert kernel.flops(call) == 5 * 2 * head_dim * 4 * 3 * 512**2
+    assert kernel.cycles is not None and kernel.cycles(call) == 4 * 3 * cycles
+
+
+def test_faster_matrix_units_take_less_time_for_one_backward_kernel() -> None:
+    text = TEXT.replace("NAME", "other").replace("splash_mha_dq_segmented", "splash_gradients")
+    v5e = read_clock(text)
+    v6e = read_clock(text, clock=1.75e9, peak=918e12, memory=1e15)
+    np.testing.assert_allclose(v5e.kernels / v6e.kernels, 918 / 197, rtol=1e-12)
 
 
 CODED_RAGGED = """HloModule jit_step, is_scheduled=true

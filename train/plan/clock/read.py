@@ -103,7 +103,9 @@ def read_clock(
     """
     rates: DeviceRates | None = None
     if clock is not None:
-        rates = DeviceRates(clock=clock, kernel=kernel_share * peak, link=link, memory=memory)
+        rates = DeviceRates(
+            clock=clock, peak=peak, kernel=kernel_share * peak, link=link, memory=memory
+        )
     try:
         module = HloModule(text)
         origins = KernelOrigins(module) if finds_attention else None

@@ -24,7 +24,7 @@ from train.plan.clock.groups import (
 from train.plan.clock.traffic import Traffic, moved_between_memories, traffic_of
 from train.plan.hlo.collectives import COLLECTIVES as KINDS_SENT
 from train.plan.hlo.collectives import LATER_PARTS, collective_kind, sent_bytes
-from train.plan.hlo.kernels import KernelCall, kernel_flops, kernel_of
+from train.plan.hlo.kernels import FLOPS_PER_CYCLE, KernelCall, kernel_flops, kernel_of
 from train.plan.hlo.module import (
     PARSE_ERRORS,
     Computation,
@@ -62,12 +62,14 @@ class DeviceRates(NamedTuple):
 
     Attributes:
       clock: cycles that the compiler counts.
+      peak: FLOPs of the matrix units.
       kernel: FLOPs of kernels, whose cycles it does not know; an assumption.
       link: bytes that a device sends in collectives; an assumption.
       memory: bytes that kernels read and write, where these decide; an assumption.
     """
 
     clock: float
+    peak: float
     kernel: float
     link: float
     memory: float
@@ -295,9 +297,10 @@ class Walk:
                 timeline.count_unknown(op)
             seconds = flops / self.rates.kernel
             if kernel and kernel.cycles:
-                seconds = max(
-                    kernel.cycles(call) / self.rates.clock, traffic.all / self.rates.memory
-                )
+                clock = self.rates.clock
+                if kernel.fills_units:
+                    clock = self.rates.peak / FLOPS_PER_CYCLE
+                seconds = max(kernel.cycles(call) / clock, traffic.all / self.rates.memory)
         timeline.kernels += seconds
         cost = Cost(seconds=seconds, flops=flops, bytes=traffic.all, memory=traffic.memory)
         timeline.spend(group_of(self.module, op, computation), cost)

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from lora_jax.models.layers.kernels.splash_backward import KERNEL_NAME as SPLASH_GRADIENTS
 from train.plan.hlo.module import bytes_of_arrays
+from train.plan.machines import KERNEL_SHARE
 
 Array = tuple[str, tuple[int, ...]]  # (dtype, shape), the dtype as HLO writes it: "bf16"
 
+FLOPS_PER_CYCLE = 2**17  # of a v5e's matrix units
 # Targets of custom calls that are kernels; XLA's own helpers have others.
 TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
 
@@ -41,6 +43,8 @@ class KernelWork(NamedTuple):
       flops: counts the FLOPs of a call.
       unread: counts the bytes of operands that a call does not read.
       cycles: counts the cycles of a call, of a kernel whose FLOPs do not say what it takes.
+      fills_units: whether matrix units limit the kernel. Then `cycles` are those of a v5e, and
+        another device takes as much less time as its peak is higher.
     """
 
     label: str
@@ -48,6 +52,7 @@ class KernelWork(NamedTuple):
     flops: Callable[[KernelCall], int]
     unread: Callable[[KernelCall], int] = lambda _: 0
     cycles: Callable[[KernelCall], float] | None = None
+    fills_units: bool = False
 
 
 def kernel_of(call: KernelCall) -> KernelWork | None:
@@ -133,6 +138,24 @@ def _floating_shapes(operands: Sequence[Array]) -> list[tuple[int, ...]]:
     return [shape for dtype, shape in operands if dtype.startswith(("f", "bf"))]
 
 
+# The backward pass of splash attention as one kernel, by the compiler's schedule on v5e.
+_GRADIENT_BLOCK = 512 * 512  # queries times keys
+_GRADIENT_CYCLES = 2700  # of a block and 128 features of a head, or fewer
+_gradient_flops = _attention_flops(5)  # q k^T, p^T do, do v^T, ds^T q, ds k
+
+
+def _gradient_cycles(call: KernelCall) -> float:
+    """Returns the cycles of a backward pass, at the share of the peak that others reach at most.
+
+    A schedule has no waits. So the kernel's price is never below that of JAX's attention kernels.
+    """
+    query_shape, key_shape, *_ = _floating_shapes(call.operands)
+    n_scores = math.prod(query_shape[:-1]) * key_shape[-2]
+    n_blocks = n_scores * _visited_block_share(call.scope) / _GRADIENT_BLOCK
+    scheduled = _GRADIENT_CYCLES * n_blocks * math.ceil(query_shape[-1] / 128)
+    return max(scheduled, _gradient_flops(call) / (KERNEL_SHARE * FLOPS_PER_CYCLE))
+
+
 # Products of the rows of groups (`jax.lax.ragged_dot`)
 
 
@@ -215,7 +238,6 @@ def _coded_rows_kernel(part: str, cycles_per_1024: float) -> KernelWork:
 
 _DECODE_CYCLES = 3.2  # for 1,024 weights, by the compiler's schedule on v5e
 _LOOK_UP_CYCLES = 5.2  # for 1,024 weights whose values are in a table
-_FLOPS_PER_CYCLE = 2**17  # of a v5e's matrix units
 _SCHEDULE_OVERHEAD = 1.05  # of loops, and of the padding of tiles
 _BLOCK_ROWS = 64  # rows that are multiplied at a time, if one of them belongs to an expert
 
@@ -241,7 +263,7 @@ def _coded_ragged_cycles(cycles_per_1024: float) -> Callable[[KernelCall], float
         decoding = cycles_per_1024 * n_experts * n_in * n_out / 1024
         n_multiplied_rows = n_rows + n_experts * _BLOCK_ROWS
         flops = 2 * n_multiplied_rows * n_in * n_out
-        return decoding + _SCHEDULE_OVERHEAD * flops / _FLOPS_PER_CYCLE
+        return decoding + _SCHEDULE_OVERHEAD * flops / FLOPS_PER_CYCLE
 
     return cycles
 
@@ -270,8 +292,13 @@ KERNELS: dict[str, KernelWork] = {
     "splash_mha_fwd": KernelWork("splash attention", "fwd", _attention_flops(2)),
     "splash_mha_dq": KernelWork("splash attention", "dq", _attention_flops(3)),
     "splash_mha_dkv": KernelWork("splash attention", "dkv", _attention_flops(4)),
-    # q k^T, p^T do, do v^T, ds^T q, ds k.
-    SPLASH_GRADIENTS: KernelWork("splash attention", "bwd", _attention_flops(5)),
+    SPLASH_GRADIENTS: KernelWork(
+        label="splash attention",
+        part="bwd",
+        flops=_gradient_flops,
+        cycles=_gradient_cycles,
+        fills_units=True,
+    ),
     "flash_fwd": KernelWork("flash attention", "fwd", _attention_flops(2, -3)),
     "flash_dq": KernelWork("flash attention", "dq", _attention_flops(3, -3)),
     "flash_dkv": KernelWork("flash attention", "dkv", _attention_flops(4, -3)),
