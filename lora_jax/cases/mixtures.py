@@ -102,6 +102,21 @@ def mixture_cases(
     ]
 
 
+def mix_in_parts(mixture: Mixture, n_parts: int = 2) -> Mixture:
+    """Returns a mixture that runs its parts one after another, as several devices do at once."""
+
+    def mix(x: Any, weights: Any, chosen: Any, kernels: Any, biases: Any) -> jax.Array:
+        part_experts = kernels[0].shape[0] // n_parts
+        total = jnp.zeros_like(x)
+        for first in range(0, n_parts * part_experts, part_experts):
+            part_kernels = tuple(kernel[first : first + part_experts] for kernel in kernels)
+            part_choice = chosen - first  # experts of other parts are outside the range
+            total += mixture(x, weights, part_choice, part_kernels, biases, shares=n_parts)
+        return total
+
+    return mix
+
+
 def mix_densely(x: Any, weights: Any, chosen: Any, kernels: Any, _: Any) -> jax.Array:
     """Returns a mixture by products of all tokens with all experts."""
     gate, up, down = kernels

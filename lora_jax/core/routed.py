@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.magnitude import accumulation_dtype
+
 # Names of the functions below, as equations have them.
 MULTIPLY_ROWS, SUM_PRODUCTS = "lora_multiply_rows", "lora_sum_products"
 
@@ -173,7 +175,7 @@ _sum_rows.defvjp(_sum_rows_forward, _sum_rows_backward)
 
 def _sum_rows_of_tokens(rows: jax.Array, rows_of_token: jax.Array) -> jax.Array:
     """Returns the sum of each token's rows, fp32; missing rows count as zeros."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    dtype = accumulation_dtype(rows.dtype)
 
     def read(indices: jax.Array) -> jax.Array:
         return rows.at[indices].get(mode="fill", fill_value=0).astype(dtype)

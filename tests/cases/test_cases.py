@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import relative_error
-from lora_jax.cases.mixtures import gated, mixture_cases
+from lora_jax.cases.mixtures import gated, mix_in_parts, mixture_cases
 from lora_jax.cases.products import (
     few_rows_cases,
     multiply_coded,
@@ -232,7 +232,9 @@ def test_mixtures(experts: Any) -> None:
 
     cases = mixture_cases(jnp.bfloat16, "cpu", shape=(4, 16, 2), width=32, inner=16)
     for case in cases:
-        assert case.compare(make_mixture(gated, experts)).holds, case.name
+        mixture = make_mixture(gated, experts)
+        assert case.compare(mixture).holds, case.name
+        assert case.compare(mix_in_parts(mixture)).holds, case.name
     assert not cases[0].compare(make_mixture(gated, unsorted)).holds
 
 

@@ -1,5 +1,6 @@
 """The checks of kernels, by group: each row compares one kernel with dense arithmetic."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax.cases.attention import attention_cases
 from lora_jax.cases.case import Case, Deviation
-from lora_jax.cases.mixtures import gated, mixture_cases
+from lora_jax.cases.mixtures import gated, mix_in_parts, mixture_cases
 from lora_jax.cases.products import (
     few_rows_cases,
     multiply_coded,
@@ -88,7 +89,15 @@ def expert_rows(experts: Any = None) -> list[CheckRow]:
     if experts is None and platform != "tpu":
         return [_not_applicable("experts", "auto chooses blocks, which is no kernel")]
     mixture = make_mixture(gated, experts or apply_ragged)
-    return _rows_of_cases(mixture_cases(jnp.bfloat16, platform), mixture, devices)
+    cases = mixture_cases(jnp.bfloat16, platform)
+    part_cases = [
+        dataclasses.replace(case, name=case.name.replace("experts", "experts in parts"))
+        for case in cases
+    ]
+    return [
+        *_rows_of_cases(cases, mixture, devices),
+        *_rows_of_cases(part_cases, mix_in_parts(mixture), devices),
+    ]
 
 
 def mesh_rows() -> list[CheckRow]:

@@ -67,9 +67,9 @@ def _multiply_rows(_: Interpreter, use: Use) -> Outcome:
 
 def _sum_products(_: Interpreter, use: Use) -> Outcome:
     """Sums products; the z of each token's rows are brought to the token before B is applied."""
-    rows, row_weights, weight, *routing_arrays = use.values
+    rows, weights, weight, *routing_arrays = use.values
     routing = Routing(*routing_arrays)
-    operands = SumOfProducts(rows, row_weights, weight, routing)
+    operands = SumOfProducts(rows, weights, weight, routing)
     if not _have_dense_form([weight]):
         return None
     out = _base_product(weight, routing)(operands.rows)
@@ -77,9 +77,11 @@ def _sum_products(_: Interpreter, use: Use) -> Outcome:
     vector_of_row = _vectors_of_rows(routing)
     if weight.gain is not None:
         out = rescale_columns(out, vector_of_row(weight.gain))
-        b = b.astype(accumulation_dtype(b.dtype)) * weight.gain[:, None]
+        dtype = accumulation_dtype(b.dtype)
+        b = b.astype(dtype) * weight.gain[:, None].astype(dtype)
     if weight.shift is not None:
-        shift = vector_of_row(weight.shift) * operands.weights[:, None]
+        row_weights = operands.weights[:, None]
+        shift = vector_of_row(weight.shift).astype(row_weights.dtype) * row_weights
         out = out + shift.astype(out.dtype)
     sums = sum_rows(out, routing)
     with jax.named_scope(FACTORS):

@@ -189,8 +189,7 @@ def _run_experts(experts: Experts, gated: GatedActivation, turn: _Turn) -> jax.A
     # Rows of no expert have a weight of 0, so that any expert will do.
     expert_of_row = jnp.minimum(turn.routing.expert_of_row, turn.kernels[0].shape[0] - 1)
     out = experts(gated, rows, expert_of_row, *turn.kernels, **bias_option)
-    out = out.astype(jnp.promote_types(out.dtype, turn.weights.dtype))
-    return sum_rows(out * turn.weights[:, None], turn.routing)
+    return sum_rows(_weighted(out, turn.weights), turn.routing)
 
 
 def _run_by_kernels(gated: GatedActivation, turn: _Turn) -> jax.Array:
@@ -210,13 +209,18 @@ def _run_by_kernels(gated: GatedActivation, turn: _Turn) -> jax.Array:
             for product, bias in zip(products, up_biases, strict=True)
         ]
     features = gated(*(name_mlp_product(product, PRODUCTS) for product in products))
-    weighted = (features.astype(turn.weights.dtype) * turn.weights[:, None]).astype(features.dtype)
+    weighted = _weighted(features, turn.weights).astype(features.dtype)
     sums = sum_products(SumOfProducts(weighted, turn.weights, down_kernel, routing))
     if not turn.biases:
         return sums
-    return sums + sum_rows(_vector_of_row(down_bias, routing) * turn.weights[:, None], routing)
+    return sums + sum_rows(_weighted(_vector_of_row(down_bias, routing), turn.weights), routing)
 
 
 def _vector_of_row(vectors: jax.Array, routing: Routing) -> jax.Array:
     """Returns the vector of each row's expert, from [experts, …]; zeros for rows of no expert."""
     return vectors.at[routing.expert_of_row].get(mode="fill", fill_value=0)
+
+
+def _weighted(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns rows times their routing weights, in the dtype of the weights."""
+    return rows.astype(weights.dtype) * weights[:, None]
