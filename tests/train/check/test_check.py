@@ -218,8 +218,8 @@ def test_ctrl_c_prints_the_table_so_far(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_cpu_as_a_device(tmp_path: Path) -> None:
     """Two steps of 2,048 tokens, whose memory is within a quarter of the plan."""
-    process = start("--minutes", "2", "--json", folder=tmp_path)
-    out, err = process.communicate(timeout=300)
+    process = start("--minutes", "6", "--json", folder=tmp_path)
+    out, err = process.communicate(timeout=600)
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
     assert process.returncode == 0, err
     assert rows["steps: two, of 2,048 tokens"]["state"] == HOLDS
