@@ -1,5 +1,6 @@
 """Rematerialisation of long rows: inputs in the host's memory, MLPs by chunks."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,15 +9,25 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.adapt import eqns
 from lora_jax.core import product
-from lora_jax.models import Decoder
+from lora_jax.models import Decoder, init_cache
 from lora_jax.models.layers import trunk
 from lora_jax.models.layers.kernels import flash, flash_call
 from lora_jax.models.layers.kernels.flash import Flash
 from lora_jax.models.layers.kernels.splash import Splash
+from lora_jax.quantized import quantize
 from tests.models import tiny
 from tests.models.test_flash import run_plain
-from tests.support import array, assert_close, draw, equations, over
+from tests.support import (
+    array,
+    assert_close,
+    assert_identical,
+    draw,
+    equations,
+    over,
+    with_random_factors,
+)
 from train.plan.flops.jaxpr import count_flops
 
 CASE = "llama with biases"
@@ -96,6 +107,80 @@ def test_products_with_a_are_not_computed_again(
     ]
     # A of q_proj and of gate_proj; and, once in the backward pass, B of down_proj.
     assert len(products) == 2 * times + 1
+
+
+def split_steps(
+    adapted: Any, remat: bool | str, config: Any = None, dtype: Any = jnp.float32
+) -> Any:
+    """As `loss_and_gradient`, compiled, under `strict`, where nothing is merged."""
+    model = Decoder(config or tiny.config(CASE), dtype, dtype, remat)
+    forward = lj.adapt(lambda params, ids: model.apply({"params": params}, ids), strict=True)
+    trained, base = adapted
+    loss = lambda trained: jnp.mean(forward(lj.join(trained, base), IDS) ** 2)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@over(
+    "remat",
+    [f"{policy}:{n}" for policy in ("products", "projections", "attention") for n in (1, 2)],
+    often=["products:1"],
+)
+def test_a_policy_for_some_layers_changes_no_value(adapted: Any, remat: str, float64: None) -> None:
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), adapted)
+    steps = [split_steps(wide, policy, dtype=jnp.float64) for policy in (remat, "projections")]
+    assert_close(*(step(wide[0]) for step in steps), 1e-12)
+
+
+@pytest.mark.parametrize("codes", ["int8", "nf4"])
+def test_quantized_stacks_are_indexed_in_codes(codes: str) -> None:
+    config = dataclasses.replace(tiny.config(CASE), hidden_size=64, intermediate_size=128)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), IDS)["params"]
+    params = jax.tree.map(lambda leaf: draw(leaf.size, leaf.shape), shapes)
+    rule = lj.LoraRule(targets=["gate_proj", "up_proj"], rank=3, alpha=5)
+    adapted = lj.split(with_random_factors(lj.lorafy(quantize(params, codes), [rule])))
+    steps = [split_steps(adapted, policy, config) for policy in ("products:1", "products")]
+    assert_close(*(step(adapted[0]) for step in steps), 1e-5)
+    stacks = {
+        eqn.primitive.name
+        for eqn in equations(steps[0].trace(adapted[0]).jaxpr)
+        for result in eqn.outvars
+        if result.aval.shape == (3, 64, 128)
+    }
+    assert not stacks, "a stack that is dequantized as a whole, or sliced"
+
+
+def test_some_layers_keep_more_and_no_stack_is_sliced(adapted: Any) -> None:
+    """Of three layers, the backward pass computes gate and up of one again; A's are scanned."""
+    products = {
+        remat: count_flops(split_steps(adapted, remat).trace(adapted[0]).jaxpr).flops
+        for remat in ("projections", "products:2", "products")
+    }
+    most, some, least = products.values()
+    assert most > some > least and (some - least) * 2 == most - some
+    jaxpr = split_steps(adapted, "products:2").trace(adapted[0]).jaxpr
+    kernels = {(24, 37), (37, 24), (24, 60), (60, 24), (24, 20)}
+    slices = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "slice"]
+    shapes = {eqn.outvars[0].aval.shape[1:] for eqn in slices}
+    assert shapes.isdisjoint(kernels) and (3, 37) in shapes
+    # No scan sums gradients of A, [3, 3, 24], or of B in a carry.
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name == "scan":
+            _, carries, _ = eqns.read_scan(eqn).split(eqn.invars)
+            assert {v.aval.shape for v in carries}.isdisjoint({(3, 3, 24), (3, 3, 37)})
+
+
+def test_a_cache_is_filled_by_one_scan(adapted: Any) -> None:
+    model, params = tiny.decoder(CASE)
+    split = model.clone(remat="products:1")
+    cache = init_cache(model.config, 2, 24)
+    results = [jax.jit(m.apply)({"params": params}, IDS, cache=cache) for m in (model, split)]
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("remat", ["products:3", "products:0", "products:x", "full:1", "products:"])
+def test_a_number_of_layers_is_less_than_all(adapted: Any, remat: str) -> None:
+    with pytest.raises(ValueError, match=f"no remat policy '{remat}' for 3 layers.*from 1 to 2"):
+        gradient(adapted, remat)
 
 
 KERNELS = {"splash": Splash(block=128, interpret=True), "flash": Flash()}

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from lora_jax.bank.together.stack import Stack
@@ -99,6 +100,19 @@ def test_what_fits_is_kept_and_a_resumed_run_keeps_it(
     options[at + 1] = "none"
     message = fails(capsys, main, *options, "--steps", "5", "--resume")
     assert "--remat was full and is now none" in message
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_number_of_layers(inputs, tmp_path, compiled, capsys):
+    for policy, name in (("none", "none"), ("products:1", "some")):
+        options = [*inputs, "--output", str(tmp_path / name)]
+        main([*options, "--remat", policy])
+        main([*options, "--steps", "3", "--resume", "--remat", "auto"])
+    assert compiled == [False] * 2 + ["products:1"] * 2
+    assert saved_policy(tmp_path / "some") == "products:1"
+    np.testing.assert_allclose(losses(tmp_path / "some"), losses(tmp_path / "none"), rtol=1e-5)
+    message = fails(capsys, main, *options, "--steps", "4", "--resume", "--remat", "products")
+    assert "--remat was products:1 and is now products" in message
 
 
 def refusing(monkeypatch, text, at_most=1):

@@ -1,20 +1,24 @@
 """The search for a policy of rematerialisation, and the rule by which it begins."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.models import DecoderConfig, kinds
+from lora_jax.models import DecoderConfig, GPT2Config, kinds
 from lora_jax.training.remat import (
     LADDER,
     SLOW_SECONDS,
     Attempt,
     RematSearch,
+    countable_layers,
     expected_bytes,
     is_refusal,
     rungs_for,
     step_bytes,
 )
+from tests.models import tiny
 
 SIZES = {"none": 30, "products": 20, "projections": 15, "attention": 12, "full": 10, "offload": 4}
 SLOW = SLOW_SECONDS + 1
@@ -143,6 +147,66 @@ def test_the_first_policy_is_the_fastest_that_is_expected_to_fit(capacity, first
     assert RematSearch.begin(("none", "full"), 30, SIZES, "gone").first == "none"
 
 
+# Of three layers, each takes a third of what a policy takes more. A policy for some layers leaves
+# 4% of the memory free. -> the policies that are compiled, and the one that the search ends with.
+COUNTED = {
+    "one layer": (19, "projections", ["projections", "products:1"], "products:1"),
+    "two layers at most": (22, "projections", ["projections", "products:2"], "products:2"),
+    "no layer": (17, "projections", ["projections"], "projections"),
+    "below one that does not fit": (
+        19,
+        "products",
+        ["products", "projections", "products:1"],
+        "products:1",
+    ),
+    "more than expected": (18, "projections", ["projections", "products:1"], "projections"),
+    "after one with much room": (14, "offload", ["offload", "full", "attention:2"], "attention:2"),
+    "not of none": (24, "products", ["products"], "products"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_as_many_layers_as_fit_have_the_faster_policy(name):
+    capacity, first, compiled, remat = COUNTED[name]
+    sizes = SIZES | {"products:1": 17 if name != "more than expected" else 19}
+    sizes |= {"products:2": 19, "attention:2": 11}
+    search = RematSearch.begin(LADDER, capacity, SIZES, n_layers=3)
+    search = dataclasses.replace(search, first=first)
+    compile_rung, _ = compiler(sizes)
+    lines = []
+    attempts = search.run(lambda remat: compile_rung(remat, capacity), lines.append)
+    assert [attempt.remat for attempt in attempts] == compiled
+    assert search.best(attempts).remat == remat
+    assert [attempt.step for attempt in attempts if attempt.step] == [f"step of {remat}"]
+    line = search.describe(attempts)
+    if ":" in compiled[-1]:
+        assert "leaves memory for some layers" in lines[-1]
+    if remat == "products:1":
+        assert "products:1 (the policy of 1 layers; the others have projections)" in line
+
+
+def test_a_number_of_layers_is_not_sought_after_a_slow_compilation_or_a_settled_search():
+    search = RematSearch.begin(LADDER, 19, SIZES, n_layers=3)
+    slow = Attempt(remat="projections", size=15, refused=False, seconds=SLOW)
+    soon = dataclasses.replace(slow, seconds=1.0)
+    assert search.next_remat([soon]) == "products:1" and search.next_remat([slow]) is None
+    unknown = dataclasses.replace(search, capacity=None)
+    assert unknown.next_remat([dataclasses.replace(soon, remat="full")]) is None
+    settled = RematSearch.begin(LADDER, 20, SIZES, "products:1", n_layers=3)
+    assert settled.first == "products:1" and settled.is_settled
+    fits = Attempt(remat="products:1", size=17, refused=False, seconds=1.0)
+    assert settled.next_remat([fits]) is None
+    # Where it no longer fits, all layers have the leaner policy.
+    assert settled.next_remat([dataclasses.replace(fits, size=21)]) == "projections"
+
+
+def test_models_whose_layers_are_one_stack_have_policies_for_some():
+    assert countable_layers(tiny.config("llama with biases")) == 3
+    assert countable_layers(tiny.config("mixtral")) == 0
+    assert countable_layers(GPT2Config(num_hidden_layers=4)) == 4
+    assert countable_layers(object()) == 0
+
+
 def test_policies_that_differ_on_a_platform():
     assert rungs_for("tpu", "splash") == rungs_for("gpu", "flash") == LADDER
     assert rungs_for("gpu", "cudnn") == ("none", "products", "projections", "full", "offload")
@@ -181,10 +245,11 @@ def test_expected_bytes_are_those_of_the_layers_products():
     params = {"model": {"layers": {"self_attn": tree(shapes), "mlp": tree(mlps)}}}
     sizes = expected_bytes(config, params, kinds(config), tokens=10, itemsize=2, arguments=1000)
     attention, mlp, stream = 32 + 16 + 16 + 24, 40 + 40 + 24, 24
+    down = 24  # which no policy but "none" keeps
     a_layer = 2 * 2 * (attention + mlp + stream)
     per_token = {
         "none": layers * (stream + 2 * (attention + mlp + stream)) + a_layer,
-        "products": layers * (stream + attention + mlp + stream) + a_layer,
+        "products": layers * (stream + attention + mlp - down + stream) + a_layer,
         "projections": layers * (stream + attention + stream) + a_layer,
         "attention": layers * (stream + stream) + a_layer,
         "full": layers * stream + a_layer,

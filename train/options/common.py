@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -12,6 +13,7 @@ from lora_jax.training.arguments import NumberRange, numbers_from
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.optimizers.named import Name
 from lora_jax.training.optimizers.schedules import DECAY, ScheduleKind
+from lora_jax.training.remat import COUNTED, countable_layers
 from lora_jax.variants import VARIANTS, Variants
 from lora_jax.variants.variant import Setting, Variant
 from train.console.errors import UserError, as_user_errors, flag
@@ -60,6 +62,9 @@ else:
 _REMAT |= {name: name for name in ("products", "projections", "attention", "offload")}
 _REMAT |= {name: name for name in ("dots_saveable", "dots_with_no_batch_dims_saveable")}
 AUTO = "auto"  # a policy that compilers decide
+# A policy for a number of layers: the others have the next leaner policy.
+_COUNTED_REMAT = re.compile(rf"({'|'.join(COUNTED)}):[1-9]\d*")
+_REMAT_CHOICES = ", ".join((AUTO, *_REMAT)) + ", or products:N with a number of layers"
 
 # The numbers that the options of all scripts take.
 _NUMBERS = arguments.NUMBERS | {
@@ -77,15 +82,31 @@ def _remat(words: list[str]) -> str:
     """Returns the rematerialization policy that the words after --remat name."""
     if len(words) > 1:
         raise ValueError(f"--remat takes one policy, but got {' '.join(words)}. Pass only one.")
-    return words[0] if words else "full"
+    remat = words[0] if words else "full"
+    if remat not in (AUTO, *_REMAT) and not _COUNTED_REMAT.fullmatch(remat):
+        raise ValueError(f"Write one of {_REMAT_CHOICES}, instead of {remat}")
+    return remat
 
 
-def check_offload(remat: str | None, platform: str) -> None:
-    """Raises a UserError for --remat offload on a CPU, where it would have no effect."""
+def check_remat(remat: str | None, platform: str, config: Any) -> None:
+    """Raises a UserError for a policy of --remat that has no effect, or that a model cannot have.
+
+    Args:
+      remat: the value of --remat.
+      platform: the platform of the devices.
+      config: the model's configuration.
+    """
     if remat == "offload" and platform == "cpu":
         raise UserError(
             "--remat offload moves the layers' inputs from a device to its host, but here the "
             "device is the host's CPU. Pass --remat full instead."
+        )
+    policy, _, number = (remat or "").partition(":")
+    if number and int(number) >= countable_layers(config):
+        raise UserError(
+            f"--remat {remat} is a policy for {number} of the layers. It needs a decoder with more "
+            "layers, which are all of one kind and without experts, or a GPT-2. Pass a smaller "
+            f"number, or a policy without one, such as {policy}."
         )
 
 
@@ -96,11 +117,10 @@ Remat = Annotated[
     str | None,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=(0, 1),
-        metavar=f"[{{{','.join((AUTO, *_REMAT))}}}]",
+        metavar=f"[{{{','.join((AUTO, *_REMAT, 'products:N'))}}}]",
         instance_from_str=_remat,
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda value: [str(value)],
-        choices=(AUTO, *_REMAT),
     ),
 ]
 
@@ -242,10 +262,12 @@ class OptimConfig:
     long rows. attention: as full, but keep the outputs of attention kernels (splash, flash). They
     take about as much memory as the layers' inputs, and save much time in long rows. projections:
     as attention, and keep the outputs of attention's projections, in decoders and GPT-2. products:
-    as projections, and keep the outputs of the MLP's products. Two policies of JAX also keep the
-    factors' products and scores. dots_saveable keeps the results of all matrix products.
-    dots_with_no_batch_dims_saveable keeps the results of products with weights. By default auto on
-    GPUs and TPUs, and none on CPUs."""
+    as projections, and keep the outputs of the MLP's products. products:7: products for the last 7
+    layers, and projections for the others, in decoders with layers of one kind and in GPT-2.
+    projections:N and attention:N are alike. Except with --full, auto tries such a policy where
+    memory is left for N layers. Two policies of JAX also keep the factors' products and scores.
+    dots_saveable keeps the results of all matrix products. dots_with_no_batch_dims_saveable keeps
+    the results of products with weights. By default auto on GPUs and TPUs, and none on CPUs."""
     attention: Attention = option("auto", field.OF_BASE)
     """The implementation of attention. dense: computes all scores of a layer at once, in memory
     quadratic in the length. blockwise: computes a block of queries at a time, in memory linear in
@@ -285,7 +307,8 @@ class OptimConfig:
 
         Until a compiler has chosen a policy for "auto", this is "full", which needs least memory.
         """
-        return _REMAT["full" if self.remat == AUTO else self.remat or "none"]
+        remat = "full" if self.remat == AUTO else self.remat or "none"
+        return _REMAT.get(remat, remat)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -242,9 +242,12 @@ def _parse_node(node: yaml.Node, kind: Any) -> Any:
         return _parse_choice(node, arguments)
     # An option with its own parser on the command line, such as --remat.
     for annotation in annotations:
-        choices = getattr(annotation, "choices", None)
-        if choices:
-            return _parse_choice(node, choices)
+        parse_words = getattr(annotation, "instance_from_str", None)
+        if parse_words is not None:
+            try:
+                return parse_words([_parse_scalar(node, str)])
+            except ValueError as error:
+                raise _UnfitError(str(error)) from None
     return _parse_scalar(node, kind)
 
 

@@ -24,7 +24,7 @@ from lora_jax.training.run.log import duration
 from lora_jax.training.sharded_products import Form
 from train.console.errors import UserError, reported
 from train.options.command import parse_options
-from train.options.common import AUTO, AdapterConfig, OptimConfig, check_offload
+from train.options.common import AUTO, AdapterConfig, OptimConfig, check_remat
 from train.options.optim import fill_optimizer_defaults
 from train.options.rope import parse_rope_scaling
 from train.plan.clock.table import print_clocks
@@ -165,7 +165,10 @@ def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan
         # The policy that fitted the last size is likely for this one, too.
         policies = [ladder.remat for ladder in ladders.values()]
         first_policy = policies[-1] if policies else None
-        ladder = search_policies(resized_job, adapter, optim, make_plan, first=first_policy)
+        # A size that fits needs no policy for some of the layers.
+        ladder = search_policies(
+            resized_job, adapter, optim, make_plan, first=first_policy, counts_layers=False
+        )
         ladders[size] = ladder
         return ladder.plans[ladder.remat]
 
@@ -278,7 +281,7 @@ def make_job(config: PlanConfig) -> tuple[PlanJob, OptimConfig]:
     mesh = make_mesh(config.mesh, config.batch_size, machine.devices, config.slice_axis)
     layout = Layout.of(mesh, outline.config)
     layout, form = choose_product_form(layout, config.collective_matmul)
-    check_offload(config.remat, layout.platform)
+    check_remat(config.remat, layout.platform, outline.config)
     for n in config.adapters:
         if (config.batch_size // n) % layout.batch_parts:
             raise UserError(

@@ -178,7 +178,11 @@ class PlanVariant:
         if self.adapters is not None:
             method = f"{self.adapters} × {method}"
         products = f", products {self.products}" if self.products else ""
-        return f"{method}, {_REMAT_WORDS.get(self.remat, self.remat)}{products}"
+        policy, _, n_layers = self.remat.partition(":")
+        remat = _REMAT_WORDS.get(policy, policy)
+        if n_layers:
+            remat = f"remat but {policy} of {n_layers} layers"
+        return f"{method}, {remat}{products}"
 
 
 def abstract_params(job: PlanJob, variant: PlanVariant) -> Any:

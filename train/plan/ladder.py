@@ -9,7 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lj
-from lora_jax.training.remat import GIB, Attempt, RematSearch, expected_bytes, rungs_for
+from lora_jax.training.remat import (
+    GIB,
+    Attempt,
+    RematSearch,
+    countable_layers,
+    expected_bytes,
+    rungs_for,
+)
 from lora_jax.training.setup import Setup
 from train.console.errors import UserError
 from train.options.common import AdapterConfig, OptimConfig
@@ -70,6 +77,7 @@ def search_policies(
     make_plan: Callable[[PlanVariant], Plan],
     notice: Callable[[str], object] = lambda line: None,
     first: str | None = None,
+    counts_layers: bool = True,
 ) -> Ladder:
     """Compiles the policies that a run would compile.
 
@@ -80,6 +88,7 @@ def search_policies(
       make_plan: compiles a variant.
       notice: is told why another policy is compiled.
       first: the policy to begin with; None for the likeliest one.
+      counts_layers: whether some of the layers may get a faster policy at the end.
 
     Raises:
       UserError: the compiler failed, and not for want of memory.
@@ -103,6 +112,8 @@ def search_policies(
     search = _begin_search(job, adapter, optim)
     if first is not None:
         search = dataclasses.replace(search, first=first)
+    if not counts_layers:
+        search = dataclasses.replace(search, n_layers=0)
     return Ladder(search=search, attempts=search.run(attempt, notice), plans=plans)
 
 
@@ -126,7 +137,8 @@ def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> R
     )
     rungs = rungs_for(job.layout.platform, job.attention_choice.name)
     capacity = int(job.machine.shares[0] * job.machine.capacity)
-    return RematSearch.begin(rungs, capacity, expected)
+    n_layers = 0 if adapter.full else countable_layers(outline.config)
+    return RematSearch.begin(rungs, capacity, expected, n_layers=n_layers)
 
 
 def planned_rungs(ladder: Ladder) -> list[PlannedRung]:
@@ -148,7 +160,8 @@ def planned_rungs(ladder: Ladder) -> list[PlannedRung]:
             mfu=clock.mfu if clock else None,
         )
 
-    return [rung(remat) for remat in ladder.search.rungs]
+    policies = {*ladder.search.rungs, *ladder.plans}  # the compiled ones may have numbers of layers
+    return [rung(remat) for remat in sorted(policies, key=ladder.search.position)]
 
 
 def print_ladder(console: Console, ladder: Ladder) -> None:

@@ -21,7 +21,7 @@ from train.console.errors import UserError, as_user_errors, read_user_file
 from train.data.lines import format_mixture_lines
 from train.data.remarks import turn_remarks
 from train.data.text_files import parse_json_object
-from train.options.common import OptimConfig, Options, as_json, check_offload
+from train.options.common import OptimConfig, Options, as_json, check_remat
 from train.options.field import traits_of
 from train.options.paths import check_local
 from train.options.scripts.sft import SftRunConfig
@@ -206,6 +206,7 @@ def make_inputs(config: Options, mesh: Mesh, read: RunData) -> Inputs:
     layout = dataclasses.replace(layout, keeps_rows=invocation is not None)
     layout.check_lengths(data.facts.get("lengths", [data.facts["sequence_length"]]))
     outline.check_few_rows(optim.few_rows, layout.platform)
+    check_remat(optim.remat, layout.platform, outline.config)
     attention = _choose_attention(optim, outline, layout, data.facts)
     lines.append(f"{_ATTENTION_LINE}{attention}")
     layout, product_form = choose_product_form(layout, config.run.collective_matmul)
@@ -280,9 +281,8 @@ def _choose_attention(
       facts: facts about its examples; see `Data`.
 
     Raises:
-      UserError: --attention does not run on these devices, or --remat has no effect there.
+      UserError: --attention does not run on these devices.
     """
-    check_offload(optim.remat, layout.platform)
     length = facts["sequence_length"]
     with as_user_errors(ValueError):
         return choose_attention(

@@ -19,6 +19,7 @@ from lora_jax.training.processes import is_first
 from lora_jax.training.remat import (
     Attempt,
     RematSearch,
+    countable_layers,
     expected_bytes,
     is_refusal,
     rungs_for,
@@ -133,7 +134,9 @@ def settle_step(
         arguments=bytes_per_device(arguments),
     )
     first_policy = hosts.gather(cached_policy)[0]
-    search = RematSearch.begin(rungs, capacity, expected, first_policy)
+    # With --full, gradients would be sums of arrays as large as a stack.
+    n_layers = 0 if config.adapter.full else countable_layers(outline.config)
+    search = RematSearch.begin(rungs, capacity, expected, first_policy, n_layers)
     attempts = search.run(functools.partial(_try_policy, compile_rung), notice)
     best = search.best(attempts)
     line = search.describe(attempts)

@@ -17,7 +17,12 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
 from lora_jax.adapt.rules.choices import CommonForm, common_form, convert_to_form
-from lora_jax.adapt.rules.flow import common_sources, may_be_weights, sources_of_outputs
+from lora_jax.adapt.rules.flow import (
+    common_sources,
+    input_that_selects,
+    may_be_weights,
+    sources_of_outputs,
+)
 from lora_jax.adapt.rules.layout import move_axes
 from lora_jax.adapt.rules.routed import ROUTED_RULES
 from lora_jax.core.base import (
@@ -125,13 +130,16 @@ def _split_carries(
 def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     """Scans over stacks together with their factors; weights carried unchanged become constants.
 
-    A stack of a weight's own slices is that weight.
+    A stack of a weight's own slices is that weight. Where the body takes a member of a constant
+    stack, the parts of the members are scanned: the gradient of a constant would be a sum of
+    arrays as large as the stack.
     """
     scan = eqns.read_scan(use.eqn)
     consts, first_carries, stacks = scan.split(use.values)
     stacks = [_without_sliced_shift(interpreter, use, stack) for stack in stacks]
     carries = _split_carries(interpreter, use, scan.body, first_carries, scan.n_consts)
     scanned_arrays = [_arrays_along_first_axis(stack) for stack in stacks]
+    parts_of_members = _parts_of_members(use, scan)
     restacked_weights = _restacked_weights(use, scan)
     used_outputs = tuple(
         index < scan.n_carry or (is_used and index not in restacked_weights)
@@ -144,14 +152,17 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
 
     def run_iteration(arrays: dict[int, Value], xs: Tree) -> tuple[dict[int, Value], list[Value]]:
         """Runs the body on one slice, and returns the changed carries and the outputs."""
-        slices_of_arrays, iteration = xs
+        slices_of_arrays, member_parts, iteration = xs
         slices = list(map(_slice_of_operand, stacks, slices_of_arrays))
         for index in kernel_indices:
             layer = StackMember(slices[index].base, stacks[index].base, iteration)
             slices[index] = slices[index].replace(base=layer)
-        outputs = body(
-            *_first_arguments_of_body(consts, carries.weights, arrays, iteration), *slices
-        )
+        arguments = _first_arguments_of_body(consts, carries.weights, arrays, iteration)
+        for index, parts in member_parts.items():
+            # An axis of size one: the body finds its only member at any index.
+            expanded_parts = {name: part[None] for name, part in parts.items()}
+            arguments[index] = consts[index].replace(**expanded_parts)
+        outputs = body(*arguments, *slices)
         for index, output in enumerate(outputs):
             if index not in carries.weights:
                 outputs[index] = interpreter.as_plain_array(output, use, "as an output")
@@ -160,7 +171,7 @@ def _scan(interpreter: Interpreter, use: Use) -> list[Value]:
     last_arrays, ys = lax.scan(
         run_iteration,
         carries.arrays,
-        (scanned_arrays, iterations),
+        (scanned_arrays, parts_of_members, iterations),
         scan.length,
         reverse=scan.reverse,
         unroll=scan.unroll,
@@ -237,6 +248,31 @@ def _restacked_weights(use: Use, scan: eqns.Scan) -> dict[int, Factored]:
         if isinstance(stack, Factored):
             restacked_weights[output_index] = stack
     return restacked_weights
+
+
+def _parts_of_members(use: Use, scan: eqns.Scan) -> dict[int, dict[str, jax.Array]]:
+    """Returns the parts of the members that a scan takes from constant stacks, by operand and name.
+
+    A stack counts if the indices of its members are known and consecutive, as those of layers.
+    """
+    parts_of_members: dict[int, dict[str, jax.Array]] = {}
+    for operand_index, stack in enumerate(use.values[: scan.n_consts]):
+        if not isinstance(stack, Factored) or stack.labels[0] != "batch":
+            continue
+        selector_index = input_that_selects(scan.body, operand_index)
+        if selector_index is None or selector_index < scan.n_consts + scan.n_carry:
+            continue
+        members = use.values[selector_index]
+        if isinstance(members, jax.core.Tracer):
+            continue
+        first, last = int(members[0]), int(members[-1])
+        if last < stack.base.shape[0] and [*members] == [*range(first, last + 1)]:
+            parts_of_members[operand_index] = {
+                name: lax.slice_in_dim(part, first, last + 1)
+                for name, part in stack.parts.items()
+                if 0 in stack.layout(name)
+            }
+    return parts_of_members
 
 
 def _arrays_along_first_axis(stack: Value) -> Tree:

@@ -162,6 +162,40 @@ def _unchanged_carries(
     return carries
 
 
+def input_that_selects(jaxpr: eqns.AnyJaxpr, stack_index: int) -> int | None:
+    """Returns the input that is the index at which a jaxpr takes one member of a stack.
+
+    None if the jaxpr uses the stack in any other way. It looks into functions.
+
+    Args:
+      jaxpr: the jaxpr.
+      stack_index: the index of the input that is a stack; its members lie along axis 0.
+    """
+    inner, _ = eqns.jaxpr_and_consts(jaxpr)
+    stack = inner.invars[stack_index]
+    selectors: list[eqns.Atom | None] = [None for output in inner.outvars if output is stack]
+    for eqn in inner.eqns:
+        for operand_index, operand in enumerate(eqn.invars):
+            if operand is stack:
+                selectors.append(_selector_of_member(eqn, operand_index))
+    for index, variable in enumerate(inner.invars):
+        if selectors and all(selector is variable for selector in selectors):
+            return index
+    return None
+
+
+def _selector_of_member(eqn: JaxprEqn, stack_index: int) -> eqns.Atom | None:
+    """Returns the operand of an equation that selects a member; see `input_that_selects`."""
+    if eqn.primitive.name in _CALLS:
+        index = input_that_selects(_called_jaxpr(eqn), stack_index)
+        return None if index is None else eqn.invars[index]
+    if eqn.primitive.name != "dynamic_slice" or stack_index != 0:
+        return None
+    member_shape = (1, *eqns.type_of(eqn.invars[0]).shape[1:])
+    is_member = eqn.params["slice_sizes"] == member_shape
+    return eqn.invars[1] if is_member else None
+
+
 def may_be_weights(jaxpr: eqns.AnyJaxpr, is_weight: Sequence[bool]) -> tuple[bool, ...]:
     """Returns a flag for each output: True if it may be a weight, with no product before it.
 

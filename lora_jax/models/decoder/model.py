@@ -48,6 +48,7 @@ class Decoder(CausalLM):
       remat: recompute each layer in the backward pass. True keeps nothing but the layer's input,
         and xA of narrow adapters; "attention" keeps what a kernel of attention returns as well,
         "projections" what attention's projections return too, "products" what an MLP's products do;
+        "products:7" is "products" for the last seven layers, and "projections" for the others;
         "offload" keeps the input alone, in the host's memory; a policy of
         ``jax.checkpoint_policies`` by name, such as "dots_saveable", keeps what it says.
       placement: the activations' place on a mesh; see ``Placement``.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -41,6 +43,8 @@ _KEPT_NAMES: dict[bool | str, tuple[str, ...]] = {True: (NARROW_PRODUCT,)}
 _KEPT_NAMES[ATTENTION] = (*_KEPT_NAMES[True], KERNEL_OUTPUT)
 _KEPT_NAMES[PROJECTIONS] = (*_KEPT_NAMES[ATTENTION], _PROJECTED)
 _KEPT_NAMES[PRODUCTS] = (*_KEPT_NAMES[PROJECTIONS], _MULTIPLIED)
+# The policies that a number of layers can have: each layer then has the policy, or the one before.
+_COUNTED_POLICIES = (True, ATTENTION, PROJECTIONS, PRODUCTS)
 _KEEPS_NARROW = jax.checkpoint_policies.save_only_these_names(*_KEPT_NAMES[True])
 # From twice as many tokens of a row on, an MLP that is recomputed takes so many at most at a time.
 CHUNK = 4096
@@ -213,21 +217,129 @@ def scan_layers(
 
     Args:
       layer: the scan's body.
-      remat: what is recomputed in the backward pass; see ``rematerialise``.
+      remat: what is recomputed in the backward pass; see ``Decoder``. With a number of layers, such
+        as "products:7", the layers are two scans.
       n: the number of layers.
       in_axes: the axes of the body's inputs after the first; by default one input that all layers
         share, and one with an entry for each.
 
     Raises:
-      ValueError: see ``rematerialise``.
+      ValueError: see ``rematerialise`` and ``policies_of_layers``.
     """
-    return nn.scan(
-        rematerialise(layer, remat),
+    policies = policies_of_layers(remat, n)
+    is_split = len(policies) > 1
+    scanned = nn.scan(
+        rematerialise(layer, False if is_split else remat),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=n,
     )
+    if not is_split:
+        return scanned
+
+    class SplitScan(scanned):  # type: ignore[misc, valid-type]
+        """Layers with two policies: a scan for each, over the indices of its layers.
+
+        A slice of a stack of kernels would be a copy. So both scans read the whole stacks, and a
+        layer takes its parameters while it is computed, and again in the backward pass.
+        """
+
+        def __call__(self, x: jax.Array, *inputs: Any) -> Any:
+            has_cache = any(getattr(value, "cache", None) is not None for value in inputs)
+            if self.is_initializing() or has_cache:  # there is no backward pass
+                return super().__call__(x, *inputs)
+            options = {
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.init and field.name not in ("parent", "name")
+            }
+            axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(inputs)
+            outputs_of_scans = []
+            for policy, layer_indices in policies.items():
+                x, outputs = _scan_indices(
+                    layer(**options | {"remat": policy}, parent=None),
+                    self.variables["params"],
+                    layer_indices,
+                    x,
+                    inputs,
+                    axes,
+                )
+                outputs_of_scans.append(outputs)
+            return x, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *outputs_of_scans)
+
+    return SplitScan
+
+
+def _scan_indices(
+    layer: nn.Module,
+    stacks: Any,
+    layer_indices: range,
+    x: jax.Array,
+    inputs: Sequence[Any],
+    axes: Sequence[Any],
+) -> Any:
+    """Scans over the indices of layers, whose parameters each iteration takes from whole stacks.
+
+    Args:
+      layer: a layer with its policy.
+      stacks: the parameters of all layers, stacked on axis 0.
+      layer_indices: the layers that are scanned.
+      x: the carry.
+      inputs, axes: the layer's other inputs, and their axes; see ``scan_layers``.
+    """
+    stacked_inputs = [
+        jax.tree.map(lambda array: array[layer_indices.start : layer_indices.stop], value)
+        for value, axis in zip(inputs, axes, strict=True)
+        if axis == 0
+    ]
+
+    def run_layer(x: jax.Array, xs: tuple[jax.Array, list[Any]]) -> Any:
+        layer_index, layer_inputs = xs
+        take = functools.partial(
+            lax.dynamic_index_in_dim,
+            index=layer_index,
+            keepdims=False,
+            allow_negative_indices=False,
+        )
+        remaining_inputs = iter(layer_inputs)
+        arguments = [
+            next(remaining_inputs) if axis == 0 else value
+            for value, axis in zip(inputs, axes, strict=True)
+        ]
+        return layer.apply({"params": jax.tree.map(take, stacks)}, x, *arguments)
+
+    run_layer = jax.checkpoint(run_layer, policy=remat_policy(layer.remat), prevent_cse=False)
+    # The indices are constants, so that `adapt` knows them.
+    return lax.scan(run_layer, x, (np.asarray(layer_indices, np.int32), stacked_inputs))
+
+
+def policies_of_layers(remat: bool | str, n: int) -> dict[bool | str, range]:
+    """Returns the policies of n layers, and the layers that have each of them.
+
+    Args:
+      remat: see ``Decoder``. Of "products:7", the last seven layers have "products". The layers
+        that keep more are those whose arrays the backward pass needs first.
+      n: the number of layers.
+
+    Raises:
+      ValueError: a number without a policy that can have one, or not between 1 and n - 1.
+
+    >>> policies_of_layers("products:7", 32)
+    {'projections': range(0, 25), 'products': range(25, 32)}
+    """
+    policy, has_number, number = str(remat).partition(":")
+    if not has_number:
+        return {remat: range(n)}
+    names = _COUNTED_POLICIES[1:]
+    if policy not in names or not number.isdecimal() or not 0 < int(number) < n:
+        raise ValueError(
+            f"There is no remat policy {remat!r} for {n} layers. Write one of {', '.join(names)}, "
+            f"a colon, and a number of layers from 1 to {n - 1}."
+        )
+    n_leaner = n - int(number)
+    leaner_policy = _COUNTED_POLICIES[names.index(policy)]
+    return {leaner_policy: range(n_leaner), policy: range(n_leaner, n)}
 
 
 def rematerialise(layer: type[nn.Module], remat: bool | str) -> Callable[..., nn.Module]:

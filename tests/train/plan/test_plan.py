@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import lora_jax as lj
-from lora_jax.training.remat import GIB, Attempt, RematSearch
+from lora_jax.training.remat import GIB, LADDER, Attempt, RematSearch
 from lora_jax.training.step import State
 from tests.models import tiny_encoders
 from tests.support import over
@@ -31,8 +31,10 @@ from tests.train.plan.tiny_plans import (
     write,
 )
 from train.console.errors import UserError
+from train.options.common import AdapterConfig
 from train.plan import __main__ as plan
 from train.plan import compile as planned
+from train.plan import ladder
 from train.plan.__main__ import PlanConfig
 from train.plan.clock.work import HloWork
 from train.plan.compile import parse_refused_bytes
@@ -448,6 +450,7 @@ BAD = [
     (["--longest", "--largest-batch"], "do not work together"),
     (["--longest", "--adapters", "2"], "plan one run, but --adapters plans several"),
     (["--remat", "offload"], "the device is the host's CPU. Pass --remat full"),
+    (["--remat", "products:3"], "--remat products:3 is a policy for 3 of the layers"),
     (["--init-adapter", "x"], "so --init-adapter has no effect"),
     (["--adapters", "1", "3"], "--adapters 3 does not divide --batch-size 4"),
     (["--adapters", "2", "--full"], "--adapters and --full do not go together"),
@@ -612,6 +615,41 @@ def test_the_ladder_as_a_table():
     assert re.search(r"full \(chosen\) │ +1\.00 │", table) and re.search(r"none +│ +3\.00 │", table)
     assert "remat: full (the layers are computed again): the compiled step takes 1.00 of" in table
     assert "it may choose another policy" in table
+
+
+def test_the_ladder_has_the_layers_that_fit_beside_the_last_policy(model, monkeypatch):
+    """Of three layers, one more than "projections" has place for its products."""
+    compiled = []
+
+    def grown(job, variant, optim):
+        compiled.append(variant.remat)
+        gib = {"projections": 15, "products:1": 15.7}[variant.remat]
+        return made_up(variant.name, gib * GIB, capacity=16.5 * GIB)
+
+    expected = {"none": 18, "products": 16.6, "projections": 15, "attention": 9, "full": 8}
+    sizes = {remat: int(gib * GIB) for remat, gib in (expected | {"offload": 7}).items()}
+    monkeypatch.setattr(ladder, "expected_bytes", lambda *args, **rest: sizes)
+    monkeypatch.setattr(ladder, "rungs_for", lambda *args: LADDER)
+    options = asked(model, "--remat", "auto", "--capacity-gib", 16.5)
+    job, optim = plan.make_job(options.plan)
+    lines = []
+    searched = ladder.search_policies(
+        job, options.adapter, optim, lambda variant: grown(job, variant, optim), lines.append
+    )
+    assert compiled == ["projections", "products:1"] and searched.remat == "products:1"
+    names = [rung.remat for rung in ladder.planned_rungs(searched)]
+    assert names == ["none", "products", "products:1", *LADDER[2:]]
+    chosen = plan.variants_to_plan(options, job, searched)[0]
+    assert chosen.name == "LoRA r=3, remat but products of 1 layers"
+    console = Console(file=io.StringIO(), width=120)
+    print_ladder(console, searched)
+    assert re.search(r"products:1 \(chosen\) │ +15\.70 │ +yes", console.file.getvalue())
+    compiled.clear()
+    for adapter, counts in ((AdapterConfig(full=True), True), (options.adapter, False)):
+        ladder.search_policies(
+            job, adapter, optim, lambda variant: grown(job, variant, optim), counts_layers=counts
+        )
+    assert compiled == ["projections"] * 2, "the control"
 
 
 def test_a_plan_tells_a_failure_of_the_compiler_as_such(model, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from lora_jax import LoraRule, TrainRule, lorafy, models, save_adapter
 from lora_jax.models import DecoderConfig
 from lora_jax.models.decoder.experts import EXPERTS
 from lora_jax.models.layers.attend import ATTENTION
-from lora_jax.models.layers.trunk import REMAT_POLICIES
+from lora_jax.models.layers.trunk import REMAT_POLICIES, policies_of_layers
 from lora_jax.training.processes import write_json
 from tests.models import tiny, tiny_encoders
 from tests.train.tiny import CONFIG
@@ -228,6 +228,7 @@ def test_a_peft_configuration_that_cannot_be_used(content, message, tmp_path):
         ("--remat", "full", True),
         ("--remat --rank 4", "full", True),
         ("--remat full", "full", True),
+        ("--remat products:7", "products:7", "products:7"),
         ("--remat dots_saveable", "dots_saveable", "dots_saveable"),
         ("--remat dots_with_no_batch_dims_saveable", *["dots_with_no_batch_dims_saveable"] * 2),
     ],
@@ -238,7 +239,7 @@ def test_what_is_recomputed_by_its_name(parsed, args, name, policy):
     assert optim.remat == name
     assert name == "auto" or optim.remat_policy == policy
     if isinstance(policy, str):
-        assert policy in REMAT_POLICIES
+        assert policy in REMAT_POLICIES or policies_of_layers(policy, 8)
 
 
 @pytest.mark.parametrize("parsed", [parse, classify.parse])
@@ -268,6 +269,8 @@ def test_implementations_reach_the_model(tmp_path, monkeypatch):
         ("--attention flesh", ["flesh", "--attention", *ATTENTION]),
         ("--experts gmm", ["gmm", "--experts", *EXPERTS]),
         ("--remat dots", ["dots", "--remat", "none", "full", "dots_saveable"]),
+        ("--remat full:3", ["full:3", "--remat", "or products:N with a number of layers"]),
+        ("--remat products:0", ["products:0", "--remat", "products:N"]),
         ("--remat full none", ["--remat", "one policy, but got full none"]),
     ],
 )

@@ -67,6 +67,7 @@ def test_a_file_holds_options_by_their_names_and_flags_override_it(tmp_path):
         ("layers: [1, two]", "layers is a list. Write a whole number"),
         ("schedule: cosin", "schedule is cosin. Write one of constant, linear, cosine, "),
         ("remat: true", "remat is true. Write one of auto, none, full, products, projections, "),
+        ("remat: products:0", "remat is products:0. Write one of auto, .* or products:N with a "),
         ("dataset: {a: b}", "dataset is a group of keys. Write a text"),
         ("- rank", "does not map names of options"),
         ("rank: [", "line 1 is not valid YAML: "),
