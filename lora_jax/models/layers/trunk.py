@@ -325,6 +325,7 @@ def policies_of_layers(remat: bool | str, n: int) -> dict[bool | str, range]:
     Raises:
       ValueError: a number without a policy that can have one, or not between 1 and n - 1.
 
+    >>> from lora_jax.models.layers.trunk import policies_of_layers
     >>> policies_of_layers("products:7", 32)
     {'projections': range(0, 25), 'products': range(25, 32)}
     """
