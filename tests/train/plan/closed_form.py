@@ -28,8 +28,8 @@ _PROJECTED = r"attn/((q|k|v|qkv|q_a|q_b|kv_b|o|out)_proj|kv_a_proj_with_mqa|c_at
 _KEPT = {"full": None, "offload": None, "attention": None, "projections": re.compile(_PROJECTED)}
 _KEPT["products"] = re.compile(rf"{_PROJECTED}|(?<!experts/)(gate|up|gate_up)_proj/|mlp/c_fc/")
 _OF_BLOCKS |= dict.fromkeys(_KEPT, 4.5)
-# Of a kernel's products: two forward, once more with rematerialisation, and seven backward; five by
-# splash attention.
+# Of a kernel's products: two forward, once more with rematerialisation, and seven backward; five
+# where the backward pass is one kernel, which holds the gradients of all keys of a row.
 _OF_KERNELS = {
     **dict.fromkeys(("none", "products", "projections", "attention"), 4.5),
     "dots_saveable": 5.5,
@@ -37,6 +37,8 @@ _OF_KERNELS = {
     "full": 5.5,
     "offload": 5.5,
 }
+
+_LONGEST_OF_ONE_KERNEL = 16_384  # tokens of a row, with heads of 128
 
 
 def plan_flops(job: PlanJob, variant: PlanVariant) -> int:
@@ -138,7 +140,8 @@ def step_flops(
         if windowed:
             near = attention.pairs(seq, split, window=config.sliding_window)
             pairs += (near - pairs) * windowed / (whole + windowed)
-        passes = _OF_KERNELS[remat] - isinstance(attention, Splash)
+        is_one_kernel = isinstance(attention, Splash) and seq <= _LONGEST_OF_ONE_KERNEL
+        passes = _OF_KERNELS[remat] - is_one_kernel
         return total + pair * pairs * (1 if forward else passes)
     return total + pair * seq**2 * passes
 
