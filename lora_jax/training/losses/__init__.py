@@ -1,7 +1,8 @@
 """Losses: their contract, token losses by name (`TOKEN_LOSSES`), and losses of classes and pairs.
 
 Those of preferences (`PREFERENCES`) and of rollouts (`ONLINE`) take log-probabilities, for loops of
-your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step.
+your own; `pair_loss`, `unpaired_loss` and `rollout_loss` take batches, for a step. `flow_loss`,
+`noise_loss` and `velocity_loss` are those of models that make images.
 """
 
 from lora_jax.training.losses.chunks import number_of_chunks, predictions_at_once
@@ -23,6 +24,18 @@ from lora_jax.training.losses.contract import (
     Reduction,
     Sums,
     number_of_units,
+)
+from lora_jax.training.losses.denoising import (
+    DiffusionSchedule,
+    FlowSchedule,
+    diffusion_schedule,
+    flow_loss,
+    noise_loss,
+    pack_latents,
+    resolution_shift,
+    token_positions,
+    unpack_latents,
+    velocity_loss,
 )
 from lora_jax.training.losses.objectives import (
     NLL,
@@ -73,6 +86,8 @@ __all__ = [
     "TOKEN_LOSSES",
     "UNITS",
     "Completions",
+    "DiffusionSchedule",
+    "FlowSchedule",
     "Logits",
     "Loss",
     "Online",
@@ -82,24 +97,32 @@ __all__ = [
     "advantages_of",
     "classification_loss",
     "completions",
+    "diffusion_schedule",
     "distillation_loss",
     "dr_grpo",
+    "flow_loss",
     "importance_weights",
     "kto_loss",
     "leave_one_out",
     "logits_of",
     "mismatched_kl",
+    "noise_loss",
     "number_of_chunks",
     "number_of_units",
     "online_loss",
+    "pack_latents",
     "pair_loss",
     "predictions_at_once",
     "preference_loss",
+    "resolution_shift",
     "rloo_loss",
     "rollout_loss",
     "sequence_logps",
     "summed_loss",
     "token_loss",
+    "token_positions",
     "token_values",
+    "unpack_latents",
     "unpaired_loss",
+    "velocity_loss",
 ]
