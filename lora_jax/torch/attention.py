@@ -15,7 +15,7 @@ from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import AttentionInputs, soft_cap, wide_dtype
 from lora_jax.models.layers.masks import Mask, MaskTokens
 from lora_jax.models.layers.placement import UNPLACED, Placement
-from lora_jax.torch.backend import call_jax, to_torch
+from lora_jax.torch.backend import call_jax, define_function, to_torch
 from lora_jax.torch.packages import TorchModelError
 
 ATTENTION_NAME = "lora_jax"
@@ -194,10 +194,26 @@ def _attend_to_keys(
         positions = jnp.broadcast_to(slots, (batch, n_queries))
         tokens = MaskTokens(slots, positions, settings.segments)
         mask_by_rule = Mask(queries=tokens, keys=tokens, causal=causal, aligned=True)
+    return _attend_by_rule(q, k, v, mask_by_rule, scale, cap, sinks)
+
+
+def _attend_by_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scale: float | None,
+    cap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Computes attention by `attend`; see `_attend_to_keys` for the arguments."""
+    settings = _CURRENT_SETTINGS.get()
+    head_dim, value_dim = q.shape[3], v.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
     # `attend` takes [batch, seq, heads, width], with the same width for keys and values.
     width = max(head_dim, value_dim)
     q, k, v = (_pad_last_axis(x.swapaxes(1, 2), width) for x in (q, k, v))
-    inputs = AttentionInputs(q, k, v, mask_by_rule, scale, cap, sinks)
+    inputs = AttentionInputs(q, k, v, mask, scale, cap, sinks)
     out = attend(inputs, attention=settings.attention, placement=settings.placement)
     return out[..., :value_dim]
 
@@ -247,5 +263,91 @@ def _pad_last_axis(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
+def _run_torch_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Computes ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Calls without a mask run by `attend`, and so do calls with a mask of bools for keys alone, which
+    is padding. Other calls hold all scores.
+
+    Args:
+      query: [..., heads, queries, head_dim].
+      key: [..., kv_heads, keys, head_dim].
+      value: [..., kv_heads, keys, value_dim].
+      attn_mask: bools or numbers to add to the scores, whose axes broadcast to those of the scores;
+        None for no mask.
+      dropout_p: must be 0, as in modules that are in evaluation mode.
+      is_causal: whether query i sees no key after key i.
+      scale: the factor of the scores; None for 1/sqrt(head_dim).
+      enable_gqa: whether keys may have fewer heads than queries.
+
+    Returns:
+      [..., heads, queries, value_dim].
+    """
+    if dropout_p:
+        raise NotImplementedError("lora_jax's attention has no dropout of scores")
+    if attn_mask is not None and is_causal:
+        raise NotImplementedError("torch has no attention with both a mask and is_causal")
+    del enable_gqa  # torch checks the numbers of heads by it
+    out: torch.Tensor = call_jax(
+        _attend_as_torch, query, key, value, attn_mask, bool(is_causal), scale
+    )
+    return out
+
+
+def _attend_as_torch(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    causal: bool,
+    scale: float | None,
+) -> jax.Array:
+    """Computes attention of JAX's arrays; see `_run_torch_attention` for the arguments."""
+    q, k, v = (_with_four_axes(x) for x in (query, key, value))
+    batch, _, n_queries, head_dim = q.shape
+    n_keys = k.shape[2]
+    query_positions = _positions(batch, n_queries)
+    key_positions = _positions(batch, n_keys)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*query.shape[:-3], *_with_four_axes(mask).shape[1:]))
+        mask = _with_four_axes(mask)
+        is_padding = mask.dtype == bool and mask.shape[1:3] == (1, 1)
+        if not is_padding:
+            scale = head_dim**-0.5 if scale is None else scale
+            out = _attend_by_scores(q, k, v, mask, scale, None, None, causal=False)
+            return out.swapaxes(1, 2).reshape(*query.shape[:-1], -1)
+        key_positions = jnp.where(mask[:, 0, 0], key_positions, -1)  # no query sees padding
+    rule = Mask(
+        queries=MaskTokens(query_positions[0], query_positions),
+        keys=MaskTokens(jnp.arange(n_keys, dtype=jnp.int32), key_positions),
+        causal=causal,
+        aligned=n_queries == n_keys,
+    )
+    return _attend_by_rule(q, k, v, rule, scale).swapaxes(1, 2).reshape(*query.shape[:-1], -1)
+
+
+def _with_four_axes(x: jax.Array) -> jax.Array:
+    """Reshapes an array so that one axis comes before its last three."""
+    if x.ndim < 3:
+        x = x.reshape(*[1] * (3 - x.ndim), *x.shape)
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _positions(batch: int, n_tokens: int) -> jax.Array:
+    """Returns the positions of tokens in rows without padding, [batch, n_tokens] int32."""
+    return jnp.broadcast_to(jnp.arange(n_tokens, dtype=jnp.int32), (batch, n_tokens))
+
+
 AttentionInterface.register(ATTENTION_NAME, _run_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)
+define_function(torch.nn.functional.scaled_dot_product_attention, _run_torch_attention)
+define_function(torch.ops.aten.scaled_dot_product_attention, _run_torch_attention)

@@ -99,8 +99,11 @@ class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
             func, kwargs = torch.Tensor.to, {name: kwargs.get(name) for name in _TO_ARGUMENTS}
         elif func is torch.Tensor.__getitem__ and any(map(_is_jax, torch_tree.tree_leaves(args))):
             args = (self._constant(args[0]), *args[1:])
+        has_fp64 = any(map(_is_fp64, torch_tree.tree_leaves((args, kwargs))))
         try:
-            out = super().dispatch(func, types, args, kwargs)
+            # JAX has no fp64 by default. Some models compute the angles of positions in fp64.
+            with jax.enable_x64(True) if has_fp64 else contextlib.nullcontext():
+                out = super().dispatch(func, types, args, kwargs)
         except (AssertionError, AttributeError, NotImplementedError) as error:
             raise _OperatorError(torch.overrides.resolve_name(func) or str(func)) from error
         return _respect_no_grad(out, (args, kwargs))
@@ -117,6 +120,12 @@ class _Environment(Environment):  # type: ignore[misc]  # torchax has no types
 
 def _is_jax(value: Any) -> bool:
     return isinstance(value, Tensor | View)
+
+
+def _is_fp64(value: Any) -> bool:
+    """Returns True for the dtype fp64 and for tensors of fp64."""
+    dtype = value.dtype if isinstance(value, torch.Tensor) else value
+    return dtype in (torch.float64, torch.complex128)
 
 
 def _respect_no_grad(out: Any, args: Any) -> Any:
@@ -226,11 +235,22 @@ _TORCH_BEHAVIOR: list[tuple[Any, str, Any]] = [
 ]
 
 
+_DEFINITIONS: dict[Any, Callable[..., Any]] = {}  # by torch's function
+
+
+def define_function(function: Any, definition: Callable[..., Any]) -> None:
+    """Makes torch code call `definition`, with torchax's tensors, where it calls `function`."""
+    _DEFINITIONS[function] = definition
+
+
 @functools.lru_cache(maxsize=1)
 def environment() -> Environment:
     """Returns the environment that torch code runs in."""
     with jax.ensure_compile_time_eval():  # its key is an array, and no part of a traced program
-        return _Environment()
+        env = _Environment()
+    for function, definition in _DEFINITIONS.items():
+        env.override_op_definition(function, definition)
+    return env
 
 
 def to_torch(tree: Any) -> Any:

@@ -53,7 +53,7 @@ def from_torch(
       param_dtype: dtype of the parameters; `dtype` by default.
       remat: what is recomputed in the backward pass, layer by layer; see ``models.Decoder``.
       attention: see ``models.Decoder``; for modules that take their attention from transformers'
-        `AttentionInterface`. Others compute it in their own way.
+        `AttentionInterface`, or call ``torch.nn.functional.scaled_dot_product_attention``.
       scan: whether layers that are alike are stacked.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       print_plan: gets a line for each sharding of the table that ``models.partition_specs`` gives.
@@ -79,7 +79,7 @@ def from_torch(
             text = config.hf.to_json_string(use_diff=False)
             config = dataclasses.replace(config, text=text)
     model = TorchModel(config, dtype, param_dtype, remat, attention)
-    if attention != "auto" and not model.built.attends:
+    if attention != "auto" and not model.built.may_attend:
         raise TorchModelError(
             f"attention={attention!r} has no effect, because a {config.model_type} model does not "
             "use transformers' AttentionInterface. Remove the argument attention."

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
@@ -177,6 +178,14 @@ class EmptyModule:
         """True if the module uses the attention of `lora_jax.torch.attention`."""
         config = getattr(self.module, "config", None)
         return getattr(config, "_attn_implementation", None) == ATTENTION_NAME
+
+    @property
+    def may_attend(self) -> bool:
+        """True if the module uses our attention, or may call torch's, which ours replaces.
+
+        Modules of transformers that do not use our attention compute scores themselves.
+        """
+        return self.attends or not isinstance(self.module, PreTrainedModel)
 
     @property
     def packs(self) -> bool:

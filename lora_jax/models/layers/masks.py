@@ -183,11 +183,21 @@ class Mask:
                 "The keys of this mask have no positions. Pass keys with positions, which are -1 "
                 "where there is nothing to see."
             )
-        segments = jnp.int32(0) if self.keys.segments is None else self.keys.segments
-        if self.keys.branches is not None:
-            segments = segments * MAX_BRANCHES + self.keys.branches
-        keys = jnp.where(self.keys.positions >= 0, segments, _PADDING_SEGMENT)
-        return keys if self.aligned else jnp.take(keys, self.queries.slots, axis=1), keys
+        keys = _segments_with_padding(self.keys)
+        if not self.aligned:
+            return jnp.take(keys, self.queries.slots, axis=1), keys
+        if self.queries.positions is None:
+            return keys, keys
+        return _segments_with_padding(self.queries), keys
+
+
+def _segments_with_padding(tokens: MaskTokens) -> jax.Array:
+    """Returns the segments of tokens with positions, in which padding has its own segment."""
+    segments = jnp.int32(0) if tokens.segments is None else tokens.segments
+    if tokens.branches is not None:
+        segments = segments * MAX_BRANCHES + tokens.branches
+    assert tokens.positions is not None, "the tokens have positions"
+    return jnp.where(tokens.positions >= 0, segments, _PADDING_SEGMENT)
 
 
 def prompt_segments(segments: Slots) -> Slots:
