@@ -32,22 +32,26 @@ class Recomputation(NamedTuple):
     remat: bool | str = False
     placement: Placement = UNPLACED
 
+    def place(self, states: Sequence[jax.Array]) -> list[jax.Array]:
+        """Shards hidden states, [batch, seq, width]; other arrays stay as they are."""
+        return [self.placement.constrain(x, "residual") if x.ndim == 3 else x for x in states]
+
     def __call__(self, body: Callable[..., Any], *, scans: bool) -> Callable[..., Any]:
-        """Returns ``body(hidden, arrays)``, recomputed in the backward pass.
+        """Returns ``body(inputs, arrays)``, recomputed in the backward pass.
 
         Args:
-          body: computes a layer.
+          body: computes a layer from its inputs, a list of arrays.
           scans: whether `body` is the body of a scan. Elsewhere a barrier keeps XLA from merging
             the recomputation with the forward pass.
         """
         if self.remat is False:
             return body
 
-        def with_marked_input(hidden: jax.Array, arrays: Any) -> Any:
-            return body(name_layer_input(hidden, self.remat), arrays)
+        def with_marked_inputs(inputs: Sequence[jax.Array], arrays: Any) -> Any:
+            return body([name_layer_input(x, self.remat) for x in inputs], arrays)
 
         return jax.checkpoint(
-            with_marked_input, policy=remat_policy(self.remat), prevent_cse=not scans
+            with_marked_inputs, policy=remat_policy(self.remat), prevent_cse=not scans
         )
 
 
@@ -98,33 +102,28 @@ def patch_forwards(
         yield
 
 
-class _LayerCall:
-    """One call of a layer, as a function of its parameters and its hidden states.
+class LayerCall:
+    """One call of a layer, as a function of its parameters and of some of its arguments.
 
     Attributes:
-      hidden: the hidden states: the first argument, or the one of that name.
-      other_arguments: the leaves of the other arguments.
+      arguments: the leaves of all arguments.
+      carried: the indices of the leaves that are inputs of this function.
+      inputs: these leaves, as JAX's arrays.
     """
 
-    def __init__(self, layer: torch.nn.Module, args: Any, kwargs: Any):
+    def __init__(self, layer: torch.nn.Module, args: Any, kwargs: Any, carried: Sequence[int]):
         self._layer = layer
-        if args:
-            hidden = args[0]
-        else:
-            first_keyword_argument = next(iter(kwargs.values()), None)
-            hidden = kwargs.get("hidden_states", first_keyword_argument)
-        self.hidden: jax.Array = hidden.jax()
-        self._arguments, self._argument_tree = torch_tree.tree_flatten((args, kwargs))
-        self._hidden_index = next(i for i, x in enumerate(self._arguments) if x is hidden)
-        self.other_arguments: list[Any] = [*self._arguments]
-        del self.other_arguments[self._hidden_index]
+        self.arguments, self._argument_tree = torch_tree.tree_flatten((args, kwargs))
+        self.carried = carried
+        self.inputs: list[jax.Array] = [self.arguments[i].jax() for i in carried]
         # The output's leaves, with `_ARRAY_MARK` for each array, and their tree. A call sets both.
         self._output_leaves: list[Any] = []
         self._output_tree: Any = None
 
-    def __call__(self, arrays: Arrays, hidden: jax.Array) -> list[jax.Array]:
-        arguments = [*self._arguments]
-        arguments[self._hidden_index] = to_torch(hidden)
+    def __call__(self, arrays: Arrays, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        arguments = [*self.arguments]
+        for i, array in zip(self.carried, inputs, strict=True):
+            arguments[i] = to_torch(array)
         args, kwargs = torch_tree.tree_unflatten(arguments, self._argument_tree)
         out = call_module(self._layer, arrays, args, kwargs)
         leaves, self._output_tree = torch_tree.tree_flatten(out)
@@ -140,95 +139,169 @@ class _LayerCall:
         return torch_tree.tree_unflatten(leaves, self._output_tree)
 
 
+def _traced_arguments(args: Any, kwargs: Any) -> list[int]:
+    """Returns the indices of the leaves that a trace does not know, among all arguments."""
+    leaves = torch_tree.tree_leaves((args, kwargs))
+    return [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor) and isinstance(to_jax(leaf), jax.core.Tracer)
+    ]
+
+
+def _hidden_argument(args: Any, kwargs: Any) -> list[int]:
+    """Returns the index of the hidden states: the argument of that name, or else the first array.
+
+    Returns:
+      One index of a leaf of all arguments; none if no argument is an array.
+    """
+    leaves = torch_tree.tree_leaves((args, kwargs))
+    named = None if args else kwargs.get("hidden_states")
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and (named is None or leaf is named):
+            return [i]
+    return []
+
+
 class _ProbedCall(NamedTuple):
     """A call of a layer in a trace of the module, for comparison with other layers' calls.
 
     Attributes:
       layer: the index of the layer in its list.
-      signature: equal for two calls that compute the same.
-      follows: whether its hidden states are what the layer before returned.
-      alive: the objects whose ids are in the signature.
+      signature: equal for two calls that compute the same program.
+      arguments: the identity or the text of each argument.
+      carried: the indices of the arguments that are outputs of the layer before, in the order of
+        these outputs; None if an output is no argument, or is more than one.
+      alive: the objects whose ids are in the signature and the arguments.
     """
 
     layer: int
     signature: Any
-    follows: bool
+    arguments: Sequence[Any]
+    carried: tuple[int, ...] | None
     alive: Any
 
 
-def find_stack(
+def find_stacks_of_list(
     name: str,
     layers: Sequence[torch.nn.Module],
     arrays: Sequence[Arrays],
     run: Callable[[], Any],
-) -> LayerPeriods | None:
-    """Finds the layers of a list that run the same programs, or returns None.
+    *,
+    to_end: bool,
+) -> list[LayerPeriods]:
+    """Finds the layers of a list that run the same programs.
 
     Two layers are alike if they have the same class and the same settings, compute the same program
-    with the same constants, and get the same arguments. Only their hidden states differ: each layer
-    must get the output of the layer before. Modules that all get the same input are no layers.
+    with the same constants, and get the same arguments. Only those arguments differ that are the
+    outputs of the layer before. Modules that all get the same input are no layers.
 
     Args:
       name: the list's name.
       layers: the modules of the list.
       arrays: the shapes of the parameters and buffers of each module.
       run: runs the whole module.
+      to_end: whether a stack must reach the end of the list, and begin among its first four layers.
     """
     calls: list[_ProbedCall] = []
-    outputs: list[Any] = [None]  # of all layers so far; None before the first one
+    outputs: list[jax.Array] = []  # of the layer before
 
     def record(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Traces a layer's call, and records its signature."""
-        call = _LayerCall(layer, args, kwargs)
-        traced, shapes = jax.make_jaxpr(call, return_shape=True)(arrays[i], call.hidden)
+        call = LayerCall(layer, args, kwargs, _traced_arguments(args, kwargs))
+        traced, shapes = jax.make_jaxpr(call, return_shape=True)(arrays[i], call.inputs)
         calls.append(
             _ProbedCall(
                 layer=i,
-                signature=_signature(i, layer, call, traced, shapes),
-                follows=call.hidden is outputs[-1],
+                signature=_signature(layer, traced),
+                arguments=[
+                    id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.arguments
+                ],
+                carried=_carried_arguments(call, outputs),
                 alive=(call, traced.consts),
             )
         )
-        layer_outputs = [jnp.zeros(s.shape, s.dtype) for s in shapes]
-        outputs.extend(layer_outputs)
-        return call.restore(layer_outputs)
+        outputs[:] = [jnp.zeros(s.shape, s.dtype) for s in shapes]
+        return call.restore(outputs)
 
     with patch_forwards(layers, record):
         run()
     n_layers = len(layers)
     if [call.layer for call in calls] != list(range(n_layers)):
-        return None  # the module calls its layers in another order, or not once each
-    # Up to three layers at the beginning may differ from all others.
-    for start in range(min(n_layers - 1, 4)):
-        if not all(call.follows for call in calls[start + 1 :]):
+        return []  # the module calls its layers in another order, or not once each
+    stacks: list[LayerPeriods] = []
+    start = 0
+    while start < n_layers - 1 and not (to_end and (stacks or start > 3)):
+        stack = _longest_stack(name, start, calls)
+        if stack is None or (to_end and stack.end < n_layers):
+            start += 1
+        else:
+            stacks.append(stack)
+            start = stack.end
+    return stacks
+
+
+def _carried_arguments(call: LayerCall, outputs: Sequence[jax.Array]) -> tuple[int, ...] | None:
+    """Returns the index of the argument that is each output; None unless each is one argument."""
+    carried: list[int] = []
+    for output in outputs:
+        indices = [i for i, x in zip(call.carried, call.inputs, strict=True) if x is output]
+        if len(indices) != 1:
+            return None
+        carried += indices
+    return tuple(carried)
+
+
+def _longest_stack(name: str, start: int, calls: Sequence[_ProbedCall]) -> LayerPeriods | None:
+    """Returns the stack of the most layers from a layer on; None if no layers repeat."""
+    longest: LayerPeriods | None = None
+    for period in range(1, (len(calls) - start) // 2 + 1):
+        carried = _carried_in_period(start, period, calls)
+        if carried is None:
             continue
-        n_stacked = n_layers - start
-        for period in range(1, n_stacked // 2 + 1):
-            if n_stacked % period == 0 and _calls_repeat(calls[start:], period):
-                return LayerPeriods(name, start, period, repeats=n_stacked // period)
-    return None
+        n_repeated = 0  # layers that repeat the layer one period before
+        for before, call in zip(calls[start:], calls[start + period :], strict=False):
+            kind = (call.layer - start) % period
+            if call.carried != carried[kind] or not _is_repeated(before, call):
+                break
+            n_repeated += 1
+        stack = LayerPeriods(name, start, period, 1 + n_repeated // period, carried)
+        if stack.repeats > 1 and (longest is None or stack.end > longest.end):
+            longest = stack
+    return longest
 
 
-def _signature(
-    index: int,
-    layer: torch.nn.Module,
-    call: _LayerCall,
-    traced: Any,
-    shapes: Sequence[jax.ShapeDtypeStruct],
-) -> Any:
-    """Returns a key that is equal for layers that compute the same."""
-    output_forms = [(x.shape, x.dtype) for x in shapes]
-    if output_forms != [(call.hidden.shape, call.hidden.dtype)]:
-        return (index,)  # its output cannot be the input of another layer
-    arguments = [id(x) if isinstance(x, torch.Tensor) else repr(x) for x in call.other_arguments]
+def _carried_in_period(
+    start: int, period: int, calls: Sequence[_ProbedCall]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Returns the carried arguments of each kind; None if a layer does not follow the one before.
+
+    The first layer gets its arguments from other code, so those of its repetition count.
+    """
+    carried: list[tuple[int, ...]] = []
+    for kind in range(period):
+        indices = calls[start + period + kind].carried
+        follows = kind == 0 or calls[start + kind].carried == indices
+        if not indices or not follows:
+            return None
+        carried.append(indices)
+    return tuple(carried)
+
+
+def _is_repeated(call: _ProbedCall, later: _ProbedCall) -> bool:
+    """Returns True if a later call computes the same, from the same arguments but those carried."""
+    carried = later.carried or ()
+    pairs = zip(call.arguments, later.arguments, strict=False)
+    differing = {i for i, (argument, other) in enumerate(pairs) if argument != other}
+    has_equal_programs = call.signature == later.signature
+    has_equal_count = len(call.arguments) == len(later.arguments)
+    return has_equal_programs and has_equal_count and differing <= set(carried)
+
+
+def _signature(layer: torch.nn.Module, traced: Any) -> Any:
+    """Returns a key that is equal for layers that compute the same program."""
     constants = [_contents_of_constant(constant) for constant in traced.consts]
-    return str(traced), constants, arguments, _settings_of_layer(layer)
-
-
-def _calls_repeat(calls: Sequence[_ProbedCall], period: int) -> bool:
-    """Returns True if each call computes the same as the call one period later."""
-    pairs = zip(calls, calls[period:], strict=False)
-    return all(call.signature == later.signature for call, later in pairs)
+    return str(traced), constants, _settings_of_layer(layer)
 
 
 def _contents_of_constant(constant: Any) -> Any:
@@ -273,38 +346,37 @@ def run_as_scan(
       recomputed: what the backward pass recomputes.
       cache: the tokens so far; None without a cache.
     """
-    calls: list[_LayerCall] = []
-    layer_indices = range(stack.start, stack.n_layers)
+    calls: list[LayerCall] = []
     with_entries = contextlib.nullcontext if cache is None else cache.use_entries
 
-    def run_period(hidden: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+    def run_period(carry: Sequence[jax.Array], slices: Any) -> tuple[list[jax.Array], Any]:
         """Runs one period of layers; the body of the scan."""
         arrays_of_layers, entries = slices
+        outputs = [*carry]
         with with_entries(entries) as added_entries:
             for call, layer_arrays in zip(calls, arrays_of_layers, strict=True):
-                (hidden,) = call(layer_arrays, hidden)
-                hidden = recomputed.placement.constrain(hidden, "residual")
-        return hidden, added_entries
+                outputs = recomputed.place(call(layer_arrays, outputs))
+        return outputs, added_entries
 
     def forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Collects the calls of a period, and runs the scan at the last one."""
         if i == 0:
             calls.clear()
-        call = _LayerCall(layer, args, kwargs)
+        call = LayerCall(layer, args, kwargs, stack.carried[i])
         calls.append(call)
         if i < stack.period - 1:
             # The scan will run this layer. A trace only finds the structure of its output.
             layer_shapes = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
             with with_entries({}):
-                jax.eval_shape(call, layer_shapes, call.hidden)
-            return call.restore([call.hidden])
+                shapes = jax.eval_shape(call, layer_shapes, call.inputs)
+            return call.restore([jnp.zeros(shape.shape, shape.dtype) for shape in shapes])
         # The last layer of the period runs all layers of the stack.
         body = recomputed(run_period, scans=True)
-        entries = {} if cache is None else cache.entries_of(layer_indices)
-        hidden, added_entries = jax.lax.scan(body, calls[0].hidden, (list(arrays), entries))
+        entries = {} if cache is None else cache.entries_of(stack.first_period)
+        outputs, added_entries = jax.lax.scan(body, calls[0].inputs, (list(arrays), entries))
         if cache is not None:
-            cache.add(added_entries, layer_indices)
-        return call.restore([hidden])
+            cache.add(added_entries, stack.first_period)
+        return call.restore(outputs)
 
     with patch_forwards(layers, forward):
         yield
@@ -317,10 +389,9 @@ def run_one_by_one(
     """Runs each layer separately, recomputed in the backward pass."""
 
     def forward(i: int, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = _LayerCall(layer, args, kwargs)
-        hidden = recomputed.placement.constrain(call.hidden, "residual")
-        body = recomputed(lambda hidden, layer_arrays: call(layer_arrays, hidden), scans=False)
-        return call.restore(body(hidden, arrays[i]))
+        call = LayerCall(layer, args, kwargs, _hidden_argument(args, kwargs))
+        body = recomputed(lambda inputs, layer_arrays: call(layer_arrays, inputs), scans=False)
+        return call.restore(body(recomputed.place(call.inputs), arrays[i]))
 
     with patch_forwards(layers, forward):
         yield

@@ -61,10 +61,11 @@ class EmptyModule:
 
     Attributes:
       name: the name of the model in messages.
-      module: on torch's meta device; of each stack it has the layers before, and one of each kind.
+      module: on torch's meta device; of each stack it has one layer of each kind.
       rows: the key table of parameters and saved buffers; see `make_key_rows`.
       stacks: the stacks of layers.
-      lists: the names of the lists of layers that are not stacked.
+      lists: the names of all lists of layers, with the indices that layers had before those of
+        stacks were removed.
       buffers: the other buffers, by name; those of layers of a kind are stacked, as parameters.
       reasons_against_stacks: the reason why a list is not stacked, by list; without the lists that
         were not compared.
@@ -74,7 +75,7 @@ class EmptyModule:
     module: torch.nn.Module
     rows: Sequence[Row]
     stacks: Sequence[LayerPeriods]
-    lists: Sequence[str]
+    lists: Mapping[str, Sequence[int]]
     buffers: Mapping[str, np.ndarray]
     reasons_against_stacks: Mapping[str, str]
 
@@ -99,22 +100,21 @@ class EmptyModule:
         """
         arrays = self._arrays(tree)
 
-        def layers(name: str, indices: range) -> tuple[list[torch.nn.Module], list[Any]]:
+        def layers(name: str, indices: Sequence[int]) -> tuple[list[torch.nn.Module], list[Any]]:
             modules = self.layers(name)
-            layer_arrays = [arrays_under(arrays, f"{name}.{i}.") for i in indices]
-            return [modules[i] for i in indices], layer_arrays
+            places = [self.lists[name].index(i) for i in indices]
+            layer_arrays = [arrays_under(arrays, f"{name}.{place}.") for place in places]
+            return [modules[place] for place in places], layer_arrays
 
         with run_with_jax(self.name), contextlib.ExitStack() as contexts:
             for stack in self.stacks:
-                kinds, kind_arrays = layers(stack.name, range(stack.start, stack.n_layers))
+                kinds, kind_arrays = layers(stack.name, stack.first_period)
                 contexts.enter_context(run_as_scan(stack, kinds, kind_arrays, recomputed, cache))
             # Other layers run one by one. Those that are neither recomputed nor placed need no
             # change: torch calls them.
             if recomputed.remat is not False or recomputed.placement.token_parts > 1:
-                n_single_layers = {name: len(self.layers(name)) for name in self.lists}
-                n_single_layers |= {stack.name: stack.start for stack in self.stacks}
-                for name, n in n_single_layers.items():
-                    modules, module_arrays = layers(name, range(n))
+                for name in self.lists:
+                    modules, module_arrays = layers(name, self.single_layers(name))
                     contexts.enter_context(run_one_by_one(modules, module_arrays, recomputed))
             holds_new_tensors = contexts.enter_context(exchange_tensors(self.module))
             if cache is not None:
@@ -134,13 +134,30 @@ class EmptyModule:
                 f"{self.name}: the parameter tree has no {missing_paths[0]}. Pass the tree that "
                 "from_torch returned, or an adapted tree of it."
             )
-        arrays: dict[str, jax.Array] = {n: jnp.asarray(b) for n, b in self.buffers.items()}
+        arrays: dict[str, jax.Array] = {
+            self._kept_name(n): jnp.asarray(b) for n, b in self.buffers.items()
+        }
         for row in self.rows:
             array = leaves[row.path]
             if row.transpose:
                 array = array.swapaxes(-1, -2)
-            arrays |= dict.fromkeys((row.hf_names[0], *row.aliases), array)
+            arrays |= dict.fromkeys(map(self._kept_name, (row.hf_names[0], *row.aliases)), array)
         return arrays
+
+    def _kept_name(self, name: str) -> str:
+        """Returns the name that a tensor has after layers of stacks were removed."""
+        for list_name, indices in self.lists.items():
+            match = re.fullmatch(rf"{re.escape(list_name)}\.(\d+)\.(.+)", name)
+            if match is not None and int(match[1]) in indices:
+                return f"{list_name}.{indices.index(int(match[1]))}.{match[2]}"
+        return name
+
+    def single_layers(self, name: str) -> list[int]:
+        """Returns the indices of the layers of a list that are in no stack."""
+        stacked = {
+            i for stack in self.stacks if stack.name == name for i in range(stack.start, stack.end)
+        }
+        return [i for i in self.lists[name] if i not in stacked]
 
     def layers(self, name: str) -> list[torch.nn.Module]:
         """Returns the modules of a list."""
@@ -296,29 +313,49 @@ def _build_module(recipe: Recipe) -> EmptyModule:
     module: torch.nn.Module = recipe.empty_module().eval()
     buffers = buffers_of(module)
     lists = layer_lists(module)
-    stack_or_reason: dict[str, LayerPeriods | str] = {}
-    if recipe.scan and recipe.continues:
-        stack_or_reason = find_stacks(recipe.model_type, module, lists, buffers)
-    stacks = [stack for stack in stack_or_reason.values() if not isinstance(stack, str)]
-    stack_names = {stack.name for stack in stacks}
+    stacks_or_reason: dict[str, list[LayerPeriods] | str] = {}
+    example = recipe.example_arguments(module)
+    if recipe.scan and (recipe.continues or example is not None):
+        stacks_or_reason = find_stacks(recipe.model_type, module, lists, buffers, example)
+    stacks = [
+        stack
+        for list_stacks in stacks_or_reason.values()
+        if not isinstance(list_stacks, str)
+        for stack in list_stacks
+    ]
     rows = make_key_rows(module, stacks)
     stored_names = {name for row in make_key_rows(module) for name in (*row.hf_names, *row.aliases)}
     further_buffers = {n: buffer for n, buffer in buffers.items() if n not in stored_names}
-    # Delete all layers of a stack but the first one of each kind.
-    for stack in stacks:
-        layers: Any = module.get_submodule(stack.name)
-        del layers[stack.n_layers :]
     return EmptyModule(
         name=recipe.model_type,
         module=module,
         rows=rows,
         stacks=stacks,
-        lists=[name for name in lists if name not in stack_names],
+        lists={name: _remove_repeated_layers(module, name, stacks) for name in lists},
         buffers=stack_buffers(stacks, further_buffers),
         reasons_against_stacks={
-            name: why for name, why in stack_or_reason.items() if isinstance(why, str)
+            name: why for name, why in stacks_or_reason.items() if isinstance(why, str)
         },
     )
+
+
+def _remove_repeated_layers(
+    module: torch.nn.Module, name: str, stacks: Sequence[LayerPeriods]
+) -> list[int]:
+    """Removes all layers of stacks but the first one of each kind from a list.
+
+    Returns:
+      The indices of the layers that stay, before the others were removed.
+    """
+    layers: Any = module.get_submodule(name)
+    kept = set(range(len(layers)))
+    for stack in stacks:
+        if stack.name == name:
+            kept -= set(range(stack.start + stack.period, stack.end))
+    for i in reversed(range(len(layers))):
+        if i not in kept:
+            del layers[i]
+    return sorted(kept)
 
 
 def build_module(recipe: Recipe) -> EmptyModule:
@@ -327,4 +364,6 @@ def build_module(recipe: Recipe) -> EmptyModule:
     Raises:
       TorchModelError: transformers cannot build it.
     """
-    return _build_module(Recipe(recipe.text, recipe.auto, recipe.scan, recipe.module))
+    return _build_module(Recipe(
+        text=recipe.text, auto=recipe.auto, scan=recipe.scan, module=recipe.module, example=recipe.example
+    ))

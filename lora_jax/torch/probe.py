@@ -11,7 +11,7 @@ import torch
 
 from lora_jax.torch.attention import AttentionSettings, use_attention
 from lora_jax.torch.backend import call_module, run_with_jax, to_torch
-from lora_jax.torch.layers import find_stack
+from lora_jax.torch.layers import find_stacks_of_list
 from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.structure import LayerPeriods, stack_position_of
 
@@ -76,20 +76,34 @@ def buffers_of(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def find_stacks(
-    name: str, module: torch.nn.Module, lists: Sequence[str], buffers: Mapping[str, np.ndarray]
-) -> dict[str, LayerPeriods | str]:
-    """Returns the stack of each list of layers, or the reason why it is none."""
-    stack_or_reason: dict[str, LayerPeriods | str] = {}
+    name: str,
+    module: torch.nn.Module,
+    lists: Sequence[str],
+    buffers: Mapping[str, np.ndarray],
+    example: Mapping[str, Any] | None,
+) -> dict[str, list[LayerPeriods] | str]:
+    """Returns the stacks of each list of layers, or the reason why it has none.
+
+    Args:
+      name: the name of the model in messages.
+      module: the whole module.
+      lists: the names of its lists of layers.
+      buffers: the buffers of the module.
+      example: arguments of the module by name, arrays as their shapes; None for a causal language
+        model, whose layers are all of one stack.
+    """
+    stacks_or_reason: dict[str, list[LayerPeriods] | str] = {}
     shapes = {n: _abstract_array(p) for n, p in module.named_parameters(remove_duplicate=False)}
+    shapes |= buffers
     for list_name in lists:
         try:
-            stack = _find_stack_by_trace(name, module, list_name, {**shapes, **buffers})
+            stacks = _find_stacks_by_trace(name, module, list_name, shapes, example)
         except (TorchModelError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
-            stack_or_reason[list_name] = f"they cannot be compared: {reason}"
+            stacks_or_reason[list_name] = f"they cannot be compared: {reason}"
         else:
-            stack_or_reason[list_name] = "they differ" if stack is None else stack
-    return stack_or_reason
+            stacks_or_reason[list_name] = stacks or "they differ"
+    return stacks_or_reason
 
 
 def _abstract_array(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
@@ -97,27 +111,42 @@ def _abstract_array(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(tensor.shape), dtype)
 
 
-def _find_stack_by_trace(
-    name: str, module: torch.nn.Module, list_name: str, shapes: Mapping[str, Any]
-) -> LayerPeriods | None:
-    """Finds the stack of a list of layers, by a trace of the whole module."""
-    stacks: list[LayerPeriods | None] = []
+def _find_stacks_by_trace(
+    name: str,
+    module: torch.nn.Module,
+    list_name: str,
+    shapes: Mapping[str, Any],
+    example: Mapping[str, Any] | None,
+) -> list[LayerPeriods]:
+    """Finds the stacks of a list of layers, by a trace of the whole module."""
+    stacks: list[LayerPeriods] = []
     layers: Any = module.get_submodule(list_name)
     layer_shapes = [arrays_under(shapes, f"{list_name}.{i}.") for i in range(len(layers))]
+    constants: dict[str, Any] = {"use_cache": False}
+    input_shapes: dict[str, Any] = {
+        "input_ids": jax.ShapeDtypeStruct((1, _PROBE_TOKENS), np.int32)
+    }
+    if example is not None:
+        input_shapes = {k: x for k, x in example.items() if isinstance(x, jax.ShapeDtypeStruct)}
+        constants = {k: x for k, x in example.items() if k not in input_shapes}
 
-    def trace(values: Mapping[str, Any], ids: jax.Array) -> None:
-        """Traces the module on a short row."""
+    def trace(values: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> None:
+        """Traces the module."""
         with (
             run_with_jax(name),
             use_attention(AttentionSettings(keeps_masks=True)),
             exchange_tensors(module),
         ):
-            inputs = {"input_ids": ids, "use_cache": False}
-            run = functools.partial(call_module, module, values, (), inputs)
-            stacks.append(find_stack(list_name, list(layers), layer_shapes, run))
+            arguments = {**inputs, **constants}
+            run = functools.partial(call_module, module, values, (), arguments)
+            stacks.extend(
+                find_stacks_of_list(
+                    list_name, list(layers), layer_shapes, run, to_end=example is None
+                )
+            )
 
-    jax.eval_shape(trace, dict(shapes), jax.ShapeDtypeStruct((1, _PROBE_TOKENS), np.int32))
-    return stacks[0]
+    jax.eval_shape(trace, dict(shapes), input_shapes)
+    return stacks
 
 
 def stack_buffers(

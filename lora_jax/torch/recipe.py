@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lora_jax.core.types import Fields
 from lora_jax.torch.attention import ATTENTION_NAME
+from lora_jax.torch.examples import example_of
 from lora_jax.torch.packages import TorchModelError
 
 CAUSAL = "AutoModelForCausalLM"
@@ -31,12 +32,15 @@ class Recipe:
       auto: transformers' class that builds the module, such as `AutoModelForCausalLM`.
       scan: whether layers that compute the same are stacked, and run as one scan.
       module: the user's module; None if it is built from the config.json.
+      example: arguments of the module by name, arrays as their shapes. Layers of a module that is
+        no causal language model are compared with these arguments.
     """
 
     text: str
     auto: str = CAUSAL
     scan: bool = True
     module: Any = None
+    example: tuple[tuple[str, Any], ...] = ()
 
     @functools.cached_property
     def fields(self) -> Fields:
@@ -59,6 +63,15 @@ class Recipe:
         if self.module is None:
             return self.auto == CAUSAL
         return type(self.module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def example_arguments(self, module: Any) -> dict[str, Any] | None:
+        """Returns arguments by which layers can be compared; None if there are none.
+
+        A causal language model needs none: a short row of tokens will do.
+        """
+        if self.continues:
+            return None
+        return dict(self.example) or example_of(module)
 
     @property
     def model_type(self) -> str:

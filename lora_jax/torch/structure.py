@@ -24,20 +24,28 @@ class LayerPeriods:
 
     Attributes:
       name: the list's dotted name.
-      start: the number of layers before the scan, each of its own kind.
+      start: the index of the scan's first layer in the list.
       period: the number of kinds of layers, which alternate.
       repeats: the number of the scan's steps.
+      carried: for each kind, the indices of the arguments that are outputs of the layer before, in
+        the order of these outputs; see `LayerCall`.
     """
 
     name: str
     start: int
     period: int
     repeats: int
+    carried: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def n_layers(self) -> int:
-        """The number of layers in an `EmptyModule`: unstacked ones, and one of each kind."""
-        return self.start + self.period
+    def first_period(self) -> range:
+        """The indices of the first layer of each kind."""
+        return range(self.start, self.start + self.period)
+
+    @property
+    def end(self) -> int:
+        """The index behind the scan's last layer."""
+        return self.start + self.period * self.repeats
 
     def kind_name(self, kind: int) -> str:
         """Returns the name of a kind of layers in paths; "" if there is only one kind."""
@@ -79,7 +87,7 @@ def stack_position_of(name: str, stacks: Sequence[LayerPeriods]) -> StackPositio
         match = re.fullmatch(rf"{re.escape(stack.name)}\.(\d+)\.(.+)", name)
         if match is not None:
             scan_step, kind = divmod(int(match[1]) - stack.start, stack.period)
-            if scan_step >= 0:  # the layers before the scan belong to no stack
+            if 0 <= scan_step < stack.repeats:
                 return StackPosition(stack=stack, kind=kind, scan_step=scan_step, name=match[2])
     return None
 
