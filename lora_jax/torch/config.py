@@ -148,9 +148,10 @@ class TorchConfig(Recipe):
             + (f", after {stack.start} of their own" if stack.start else "")
             for stack in module.stacks
         ]
-        for name in module.lists:
+        stacked_lists = {stack.name for stack in module.stacks}
+        for name in module.lists.keys() - stacked_lists:
             n = len(module.layers(name))
-            other = "only a causal language model's are stacked" if self.scan else "as asked"
+            other = "there is no example to compare them with" if self.scan else "as asked"
             lines.append(
                 f"layers: the {n} of {name} one by one "
                 f"({module.reasons_against_stacks.get(name, other)}): compiling takes about {n} "

@@ -37,7 +37,7 @@ def _find_module_name(name: str, config: TorchConfig) -> tuple[str, str | None, 
 FORMAT = ModelFormat(
     TorchConfig.from_hf,
     key_table,
-    options=frozenset({"auto", "scan"}),
+    options=frozenset({"auto", "scan", "example"}),
     table_name=lambda name, config: _find_module_name(name, config)[0],
     ignored_tensors=re.compile(r".*rotary_emb\..*|.*\.inv_freq|mtp\..*|model\.mtp.*"),
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_jax.hf.keys import Params, Row, nest_leaves
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
 from lora_jax.torch.config import TorchConfig
+from lora_jax.torch.examples import Example
 from lora_jax.torch.files import TorchFolder
 from lora_jax.torch.model import TorchModel
 from lora_jax.torch.packages import TorchModelError
@@ -32,6 +33,7 @@ def from_torch(
     remat: bool | str = False,
     attention: str | Attend = "auto",
     scan: bool = True,
+    example: Mapping[str, Any] | None = None,
     sharding: ShardingOf | None = None,
     print_plan: Callable[[str], None] | None = None,
 ) -> tuple[TorchModel, Params]:
@@ -42,8 +44,9 @@ def from_torch(
     ``kernel`` [in, out], a table an ``embedding``, a norm's weight a ``scale``, and everything else
     has the name that torch gives it. A tensor that several modules share is there once.
 
-    Layers of a causal language model that compute the same program are stacked on axis 0 and run as
-    one scan; kinds that take turns have a stack each. Those that differ run one after another.
+    Layers that compute the same program are stacked on axis 0 and run as one scan; kinds that take
+    turns have a stack each. Those that differ run one after another. Modules other than causal
+    language models need an example for that.
 
     Args:
       source: a folder or hub name with config.json and safetensors files, or a torch module.
@@ -55,6 +58,9 @@ def from_torch(
       attention: see ``models.Decoder``; for modules that take their attention from transformers'
         `AttentionInterface`, or call ``torch.nn.functional.scaled_dot_product_attention``.
       scan: whether layers that are alike are stacked.
+      example: arguments of the module's forward by name, of any small sizes. With them, layers of
+        modules other than causal language models are compared, and stacked if they are alike. Flux,
+        SD3 and Qwen-Image need none.
       sharding: (path, shape) -> the sharding of that parameter; None for the default device.
       print_plan: gets a line for each sharding of the table that ``models.partition_specs`` gives.
 
@@ -69,15 +75,22 @@ def from_torch(
       WeightsError: weights that cannot be read or do not fit; one error lists all of them.
     """
     param_dtype = dtype if param_dtype is None else param_dtype
+    recipe_example = None if example is None else Example(example)
     folder = None
     if isinstance(source, str | os.PathLike):
-        folder = TorchFolder(find_model(Path(source)).path, auto=auto, scan=scan)
+        path = find_model(Path(source)).path
+        folder = TorchFolder(path, auto=auto, scan=scan, example=recipe_example)
         config = folder.config
     else:
-        config = TorchConfig("", auto, scan, source)
+        config = TorchConfig("", auto, scan, source, recipe_example)
         if config.hf is not None:
             text = config.hf.to_json_string(use_diff=False)
             config = dataclasses.replace(config, text=text)
+    if example is not None and config.continues:
+        raise TorchModelError(
+            "example has no effect, because a short row is the example of a causal language model. "
+            "Remove the argument example."
+        )
     model = TorchModel(config, dtype, param_dtype, remat, attention)
     if attention != "auto" and not model.built.may_attend:
         raise TorchModelError(

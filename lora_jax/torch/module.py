@@ -38,6 +38,7 @@ from lora_jax.torch.probe import (
     exchange_tensors,
     find_stacks,
     stack_buffers,
+    without_caches,
 )
 from lora_jax.torch.recipe import Recipe
 from lora_jax.torch.structure import LayerPeriods, make_key_rows
@@ -116,6 +117,7 @@ class EmptyModule:
                 for name in self.lists:
                     modules, module_arrays = layers(name, self.single_layers(name))
                     contexts.enter_context(run_one_by_one(modules, module_arrays, recomputed))
+            contexts.enter_context(without_caches(self.module))
             holds_new_tensors = contexts.enter_context(exchange_tensors(self.module))
             if cache is not None:
                 kwargs = {**kwargs, "use_cache": True, self.cache_name: cache}
@@ -364,6 +366,12 @@ def build_module(recipe: Recipe) -> EmptyModule:
     Raises:
       TorchModelError: transformers cannot build it.
     """
-    return _build_module(Recipe(
-        text=recipe.text, auto=recipe.auto, scan=recipe.scan, module=recipe.module, example=recipe.example
-    ))
+    return _build_module(
+        Recipe(
+            text=recipe.text,
+            auto=recipe.auto,
+            scan=recipe.scan,
+            module=recipe.module,
+            example=recipe.example,
+        )
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lora_jax.torch.attention import AttentionSettings, use_attention
-from lora_jax.torch.backend import call_module, run_with_jax, to_torch
+from lora_jax.torch.backend import call_module, run_with_jax, set_attributes, to_torch
 from lora_jax.torch.layers import find_stacks_of_list
 from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.structure import LayerPeriods, stack_position_of
@@ -59,6 +59,30 @@ def exchange_tensors(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
             vars(submodule).update(attributes)
 
 
+@contextlib.contextmanager
+def without_caches(module: torch.nn.Module) -> Iterator[None]:
+    """Makes cached methods of modules compute anew within a block; no cache keeps a trace."""
+    uncached: list[tuple[Any, str, Any]] = []
+    for module_class in {
+        base for submodule in module.modules() for base in type(submodule).__mro__
+    }:
+        for name, method in vars(module_class).items():
+            function = _uncached_function(method)
+            if function is not None:
+                uncached.append((module_class, name, function))
+    with set_attributes(uncached):
+        yield
+
+
+def _uncached_function(method: Any) -> Any:
+    """Returns the function whose results a method caches by ``functools.lru_cache``, or None."""
+    cells = getattr(method, "__closure__", None) or ()
+    for candidate in (method, *(cell.cell_contents for cell in cells)):
+        if isinstance(candidate, functools._lru_cache_wrapper):
+            return candidate.__wrapped__
+    return None
+
+
 def _host_array(tensor: torch.Tensor) -> np.ndarray:
     """Returns a tensor as a NumPy array; bf16 becomes fp32, because NumPy has no bf16."""
     tensor = tensor.detach()
@@ -93,7 +117,9 @@ def find_stacks(
         model, whose layers are all of one stack.
     """
     stacks_or_reason: dict[str, list[LayerPeriods] | str] = {}
-    shapes = {n: _abstract_array(p) for n, p in module.named_parameters(remove_duplicate=False)}
+    shapes: dict[str, Any] = {
+        n: _abstract_array(p) for n, p in module.named_parameters(remove_duplicate=False)
+    }
     shapes |= buffers
     for list_name in lists:
         try:
@@ -123,9 +149,7 @@ def _find_stacks_by_trace(
     layers: Any = module.get_submodule(list_name)
     layer_shapes = [arrays_under(shapes, f"{list_name}.{i}.") for i in range(len(layers))]
     constants: dict[str, Any] = {"use_cache": False}
-    input_shapes: dict[str, Any] = {
-        "input_ids": jax.ShapeDtypeStruct((1, _PROBE_TOKENS), np.int32)
-    }
+    input_shapes: dict[str, Any] = {"input_ids": jax.ShapeDtypeStruct((1, _PROBE_TOKENS), np.int32)}
     if example is not None:
         input_shapes = {k: x for k, x in example.items() if isinstance(x, jax.ShapeDtypeStruct)}
         constants = {k: x for k, x in example.items() if k not in input_shapes}
@@ -136,6 +160,7 @@ def _find_stacks_by_trace(
             run_with_jax(name),
             use_attention(AttentionSettings(keeps_masks=True)),
             exchange_tensors(module),
+            without_caches(module),
         ):
             arguments = {**inputs, **constants}
             run = functools.partial(call_module, module, values, (), arguments)

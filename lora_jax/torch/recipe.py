@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lora_jax.core.types import Fields
 from lora_jax.torch.attention import ATTENTION_NAME
-from lora_jax.torch.examples import example_of
+from lora_jax.torch.examples import Example, example_of
 from lora_jax.torch.packages import TorchModelError
 
 CAUSAL = "AutoModelForCausalLM"
@@ -32,15 +32,15 @@ class Recipe:
       auto: transformers' class that builds the module, such as `AutoModelForCausalLM`.
       scan: whether layers that compute the same are stacked, and run as one scan.
       module: the user's module; None if it is built from the config.json.
-      example: arguments of the module by name, arrays as their shapes. Layers of a module that is
-        no causal language model are compared with these arguments.
+      example: arguments with which the layers of a module are compared that is no causal language
+        model; None for those of `example_of`.
     """
 
     text: str
     auto: str = CAUSAL
     scan: bool = True
     module: Any = None
-    example: tuple[tuple[str, Any], ...] = ()
+    example: Example | None = None
 
     @functools.cached_property
     def fields(self) -> Fields:
@@ -69,9 +69,8 @@ class Recipe:
 
         A causal language model needs none: a short row of tokens will do.
         """
-        if self.continues:
-            return None
-        return dict(self.example) or example_of(module)
+        example = None if self.continues else self.example or example_of(module)
+        return None if example is None else example.arguments
 
     @property
     def model_type(self) -> str:
