@@ -22,7 +22,7 @@ PAGES = sorted(
     for path in (ROOT / top).glob("*.md" if top == "." else "**/*.md")
 )
 # These have tests of their own, which judge their code as well.
-ELSEWHERE = ("lora_jax/adapt/guides/", "lora_jax/torch/README.md")
+ELSEWHERE = ("lora_jax/adapt/guides/", "lora_jax/torch/")
 WITH_CODE = [p for p in PAGES if p.startswith("lora_jax/") and not p.startswith(ELSEWHERE)]
 # The pages that were one each: all of their anchors lead on to what stands elsewhere by now.
 CONTENTS = {

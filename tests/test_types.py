@@ -26,7 +26,7 @@ def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     pages = {ROOT / "README.md", *(ROOT / "lora_jax").rglob("*.md")}
     # transformers' configurations are not typed for the arguments that it documents.
-    for page in sorted(pages - {ROOT / "lora_jax/torch/README.md"}):
+    for page in sorted(pages - set((ROOT / "lora_jax/torch").glob("*.md"))):
         found: list[str] = []
         for says, code in BLOCKS.findall(page.read_text()):
             if "openpi" in says:  # code that is not installed

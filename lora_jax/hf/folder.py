@@ -10,7 +10,6 @@ from lora_jax.hf.fields import ConfigError, read_json_fields
 from lora_jax.hf.hub import name_on_other_machines
 from lora_jax.hf.keys import WeightsError
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PEFT_CONFIG = "adapter_config.json"
 _ADAPTER_METADATA = "lora/metadata"  # of `lora_jax.save_adapter`
@@ -79,26 +78,31 @@ def _describe_adapter_folder(folder: Path, is_peft: bool) -> str:
     )
 
 
-def read_weight_map(folder: Path) -> dict[str, str]:
+def read_weight_map(folder: Path, stem: str = "model") -> dict[str, str]:
     """Returns the file of each tensor by the index; {"": the single file} without an index.
+
+    Args:
+      folder: the folder.
+      stem: the beginning of the names of the weights and of the index.
 
     Raises:
       WeightsError: there are no weights, or the index is damaged; says what the folder holds.
     """
-    index = folder / INDEX_FILE
+    weights_file, index_file = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    index = folder / index_file
     if not index.exists():
-        if not (folder / WEIGHTS_FILE).exists():
-            alternative = _describe_other_files(folder)
+        if not (folder / weights_file).exists():
+            alternative = _describe_other_files(folder, weights_file, index_file)
             raise WeightsError(
-                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{alternative}"
+                f"{folder} holds neither {weights_file} nor {index_file}{alternative}"
             )
-        return {"": WEIGHTS_FILE}
+        return {"": weights_file}
     file_of_tensor = _read_index(index)
     shards = sorted(set(file_of_tensor.values()))
     missing_shards = [shard for shard in shards if not (folder / shard).exists()]
     if missing_shards:
         raise WeightsError(
-            f"{folder} lacks shards that {INDEX_FILE} lists: {', '.join(missing_shards)}. "
+            f"{folder} lacks shards that {index_file} lists: {', '.join(missing_shards)}. "
             "Download or copy these files."
         )
     return file_of_tensor
@@ -142,7 +146,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return file_of_tensor
 
 
-def _describe_other_files(folder: Path) -> str:
+def _describe_other_files(folder: Path, weights_file: str, index_file: str) -> str:
     """Returns the end of a message on missing weights: other contents, and a remedy."""
     problem = describe_folder_without_config(folder)
     if problem is not None:
@@ -152,11 +156,11 @@ def _describe_other_files(folder: Path) -> str:
     for name in names:
         match = _VARIANT_FILE_NAME.fullmatch(name)
         common_name = match[1] + match[3] if match else None
-        if common_name in (WEIGHTS_FILE, INDEX_FILE):
+        if common_name in (weights_file, index_file):
             command = f"mv {folder / name} {folder / common_name}"
             return f", but a variant of them, {name}. Rename it ({command})."
     if len(names) == 1:
-        command = f"mv {folder / names[0]} {folder / WEIGHTS_FILE}"
+        command = f"mv {folder / names[0]} {folder / weights_file}"
         return f", but {names[0]}. If it holds all of the weights, rename it ({command})."
     if names:
         return f", which lists the tensors of {', '.join(names)}. Copy the index, too."

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, FieldTypeError, read_json_fields
 from lora_jax.hf.folder import (
-    INDEX_FILE,
     describe_damage,
     describe_folder_without_config,
     read_weight_map,
@@ -114,6 +113,7 @@ class SafetensorsFolder:
     """
 
     kept_forms_note = ""
+    stem = "model"  # the beginning of the names of the weights and of their index
 
     def __init__(self, folder: Path, formats: ModelFormats, **options: object):
         self.where = str(folder)
@@ -214,14 +214,15 @@ class SafetensorsFolder:
 
     def _open_shards(self, folder: Path) -> None:
         """Opens all shards; raises a WeightsError if the index names others."""
-        shard_of_tensor = read_weight_map(folder)
+        shard_of_tensor = read_weight_map(folder, self.stem)
         for shard in sorted(set(shard_of_tensor.values())):
             self._open_shard(folder / shard)
         for name, shard in shard_of_tensor.items():
             if name and self._paths.get(name) != folder / shard:
+                index = f"{self.stem}.safetensors.index.json"
                 raise WeightsError(
-                    f"{folder / INDEX_FILE} names {shard} for {name}, but this file does not "
-                    "contain it. Download or copy both files again."
+                    f"{folder / index} names {shard} for {name}, but this file does not contain "
+                    "it. Download or copy both files again."
                 )
 
     def _open_shard(self, path: Path) -> None:

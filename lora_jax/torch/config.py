@@ -22,6 +22,8 @@ from lora_jax.hf.generation import Generation
 from lora_jax.hf.keys import Row, nest_leaves
 from lora_jax.torch.attention import AttentionSettings, use_attention
 from lora_jax.torch.cache import CachedCall, KeyValues, Tokens, empty_cache
+from lora_jax.torch.diffusion import CLASS_FIELD
+from lora_jax.torch.diffusion import module_class as diffusers_class
 from lora_jax.torch.layers import Recomputation
 from lora_jax.torch.module import EmptyModule, build_module
 from lora_jax.torch.recipe import Recipe
@@ -46,8 +48,11 @@ class TorchConfig(Recipe):
         """Reads a parsed config.json.
 
         Raises:
-          ConfigError: transformers has no such model, or the model needs its own code.
+          ConfigError: transformers or diffusers has no such model, or the model needs its own code.
         """
+        if CLASS_FIELD in fields:
+            diffusers_class(fields)  # raises an error if there is none
+            return cls(json.dumps(fields, sort_keys=True), **options)
         model_type = fields.get("model_type")
         if model_type not in CONFIG_MAPPING and "auto_map" in fields:
             raise ConfigError(

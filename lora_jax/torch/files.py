@@ -17,6 +17,7 @@ from lora_jax.hf.keys import WeightsError, write_converted
 from lora_jax.hf.sources import SafetensorsFolder
 from lora_jax.models.families import key_table
 from lora_jax.torch.config import TorchConfig
+from lora_jax.torch.diffusion import STEM
 from lora_jax.torch.module import build_module
 
 
@@ -170,3 +171,9 @@ class TorchFolder(SafetensorsFolder):
             )
         array: np.ndarray = (result[0] if isinstance(result, list) else result).numpy()
         return array.view(ml_dtypes.bfloat16) if is_bf16 else array
+
+
+class DiffusionFolder(TorchFolder):
+    """The folder of a part of a pipeline of diffusers; see `TorchFolder`."""
+
+    stem = STEM

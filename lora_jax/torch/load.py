@@ -16,8 +16,9 @@ from lora_jax.hf.keys import Params, Row, nest_leaves
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
 from lora_jax.torch.config import TorchConfig
+from lora_jax.torch.diffusion import check_folder, find_part
 from lora_jax.torch.examples import Example
-from lora_jax.torch.files import TorchFolder
+from lora_jax.torch.files import DiffusionFolder, TorchFolder
 from lora_jax.torch.model import TorchModel
 from lora_jax.torch.packages import TorchModelError
 from lora_jax.torch.recipe import CAUSAL
@@ -27,6 +28,7 @@ from lora_jax.torch.structure import sharding_lines
 def from_torch(
     source: Any,
     *,
+    subfolder: str | None = None,
     auto: str = CAUSAL,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
@@ -50,6 +52,8 @@ def from_torch(
 
     Args:
       source: a folder or hub name with config.json and safetensors files, or a torch module.
+      subfolder: the part of a pipeline of diffusers, such as "transformer"; None if `source` is no
+        pipeline.
       auto: the class of transformers that builds a folder's model: "AutoModel",
         "AutoModelForSeq2SeqLM", ...
       dtype: dtype of the computation.
@@ -78,9 +82,20 @@ def from_torch(
     recipe_example = None if example is None else Example(example)
     folder = None
     if isinstance(source, str | os.PathLike):
-        path = find_model(Path(source)).path
-        folder = TorchFolder(path, auto=auto, scan=scan, example=recipe_example)
+        path = find_part(source, subfolder) if subfolder else find_model(Path(source)).path
+        is_diffusion = check_folder(path)
+        if is_diffusion and auto != CAUSAL:
+            raise TorchModelError(
+                f"auto={auto!r} has no effect, because {path} holds a module of diffusers. Remove "
+                "the argument auto."
+            )
+        folder_class = DiffusionFolder if is_diffusion else TorchFolder
+        folder = folder_class(path, auto=auto, scan=scan, example=recipe_example)
         config = folder.config
+    elif subfolder is not None:
+        raise TorchModelError(
+            "subfolder has no effect, because the source is a module. Remove the argument."
+        )
     else:
         config = TorchConfig("", auto, scan, source, recipe_example)
         if config.hf is not None:

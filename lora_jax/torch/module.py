@@ -170,7 +170,8 @@ class EmptyModule:
     def conversions(self) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
         """Transformers' renamings and conversions of stored tensors, and the module's tensors."""
         module: Any = self.module
-        mapping = get_model_conversion_mapping(module)
+        is_of_transformers = isinstance(module, PreTrainedModel)
+        mapping = get_model_conversion_mapping(module) if is_of_transformers else []
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
         names = [name for row in self.rows for name in (*row.hf_names, *row.aliases)]

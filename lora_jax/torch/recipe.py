@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lora_jax.core.types import Fields
 from lora_jax.torch.attention import ATTENTION_NAME
+from lora_jax.torch.diffusion import CLASS_FIELD
+from lora_jax.torch.diffusion import module_class as diffusers_class
 from lora_jax.torch.examples import Example, example_of
 from lora_jax.torch.packages import TorchModelError
 
@@ -50,10 +52,12 @@ class Recipe:
 
     @functools.cached_property
     def hf(self) -> Any:
-        """The configuration as an object of transformers; None for a module without one."""
+        """The configuration as an object of transformers; None for modules of other packages."""
         if self.module is not None:
             config = getattr(self.module, "config", None)
             return config if isinstance(config, transformers.PreTrainedConfig) else None
+        if CLASS_FIELD in self.fields:
+            return None
         config_class = CONFIG_MAPPING[self.fields["model_type"]]
         return config_class.from_dict(config_class._decode_special_floats(self.fields))
 
@@ -61,7 +65,7 @@ class Recipe:
     def continues(self) -> bool:
         """True for a causal language model."""
         if self.module is None:
-            return self.auto == CAUSAL
+            return self.auto == CAUSAL and CLASS_FIELD not in self.fields
         return type(self.module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     def example_arguments(self, module: Any) -> dict[str, Any] | None:
@@ -75,7 +79,8 @@ class Recipe:
     @property
     def model_type(self) -> str:
         """Hugging Face's name of the family."""
-        return str(getattr(self.hf, "model_type", "") or type(self.module).__name__)
+        class_name = self.fields.get(CLASS_FIELD) or type(self.module).__name__
+        return str(getattr(self.hf, "model_type", "") or class_name)
 
     def empty_module(self) -> Any:
         """Builds the module with its parameters on the meta device, and its buffers with values.
@@ -95,6 +100,9 @@ class Recipe:
             if hasattr(module, "set_experts_implementation"):
                 module.set_experts_implementation(_EXPERTS_IMPLEMENTATION)
             return module
+        if CLASS_FIELD in self.fields:
+            with init_empty_weights(include_buffers=False):
+                return diffusers_class(self.fields).from_config(self.fields)
         hf = copy.deepcopy(self.hf)
         module_class = self._class_of(hf)
         uses_interface = _supports_attention_interface(module_class)
