@@ -56,6 +56,11 @@ def use_attention(settings: AttentionSettings) -> Iterator[None]:
         _CURRENT_SETTINGS.reset(token)
 
 
+def current_placement() -> Placement:
+    """Returns the placement of the module that is being called."""
+    return _CURRENT_SETTINGS.get().placement
+
+
 def _make_mask(
     *,
     q_length: int,

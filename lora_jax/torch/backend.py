@@ -269,9 +269,14 @@ def call_module(
     return torch.func.functional_call(module, *tensors, tie_weights=False)
 
 
+def to_jax_arrays(tree: Any) -> Any:
+    """Converts tensors in a tree to JAX's arrays."""
+    return environment().t2j_iso(tree)
+
+
 def call_jax(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function of JAX arrays with torchax tensors; returns torchax tensors."""
-    return _respect_no_grad(to_torch(function(*environment().t2j_iso(args))), args)
+    return _respect_no_grad(to_torch(function(*to_jax_arrays(args))), args)
 
 
 # Errors of code that asks for the value of an array that a compiled program computes.

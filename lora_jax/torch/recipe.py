@@ -17,12 +17,10 @@ from lora_jax.torch.attention import ATTENTION_NAME
 from lora_jax.torch.diffusion import CLASS_FIELD
 from lora_jax.torch.diffusion import module_class as diffusers_class
 from lora_jax.torch.examples import Example, example_of
+from lora_jax.torch.experts import EXPERTS_NAME
 from lora_jax.torch.packages import TorchModelError
 
 CAUSAL = "AutoModelForCausalLM"
-_EXPERTS_IMPLEMENTATION = (
-    "batched_mm"  # transformers' implementation of experts that torchax can lower
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Recipe:
             if uses_interface and hasattr(module, "set_attn_implementation"):
                 module.set_attn_implementation(ATTENTION_NAME)
             if hasattr(module, "set_experts_implementation"):
-                module.set_experts_implementation(_EXPERTS_IMPLEMENTATION)
+                module.set_experts_implementation(EXPERTS_NAME)
             return module
         if CLASS_FIELD in self.fields:
             with init_empty_weights(include_buffers=False):
@@ -109,7 +107,7 @@ class Recipe:
         with init_empty_weights(include_buffers=False):
             module = module_class._from_config(
                 hf,
-                experts_implementation=_EXPERTS_IMPLEMENTATION,
+                experts_implementation=EXPERTS_NAME,
                 attn_implementation=ATTENTION_NAME if uses_interface else "eager",
             )
         module.tie_weights()
