@@ -60,7 +60,7 @@ class Row:
       shape: ours, of one member of the stack: [in, out] for a kernel.
       stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
       numbers: the layers' numbers in Hugging Face's names; None if the stack holds all layers.
-      transpose: True if Hugging Face stores [out, in].
+      transpose: True if Hugging Face stores [..., out, in].
       aliases: other names under which a file may hold this very tensor (a tied head).
       in_module: the name in transformers 5's module, by which PEFT knows it, if files keep the one
         of transformers 4; as `hf` otherwise.
@@ -107,7 +107,10 @@ class Row:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of each Hugging Face tensor."""
-        return self.shape[::-1] if self.transpose else self.shape
+        if not self.transpose:
+            return self.shape
+        *batch, n_in, n_out = self.shape
+        return (*batch, n_out, n_in)
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
@@ -317,7 +320,12 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
 def hf_tensor_of_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns a tensor of a parameter, or of its code array, in Hugging Face's layout."""
     array = _read_member_on_host(leaf, index)
-    return array.T if row.transpose else array
+    return swap_last_axes(array) if row.transpose else array
+
+
+def swap_last_axes(array: np.ndarray) -> np.ndarray:
+    """Returns an array [..., in, out] as [..., out, in]; a vector stays as it is."""
+    return array.swapaxes(-1, -2) if array.ndim > 1 else array
 
 
 def _read_member_on_host(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:

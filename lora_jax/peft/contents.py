@@ -13,7 +13,7 @@ from lora_jax.core.base import as_array
 from lora_jax.core.types import JsonObject, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, check_writable, local_path, new_folder
-from lora_jax.hf.keys import Row
+from lora_jax.hf.keys import Row, swap_last_axes
 from lora_jax.hf.stored.raw import entry_of_array, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
@@ -415,7 +415,7 @@ class _ContentsWriter:
         """Returns A [experts, r, in], B [experts, r, out] and s of a layer's experts or router."""
         node = self._lora_nodes[expert.path]
         rank = self._rank_of_module(expert)
-        (layer,) = expert.index
+        layer = expert.index  # () outside of a stack
         scales = np.unique(np.asarray(node.scale)[layer])
         if len(scales) > 1:
             raise PeftError(
@@ -575,4 +575,4 @@ class _ContentsWriter:
         if isinstance(leaf, Trained | TrainedRows):
             leaf = leaf.merged()
         array: np.ndarray = np.asarray(leaf)[index]
-        return array.T if row.transpose else array
+        return swap_last_axes(array) if row.transpose else array

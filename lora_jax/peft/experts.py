@@ -20,14 +20,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_jax.core.types import Fields, Model
+from lora_jax.hf.keys import Row
 from lora_jax.peft.errors import PeftError
 from lora_jax.peft.modules import Module, ends_with
 from lora_jax.peft.names import KEY_PREFIX
 
+INPUT_PARAMETERS = ("gate_up_proj", "up_proj")
 GATE_UP, DOWN, ROUTER = "gate_up_proj", "down_proj", "weight"
 # In transformers 5, PEFT takes these names of projections for those of the experts alone.
 MODEL_TYPES_TAKEN_FOR_EXPERTS = ("qwen3_next", "glm4_moe", "deepseek_v3")
 MLP_PROJECTION = re.compile(r"\.mlp\.(shared_experts?\.|)(?:gate|up|down)_proj\.")
+
+_REASON_AGAINST_EXPERTS = (
+    "No parameter of this model is a kernel of experts that an adapter can be applied to: the "
+    "model has no experts, or computes them without transformers' ExpertsInterface. Use "
+    "target_modules."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,7 @@ class Expert(Module):
     """A kernel of one layer's experts or router, with the parameter that holds it in PEFT.
 
     Attributes:
-      parameter: "gate_up_proj", "down_proj", or a router's "weight".
+      parameter: "gate_up_proj", "up_proj", "down_proj", or a router's "weight".
       half: the half of gate_up_proj's outputs, 0 or 1; None for all outputs of a parameter.
       n: the number of experts in the parameter; 1 for a router.
       layer: the layer's number.
@@ -50,6 +58,8 @@ class Expert(Module):
 def list_experts(model: Model) -> list[Expert]:
     """Lists every kernel of a model's experts and routers, layer by layer; [] without experts."""
     config = getattr(model, "config", None)
+    if hasattr(config, "key_rows"):  # a torch module
+        return _list_experts_of_rows(config.key_rows())
     n_experts = getattr(config, "num_experts", None)
     if config is None or not n_experts:
         return []
@@ -90,6 +100,30 @@ def list_experts(model: Model) -> list[Expert]:
                     n_experts=n_experts,
                 )
             )
+    return experts
+
+
+def _list_experts_of_rows(rows: Sequence[Row]) -> list[Expert]:
+    """Lists the kernels of experts and routers in the key table of a torch module."""
+    experts = []
+    for row in rows:
+        parameter = row.hf.rsplit(".", 1)[-1]
+        is_experts = row.kind == "experts" and len(row.shape) == 3
+        is_router = row.kind == "router" and parameter == ROUTER
+        if not row.path.endswith("/kernel") or not (is_experts or is_router):
+            continue
+        for position, (index, name) in enumerate(zip(row.members, row.hf_names, strict=True)):
+            expert = Expert(
+                name=name,
+                path=row.path,
+                index=index,
+                layer=row.numbers[position] if row.numbers else position,
+                kind=row.kind,
+                parameter=parameter,
+                half=None,
+                n_experts=row.shape[0] if is_experts else 1,
+            )
+            experts.append(expert)
     return experts
 
 
@@ -140,7 +174,7 @@ def select_experts(config: Fields, model: Model) -> list[Expert]:
             known = ", ".join(dict.fromkeys(map(common_end_of_name, names)))
             raise PeftError(
                 f"target_parameters names {target!r}, which no experts of this model have. "
-                + (f"Use {known}." if known else "The model has no experts. Use target_modules.")
+                + (f"Use {known}." if known else _REASON_AGAINST_EXPERTS)
             )
     for field in ("use_dora", "lora_bias", "lora_dropout"):
         if config[field]:
@@ -165,7 +199,7 @@ def keys_of_expert(expert: Expert, chosen: Sequence[Module]) -> tuple[str, str]:
     """
     experts_module = expert.name.removesuffix(f".{expert.parameter}")
     is_down_adapted = any(module.name == f"{experts_module}.{DOWN}" for module in chosen)
-    lies_inside = expert.parameter == GATE_UP and is_down_adapted
+    lies_inside = expert.parameter in INPUT_PARAMETERS and is_down_adapted
     stem = f"{KEY_PREFIX}{experts_module}"
     if lies_inside:
         stem += ".base_layer"

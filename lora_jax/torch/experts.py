@@ -62,9 +62,7 @@ def _apply_experts(
         weighted = out * weights.reshape(-1, 1)
         return weighted.reshape(n_tokens, k, -1).sum(1).astype(tokens.dtype)
 
-    result: torch.Tensor = call_jax(
-        run, hidden_states, top_k_index, top_k_weights, kernels, biases
-    )
+    result: torch.Tensor = call_jax(run, hidden_states, top_k_index, top_k_weights, kernels, biases)
     return result
 
 

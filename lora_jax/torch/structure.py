@@ -9,13 +9,16 @@ import torch
 from jax.sharding import PartitionSpec
 
 from lora_jax.hf.keys import Kind, Row
-from lora_jax.models.specs import COLUMNS, EXPERT_COLUMNS, REPLICATED, ROWS
+from lora_jax.models.specs import COLUMNS, EXPERT_COLUMNS, EXPERT_ROWS, REPLICATED, ROWS
 
 _ATTENTION_NAMES = re.compile(r"attn|attention|mixer|mamba|ssm|conv|rwkv|recurrent|temporal_block")
 _EXPANDING_NAMES = re.compile(
     r"(q|k|v|qkv|in|gate|up|gate_up|query|key|value|w1|w3|fc1|fc_in|c_fc|c_attn)(_proj)?"
 )
 _CONTRACTING_NAMES = re.compile(r"(o|out|down|dense|c|w2|wo|fc2|fc_out|dense_4h_to_h)(_proj)?")
+
+
+_EXPERT_KERNELS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' ExpertsInterface
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,16 +176,25 @@ def _make_key_row(
     shape = tuple(tensor.shape)
     # Torch stores a linear layer's weight as [out, in], and the tree as [in, out].
     transpose = leaf == "kernel" and isinstance(owner, torch.nn.Linear)
-    if transpose:
-        shape = shape[::-1]
-    kind = _kind_of_tensor(owner_name, leaf, len(shape), kinds)
     segments = owner_name.split(".")
+    if is_expert_kernel(owner, torch_leaf, tensor.ndim):
+        segments.append(torch_leaf)
+        leaf = "kernel"
+        transpose = not owner.is_transposed
+    elif _is_router_kernel(owner, owner_name, torch_leaf, tensor.ndim):
+        leaf = "kernel"
+        transpose = True
+    if transpose:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    kind = _kind_of_tensor(owner_name, leaf, len(shape), kinds)
+    module_path = ".".join(segments)
     hf_name = name
     stack_fields: dict[str, Any] = {}
     if position is not None:
         # The path names the kind of layer in place of the layer's index.
         stack = position.stack
-        module_segments = position.name.split(".")[:-1]
+        n_list_segments = len(stack.name.split(".")) + 1  # of the list and the layer's index
+        module_segments = segments[n_list_segments:]
         segments = [*stack.name.split("."), stack.kind_name(position.kind), *module_segments]
         hf_name = f"{stack.name}.{{}}.{position.name}"
         stack_fields = {
@@ -196,9 +208,22 @@ def _make_key_row(
         transpose=transpose,
         aliases=aliases,
         kind=kind,
-        spec=_sharding_of_tensor(owner_name, leaf, shape, kind),
+        spec=_sharding_of_tensor(module_path, leaf, shape, kind),
         **stack_fields,
     )
+
+
+def is_expert_kernel(owner: torch.nn.Module, torch_leaf: str, ndim: int) -> bool:
+    """Returns True for a kernel of experts that transformers' ExpertsInterface runs."""
+    return ndim == 3 and torch_leaf in _EXPERT_KERNELS and hasattr(owner, "has_post_expert_norm")
+
+
+def _is_router_kernel(owner: torch.nn.Module, owner_name: str, torch_leaf: str, ndim: int) -> bool:
+    """Returns True for the kernel of a router that is no linear layer; its form is [out, in]."""
+    is_router = owner_name.rsplit(".", 1)[-1] in ("gate", "router")
+    is_layer = isinstance(owner, torch.nn.Linear | torch.nn.Embedding)
+    has_router_class = "router" in type(owner).__name__.lower()
+    return is_router and has_router_class and not is_layer and torch_leaf == "weight" and ndim == 2
 
 
 def _leaf_name(owner: torch.nn.Module, torch_leaf: str, ndim: int) -> str:
@@ -245,11 +270,11 @@ def _sharding_of_tensor(
     """
     if leaf == "embedding":
         return ROWS
+    name = owner.rsplit(".", 1)[-1]
     if len(shape) == 3 and kind == "experts":
-        return EXPERT_COLUMNS
+        return EXPERT_ROWS if name.endswith("down_proj") else EXPERT_COLUMNS
     if leaf != "kernel" or len(shape) != 2:
         return REPLICATED
-    name = owner.rsplit(".", 1)[-1]
     if kind == "head" or _EXPANDING_NAMES.fullmatch(name):
         return COLUMNS
     return ROWS if shape[0] > shape[1] or _CONTRACTING_NAMES.fullmatch(name) else COLUMNS

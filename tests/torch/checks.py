@@ -356,6 +356,82 @@ def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[st
     return facts
 
 
+def _expert_parameters(model: Any) -> list[str]:
+    """Lists the kernels of experts that transformers' ExpertsInterface runs, and of routers."""
+    names = []
+    for owner_name, owner in model.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            is_experts = hasattr(owner, "has_post_expert_norm") and parameter.ndim == 3
+            is_router = type(owner).__name__.lower().endswith("router") and name == "weight"
+            if is_experts or is_router:
+                names.append(f"{owner_name}.{name}")
+    return names
+
+
+def compare_experts(model_type: str, folder: Path) -> dict[str, Any]:
+    """Compares an adapter of the experts and routers of one model_type with PEFT's on torch.
+
+    Returns:
+      The number of adapted parameters, and the largest differences: of logits, and of the gradients
+      of A and B, each relative to its largest number; "moved" is what the adapter adds to logits.
+    """
+    import peft
+    import torch
+    from safetensors.numpy import load_file
+
+    from lora_jax.torch import from_torch
+
+    reference = random_model(model_type)
+    reference.save_pretrained(folder / "base")
+    names = _expert_parameters(reference)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=[], target_parameters=names)
+    adapted = peft.get_peft_model(reference, config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder / "adapter")
+    ids = np.random.default_rng(0).integers(3, VOCAB, (2, 11)).astype(np.int32)
+    there = torch.tensor(ids, dtype=torch.long)
+    theirs = adapted(there, use_cache=False).logits
+    torch.nn.functional.cross_entropy(
+        theirs[:, :-1].reshape(-1, theirs.shape[-1]), there[:, 1:].reshape(-1)
+    ).backward()
+
+    fn, params = from_torch(folder / "base")
+    adapter, base = lj.split(lp.load(folder / "adapter", fn, params))
+    forward = lj.adapt(fn, strict=True)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def step(adapter: Any) -> Any:
+        logits = forward(lj.join(adapter, base), ids)
+        return _loss_of(logits, ids), logits
+
+    (_, logits), gradients = step(adapter)
+    # The gradients are written as an adapter, by whose tensors they are compared.
+    lp.save(folder / "gradients", fn, lj.join(gradients, base), task_type="CAUSAL_LM")
+    ours = load_file(folder / "gradients" / "adapter_model.safetensors")
+    wanted = {
+        name.replace(".default", ""): np.zeros(parameter.shape)
+        if parameter.grad is None
+        else parameter.grad.numpy()
+        for name, parameter in adapted.named_parameters()
+        if "lora_" in name
+    }
+    assert ours.keys() == wanted.keys(), sorted(ours.keys() ^ wanted.keys())[:4]
+    wanted_logits = theirs.detach().numpy()
+    size = max(float(np.abs(gradient).max()) for gradient in wanted.values())
+    assert size > 0
+    return {
+        "n": len(names),
+        "logits": distance(logits, wanted_logits),
+        "moved": distance(jax.jit(fn)(params, ids), wanted_logits),
+        "gradients": max(float(np.abs(ours[name] - wanted[name]).max()) / size for name in ours),
+    }
+
+
 def is_exact(facts: dict[str, Any]) -> bool:
     """Returns True if logits agree to 1e-4 and gradients to 1e-5, before and after a step."""
     logits = max(facts["logits"], facts["adapted"], facts["step"])

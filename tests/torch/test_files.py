@@ -78,8 +78,8 @@ def test_parts_of_tensors_in_files(tmp_path, monkeypatch):
     save_file({**tensors, experts.format(61, 0): up}, file)
     _, params = from_torch(tmp_path)
     assert sorted(joined) == sorted(set(joined)) and len(joined) == 3 * 2
-    whole = params["model"]["layers"]["0of1from1"]["mlp"]["experts"]["gate_up_proj"]
-    np.testing.assert_array_equal(whole[0, 3, 16:], up)
+    whole = params["model"]["layers"]["0of1from1"]["mlp"]["experts"]["gate_up_proj"]["kernel"]
+    np.testing.assert_array_equal(whole[0, 3, :, 16:], up.T)
     save_file({**tensors, experts.format(7, 0): up}, file)
     with pytest.raises(WeightsError, match=r"layers\.7\.mlp"):
         from_torch(tmp_path)
@@ -114,7 +114,9 @@ def test_codes_of_files_are_read_as_arrays(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, want)
     assert {*TorchFolder(tmp_path / "fp8").dtypes.values()} == {"BF16"}
     experts = [x["model"]["layers"]["0of1from1"]["mlp"]["experts"] for x in (params, before)]
-    assert distance(experts[0]["gate_up_proj"], experts[1]["gate_up_proj"]) > 1e-3
+    assert (
+        distance(experts[0]["gate_up_proj"]["kernel"], experts[1]["gate_up_proj"]["kernel"]) > 1e-3
+    )
     assert np.isfinite(jax.jit(fn)(params, IDS)).all() and len(coded) - len(tensors) > 20
     (tmp_path / "fp8/config.json").write_text(text.replace('"fp8"', '"sinq"'))
     with pytest.raises(ConfigError, match="quant_method"):
