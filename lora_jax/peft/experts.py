@@ -58,7 +58,7 @@ class Expert(Module):
 def list_experts(model: Model) -> list[Expert]:
     """Lists every kernel of a model's experts and routers, layer by layer; [] without experts."""
     config = getattr(model, "config", None)
-    if hasattr(config, "key_rows"):  # a torch module
+    if config is not None and hasattr(config, "key_rows"):  # a torch module
         return _list_experts_of_rows(config.key_rows())
     n_experts = getattr(config, "num_experts", None)
     if config is None or not n_experts:
