@@ -32,6 +32,7 @@ LATE = {
     *(
         "PIL",
         "datasets",
+        "diffusers",
         "google",
         "gguf",
         "huggingface_hub",
