@@ -302,6 +302,7 @@ def compare(model_type: str, folder: Path, *, generates: bool = True) -> dict[st
     facts: dict[str, Any] = {"model_type": model_type}
     began = time.perf_counter()
     fn, params = from_torch(folder / "base")
+    facts["cache"] = fn.config.cache_line()
     facts["stacks"] = [f"{s.name}: {s.start}+{s.period}x{s.repeats}" for s in fn.built.stacks]
     with torch.no_grad():
         wanted = reference(there, use_cache=False).logits.numpy()
