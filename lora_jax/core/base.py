@@ -295,6 +295,8 @@ def member(base: BaseLike, axis: int, index: jax.Array | int) -> BaseLike:
 def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
     """Returns the base if it can be sharded as it is, else W as an array.
 
+    A member of a stack is returned without the stack, which is not sharded with it.
+
     Args:
       base: base of a weight.
       parts: the number of pieces along each axis of the weight.
@@ -313,7 +315,7 @@ def splittable(base: BaseLike, parts: Sequence[int]) -> BaseLike:
         return array
 
     moved = base.along(check_array, frozenset())
-    return base if moved is not None and all(is_splittable_array) else as_array(base)
+    return moved if moved is not None and all(is_splittable_array) else as_array(base)
 
 
 def _apply_primitive(primitive: Primitive, params: EqnParams, array: jax.Array) -> jax.Array:

@@ -155,3 +155,26 @@ def test_a_family_routes_as_on_one_device():
     with jax.set_mesh(layout.mesh):
         ours = jax.jit(layout.constrained(model).apply)({"params": placed}, ids)
     assert_close(ours, jax.jit(model.apply)({"params": params}, ids), 1e-4)
+
+
+def test_quantized_experts_of_stacked_layers():
+    """Codes of a layer's experts come out of the stack before devices divide them."""
+    model, params = tiny.decoder("qwen3 moe")
+    params = lj.quantized.quantize(params, "int8")
+    rule = lj.LoraRule(targets=["q_proj", "v_proj"], rank=3, alpha=7)
+    tree = with_random_factors(lorafied(params, [rule]))
+    layout = Layout.of(make_mesh(jax.devices()[:4], expert=2, fsdp=2), model.config)
+    ids = tiny.tokens(1, 4, 6)
+
+    def outputs(model, tree):
+        adapter, base = lj.split(tree)
+
+        def loss(adapter):
+            logits = lj.adapt(model.apply)({"params": lj.join(adapter, base)}, ids)
+            return jnp.sum(jnp.sin(logits)), logits
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
+
+    with jax.set_mesh(layout.mesh):
+        ours = outputs(layout.constrained(model), layout.placed(tree))
+    assert_close(ours, outputs(model, tree), 1e-4)
