@@ -178,3 +178,20 @@ def test_quantized_experts_of_stacked_layers():
     with jax.set_mesh(layout.mesh):
         ours = outputs(layout.constrained(model), layout.placed(tree))
     assert_close(ours, outputs(model, tree), 1e-4)
+
+
+@pytest.mark.parametrize("prefix", [exchange.SUMMED_OVER, "another_name_"])
+def test_a_block_forms_its_own_expert_alone(prefix, monkeypatch):
+    """No array has `down` of several experts as floats; the control has one."""
+    monkeypatch.setattr(exchange, "SUMMED_OVER", prefix)
+    tree, x, weights, chosen = case("codes")
+    layout = layout_of(expert=2)
+    mixed = layout.mixture(make_mixture(gated, implementation("blocks")))
+
+    def fn(tree, x, weights):
+        return mixed(x, weights, chosen, tuple(tree[name]["kernel"] for name in NAMES), ())
+
+    with jax.set_mesh(layout.mesh):
+        text = str(jax.make_jaxpr(lj.adapt(fn, strict=True))(tree, x, weights))
+    formed = re.findall(rf"f32\[{EXPERTS // 2},{INNER},{WIDTH}\]", text)
+    assert bool(formed) == (prefix == "another_name_")

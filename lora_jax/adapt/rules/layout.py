@@ -121,12 +121,15 @@ def _name_base(interpreter: Interpreter, use: Use) -> Outcome:
     """Applies `checkpoint_name` to the base; see `lora_jax.core.names.SUMMED_OVER`."""
     (weight,) = use.values
     name = use.params["name"]
-    if weight.shift is not None and name.startswith(SUMMED_OVER):
+    if not name.startswith(SUMMED_OVER):
+        return _apply_to_base(interpreter, use)
+    # The name is for this rule alone. On a quantized base, it would write out all of the base.
+    if weight.shift is not None:
         # The devices along this axis add up their products: one of them adds the shift.
         mesh_axis = name.removeprefix(SUMMED_OVER)
         shift = jnp.where(lax.axis_index(mesh_axis) == 0, weight.shift, 0)
         weight = _without_split_axes(weight.replace(shift=shift), (mesh_axis,))
-    return _apply_to_base(interpreter, dataclasses.replace(use, values=[weight]))
+    return [weight]
 
 
 def _place_base(interpreter: Interpreter, use: Use) -> list[Value]:
