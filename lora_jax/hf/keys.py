@@ -60,7 +60,7 @@ class Row:
       shape: ours, of one member of the stack: [in, out] for a kernel.
       stack: the sizes of the axes in front: (layers,), (layers, experts), or ().
       numbers: the layers' numbers in Hugging Face's names; None if the stack holds all layers.
-      transpose: True if Hugging Face stores [..., out, in].
+      transpose: True if Hugging Face stores the axes of a kernel in reverse: [out, in].
       aliases: other names under which a file may hold this very tensor (a tied head).
       in_module: the name in transformers 5's module, by which PEFT knows it, if files keep the one
         of transformers 4; as `hf` otherwise.
@@ -107,10 +107,14 @@ class Row:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of each Hugging Face tensor."""
-        if not self.transpose:
-            return self.shape
-        *batch, n_in, n_out = self.shape
-        return (*batch, n_out, n_in)
+        n_leading = self.n_leading_axes
+        shape = self.shape
+        return (*shape[:n_leading], *shape[n_leading:][::-1]) if self.transpose else shape
+
+    @property
+    def n_leading_axes(self) -> int:
+        """The number of axes that come first in both orders: one in kernels of several experts."""
+        return 1 if len(self.shape) == 3 else 0
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
@@ -320,12 +324,19 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
 def hf_tensor_of_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns a tensor of a parameter, or of its code array, in Hugging Face's layout."""
     array = _read_member_on_host(leaf, index)
-    return swap_last_axes(array) if row.transpose else array
+    return in_other_order(row, array)
 
 
-def swap_last_axes(array: np.ndarray) -> np.ndarray:
-    """Returns an array [..., in, out] as [..., out, in]; a vector stays as it is."""
-    return array.swapaxes(-1, -2) if array.ndim > 1 else array
+def in_other_order(row: Row, array: np.ndarray) -> np.ndarray:
+    """Returns an array of a row with its axes in Hugging Face's order, or in ours if it has that.
+
+    Both ways reverse the axes of a kernel, but leave the axis of experts where it is.
+    """
+    if not row.transpose:
+        return array
+    n_leading = row.n_leading_axes
+    last_axes = reversed(range(n_leading, array.ndim))
+    return array.transpose(*range(n_leading), *last_axes)
 
 
 def _read_member_on_host(leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:

@@ -34,8 +34,8 @@ from lora_jax.hf.keys import (
     WeightsError,
     check_tensors,
     find_absent_parts,
+    in_other_order,
     nest_leaves,
-    swap_last_axes,
 )
 from lora_jax.hf.sources import FLOAT_DTYPES, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
@@ -275,8 +275,8 @@ def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype)
     member_slices = tuple(slice(r.start, r.stop) for r in box[n_stack_axes:])
     tensor_slices = member_slices
     if row.transpose:
-        *batch_slices, in_slice, out_slice = member_slices
-        tensor_slices = (*batch_slices, out_slice, in_slice)
+        n_leading = row.n_leading_axes
+        tensor_slices = (*member_slices[:n_leading], *member_slices[n_leading:][::-1])
     for member, name in zip(row.members, row.hf_names, strict=True):
         indices_and_ranges = list(zip(member, stack_ranges, strict=True))
         is_in_box = all(index in axis_range for index, axis_range in indices_and_ranges)
@@ -286,7 +286,7 @@ def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype)
         member_index: tuple[int | EllipsisType, ...] = (*index_in_box, ...)
         # Views of `values`, which the source fills.
         member_view = values[member_index]
-        tensor_view = swap_last_axes(member_view) if row.transpose else member_view
+        tensor_view = in_other_order(row, member_view)
         source.read_into(tensor_view, name, tensor_slices)
     return values
 
