@@ -324,10 +324,10 @@ def hf_tensors(params: Tree, table: Sequence[Row]) -> Iterator[tuple[str, np.nda
 def hf_tensor_of_member(row: Row, leaf: Leaf, index: tuple[int, ...]) -> np.ndarray:
     """Returns a tensor of a parameter, or of its code array, in Hugging Face's layout."""
     array = _read_member_on_host(leaf, index)
-    return in_other_order(row, array)
+    return reorder_axes(row, array)
 
 
-def in_other_order(row: Row, array: np.ndarray) -> np.ndarray:
+def reorder_axes(row: Row, array: np.ndarray) -> np.ndarray:
     """Returns an array of a row with its axes in Hugging Face's order, or in ours if it has that.
 
     Both ways reverse the axes of a kernel, but leave the axis of experts where it is.

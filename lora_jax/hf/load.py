@@ -34,8 +34,8 @@ from lora_jax.hf.keys import (
     WeightsError,
     check_tensors,
     find_absent_parts,
-    in_other_order,
     nest_leaves,
+    reorder_axes,
 )
 from lora_jax.hf.sources import FLOAT_DTYPES, HasCodes, Source
 from lora_jax.quantized import Coded, Coding, QuantizeWarning, QuantRule, encode, plan
@@ -286,7 +286,7 @@ def _read_box(source: Source, row: Row, box: tuple[range, ...], dtype: np.dtype)
         member_index: tuple[int | EllipsisType, ...] = (*index_in_box, ...)
         # Views of `values`, which the source fills.
         member_view = values[member_index]
-        tensor_view = in_other_order(row, member_view)
+        tensor_view = reorder_axes(row, member_view)
         source.read_into(tensor_view, name, tensor_slices)
     return values
 

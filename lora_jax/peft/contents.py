@@ -13,7 +13,7 @@ from lora_jax.core.base import as_array
 from lora_jax.core.types import JsonObject, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of
 from lora_jax.folders import TEMPLATE_FILE, check_writable, local_path, new_folder
-from lora_jax.hf.keys import Row, in_other_order
+from lora_jax.hf.keys import Row, reorder_axes
 from lora_jax.hf.stored.raw import entry_of_array, write_tensors
 from lora_jax.lorafy import nodes_of
 from lora_jax.peft import config as configuration
@@ -575,4 +575,4 @@ class _ContentsWriter:
         if isinstance(leaf, Trained | TrainedRows):
             leaf = leaf.merged()
         array: np.ndarray = np.asarray(leaf)[index]
-        return in_other_order(row, array)
+        return reorder_axes(row, array)

@@ -56,6 +56,21 @@ def save_diffusers(
     Raises:
       PeftError: diffusers has no form for the adapter.
       FileExistsError: if the file exists.
+
+    >>> from lora_jax import models
+    >>> fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 16}
+    >>> model = models.GPT2(models.read_config(fields | {"n_positions": 16}))
+    >>> ids = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> from lora_jax import peft
+    >>> import tempfile
+    >>> tree = lj.lorafy(params, [lj.LoraRule(targets=["c_attn"], rank=2)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = f"{folder}/style.safetensors"
+    ...     peft.save_diffusers(file, model, tree)
+    ...     loaded = peft.load_diffusers(file, model, params)
+    >>> jax.tree.structure(loaded) == jax.tree.structure(tree)
+    True
     """
     path = local_path(file).absolute()
     if path.exists() and not overwrite:
@@ -107,6 +122,8 @@ def load_diffusers(
     Raises:
       PeftError: the file is no safetensors file, has keys of text encoders, or has keys that match
         nothing.
+
+    See the example of `lora_jax.peft.save_diffusers`.
     """
     path = local_path(file)
     if path.suffix != ".safetensors":

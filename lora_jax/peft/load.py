@@ -25,7 +25,7 @@ from lora_jax.core.types import BaseLike, Fields, Leaf, Model, Tree
 from lora_jax.core.weight import LoraWeight, Trained, TrainedRows, leaves_of, map_leaves
 from lora_jax.hf.folder import describe_damage
 from lora_jax.hf.hub import ModelNotFound, find_snapshot
-from lora_jax.hf.keys import Row, in_other_order
+from lora_jax.hf.keys import Row, reorder_axes
 from lora_jax.hf.sources import FLOAT_DTYPES
 from lora_jax.lorafy import lorafy, nodes_of
 from lora_jax.peft import config as configuration
@@ -464,7 +464,7 @@ class _NodeReader:
         module_names = [module.name for module in self.adapted_modules]
         key = f"{KEY_PREFIX}{name}" if is_saved else bias_key(name, module_names)
         tensor = self.reader.take(key, row.hf_shape)
-        return in_other_order(row, tensor)
+        return reorder_axes(row, tensor)
 
 
 def find_adapter_folder(folder: str | os.PathLike[str], adapter: str | None) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.hf.hub import find_model
-from lora_jax.hf.keys import Params, Row, in_other_order, nest_leaves
+from lora_jax.hf.keys import Params, Row, nest_leaves, reorder_axes
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
 from lora_jax.torch.config import TorchConfig
@@ -122,7 +122,7 @@ def from_torch(
     def read_row(row: Row) -> jax.Array:
         """Returns the array of one key table row."""
         layers = [tensors[name].detach().float().cpu().numpy() for name in row.hf_names]
-        layers = [in_other_order(row, layer) for layer in layers]
+        layers = [reorder_axes(row, layer) for layer in layers]
         values = np.stack(layers).reshape(row.stacked_shape) if row.stack else layers[0]
         row_sharding = None if sharding is None else sharding(row.path, row.stacked_shape)
         array: jax.Array = jax.device_put(values.astype(param_dtype), row_sharding)

@@ -222,7 +222,8 @@ def resolution_shift(
         scheduler_config.json; the defaults are those of Flux.
       base_shift, max_shift: the logarithms of the shift at these two sizes.
 
-    >>> round(resolution_shift(4096), 3)
+    >>> from lora_jax.training import losses
+    >>> round(losses.resolution_shift(4096), 3)
     3.158
     """
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
