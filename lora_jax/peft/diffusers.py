@@ -117,7 +117,7 @@ def load_diffusers(
       prefix: the part of the pipeline that is adapted: "transformer", or "unet".
 
     Returns:
-      The adapted tree; see `load`.
+      The adapted tree, as `load` returns it.
 
     Raises:
       PeftError: the file is no safetensors file, has keys of text encoders, or has keys that match
@@ -182,11 +182,15 @@ def _convert(path: Path, model: Model) -> tuple[dict[str, np.ndarray], dict[str,
     """Returns the tensors of another program's file in diffusers' form, and alphas by name."""
     class_name = str(getattr(getattr(model, "config", None), "model_type", ""))
     converter = _CONVERTERS.get(class_name)
-    if converter is None or importlib.util.find_spec("diffusers") is None:
-        known = ", ".join(sorted(_CONVERTERS))
+    if converter is None:
         raise PeftError(
-            f"{path} has keys of another form than diffusers'. With the package diffusers, forms "
-            f"of other programs are read for {known}."
+            f"{path} has keys of another form than diffusers'. Such keys are converted only for "
+            f"{', '.join(sorted(_CONVERTERS))}. Save the adapter with diffusers first."
+        )
+    if importlib.util.find_spec("diffusers") is None:
+        raise PeftError(
+            f"{path} has keys of another form than diffusers', which diffusers can convert, but "
+            "diffusers is not installed. Run pip install 'lora_jax[diffusion]'"
         )
     from diffusers.loaders import lora_pipeline
 

@@ -287,8 +287,8 @@ def _run_torch_attention(
       query: [..., heads, queries, head_dim].
       key: [..., kv_heads, keys, head_dim].
       value: [..., kv_heads, keys, value_dim].
-      attn_mask: bools or numbers to add to the scores, whose axes broadcast to those of the scores;
-        None for no mask.
+      attn_mask: array of bools, or of numbers to add to the scores. Its axes broadcast to those of
+        the scores. None for no mask.
       dropout_p: must be 0, as in modules that are in evaluation mode.
       is_causal: whether query i sees no key after key i.
       scale: the factor of the scores; None for 1/sqrt(head_dim).

@@ -125,7 +125,7 @@ def _is_jax(value: Any) -> bool:
 def _is_fp64(value: Any) -> bool:
     """Returns True for the dtype fp64 and for tensors of fp64."""
     dtype = value.dtype if isinstance(value, torch.Tensor) else value
-    return dtype in (torch.float64, torch.complex128)
+    return dtype is torch.float64 or dtype is torch.complex128
 
 
 def _respect_no_grad(out: Any, args: Any) -> Any:

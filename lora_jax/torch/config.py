@@ -150,11 +150,13 @@ class TorchConfig(Recipe):
         lines = [
             f"layers: {stack.name} as one scan of {stack.repeats} turns"
             + (f" of {stack.period} kinds" if stack.period > 1 else "")
-            + (f", after {stack.start} of their own" if stack.start else "")
+            + (f", from layer {stack.start} on" if stack.start else "")
             for stack in module.stacks
         ]
         stacked_lists = {stack.name for stack in module.stacks}
-        for name in module.lists.keys() - stacked_lists:
+        for name in module.lists:
+            if name in stacked_lists:
+                continue
             n = len(module.layers(name))
             other = "there is no example to compare them with" if self.scan else "as asked"
             lines.append(

@@ -28,18 +28,16 @@ def find_part(pipeline: Any, part: str) -> Path:
       ModelNotFound: the hub cannot provide the pipeline.
       TorchModelError: the pipeline has no such part.
     """
-    folder = Path(pipeline)
+    folder = Path(pipeline).expanduser()
     if not folder.exists():
         weights = (f"{stem}{end}" for stem in (STEM, "model") for end in _ENDS_OF_WEIGHTS)
         files = ("config.json", *weights)
         patterns = [_PIPELINE_FILE, *(f"{part}/{file}" for file in files)]
         folder = find_snapshot(str(pipeline), patterns, needed=f"{part}/*.safetensors")
     if not (folder / part / "config.json").exists():
-        parts = ", ".join(_parts_of(folder)) or "no parts"
-        raise TorchModelError(
-            f"{folder} has no {part}/config.json. Pass the name of another part as subfolder: the "
-            f"folder has {parts}."
-        )
+        parts = ", ".join(_parts_of(folder))
+        remedy = f"Pass one of its parts as subfolder: {parts}." if parts else "Check the path."
+        raise TorchModelError(f"{folder} has no {part}/config.json. {remedy}")
     return folder / part
 
 
@@ -93,10 +91,10 @@ def module_class(fields: Fields) -> Any:
         )
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    if found is None or not hasattr(found, "from_config"):
+    named_class = getattr(diffusers, name, None)
+    if not hasattr(named_class, "from_config"):
         raise TorchModelError(
             f"diffusers {importlib.metadata.version('diffusers')} has no class {name}. Install a "
             "newer version of diffusers."
         )
-    return found
+    return named_class

@@ -150,15 +150,15 @@ def _traced_arguments(args: Any, kwargs: Any) -> list[int]:
 
 
 def _hidden_argument(args: Any, kwargs: Any) -> list[int]:
-    """Returns the index of the hidden states: the argument of that name, or else the first array.
+    """Returns a list with the index of the hidden states among the leaves of all arguments.
 
-    Returns:
-      One index of a leaf of all arguments; none if no argument is an array.
+    The hidden states are the argument ``hidden_states``, or else the first array. The list is empty
+    if no argument is an array.
     """
     leaves = torch_tree.tree_leaves((args, kwargs))
-    named = None if args else kwargs.get("hidden_states")
+    hidden = None if args else kwargs.get("hidden_states")
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and (named is None or leaf is named):
+        if isinstance(leaf, torch.Tensor) and (hidden is None or leaf is hidden):
             return [i]
     return []
 
@@ -170,8 +170,8 @@ class _ProbedCall(NamedTuple):
       layer: the index of the layer in its list.
       signature: equal for two calls that compute the same program.
       arguments: the identity or the text of each argument.
-      carried: the indices of the arguments that are outputs of the layer before, in the order of
-        these outputs; None if an output is no argument, or is more than one.
+      carried: tuple of argument indices. These arguments are the outputs of the previous layer, in
+        the order of the outputs. None if an output is not passed on, or is passed on twice.
       alive: the objects whose ids are in the signature and the arguments.
     """
 

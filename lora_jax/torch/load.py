@@ -52,15 +52,15 @@ def from_torch(
 
     Args:
       source: a folder or hub name with config.json and safetensors files, or a torch module.
-      subfolder: the part of a pipeline of diffusers, such as "transformer"; None if `source` is no
-        pipeline.
+      subfolder: name of the part to read from a pipeline of diffusers, such as "transformer". None
+        if `source` is not a pipeline.
       auto: the class of transformers that builds a folder's model: "AutoModel",
         "AutoModelForSeq2SeqLM", ...
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters; `dtype` by default.
       remat: what is recomputed in the backward pass, layer by layer; see ``models.Decoder``.
-      attention: see ``models.Decoder``; for modules that take their attention from transformers'
-        `AttentionInterface`, or call ``torch.nn.functional.scaled_dot_product_attention``.
+      attention: implementation of attention; see ``models.Decoder``. It replaces transformers'
+        `AttentionInterface` and ``torch.nn.functional.scaled_dot_product_attention``.
       scan: whether layers that are alike are stacked.
       example: arguments of the module's forward by name, of any small sizes. With them, layers of
         modules other than causal language models are compared, and stacked if they are alike. Flux,
@@ -79,6 +79,11 @@ def from_torch(
       WeightsError: weights that cannot be read or do not fit; one error lists all of them.
     """
     param_dtype = dtype if param_dtype is None else param_dtype
+    if example is not None and not scan:
+        raise TorchModelError(
+            "example has no effect with scan=False, because layers are not compared then. Remove "
+            "one of the two arguments."
+        )
     recipe_example = None if example is None else Example(example)
     folder = None
     if isinstance(source, str | os.PathLike):

@@ -62,7 +62,7 @@ class EmptyModule:
 
     Attributes:
       name: the name of the model in messages.
-      module: on torch's meta device; of each stack it has one layer of each kind.
+      module: the module, on torch's meta device. It has one layer of each kind of a stack.
       rows: the key table of parameters and saved buffers; see `make_key_rows`.
       stacks: the stacks of layers.
       lists: the names of all lists of layers, with the indices that layers had before those of
@@ -103,9 +103,9 @@ class EmptyModule:
 
         def layers(name: str, indices: Sequence[int]) -> tuple[list[torch.nn.Module], list[Any]]:
             modules = self.layers(name)
-            places = [self.lists[name].index(i) for i in indices]
-            layer_arrays = [arrays_under(arrays, f"{name}.{place}.") for place in places]
-            return [modules[place] for place in places], layer_arrays
+            new_indices = [self.lists[name].index(i) for i in indices]
+            layer_arrays = [arrays_under(arrays, f"{name}.{i}.") for i in new_indices]
+            return [modules[i] for i in new_indices], layer_arrays
 
         with run_with_jax(self.name), contextlib.ExitStack() as contexts:
             for stack in self.stacks:
@@ -351,14 +351,14 @@ def _remove_repeated_layers(
       The indices of the layers that stay, before the others were removed.
     """
     layers: Any = module.get_submodule(name)
-    kept = set(range(len(layers)))
+    remaining = set(range(len(layers)))
     for stack in stacks:
         if stack.name == name:
-            kept -= set(range(stack.start + stack.period, stack.end))
+            remaining -= set(range(stack.start + stack.period, stack.end))
     for i in reversed(range(len(layers))):
-        if i not in kept:
+        if i not in remaining:
             del layers[i]
-    return sorted(kept)
+    return sorted(remaining)
 
 
 def build_module(recipe: Recipe) -> EmptyModule:

@@ -61,7 +61,10 @@ def exchange_tensors(module: torch.nn.Module) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def without_caches(module: torch.nn.Module) -> Iterator[None]:
-    """Makes cached methods of modules compute anew within a block; no cache keeps a trace."""
+    """Replaces cached methods of modules by the functions themselves within a block.
+
+    Otherwise a cache would keep arrays of a trace for the next trace.
+    """
     uncached: list[tuple[Any, str, Any]] = []
     for module_class in {
         base for submodule in module.modules() for base in type(submodule).__mro__
@@ -75,11 +78,16 @@ def without_caches(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _uncached_function(method: Any) -> Any:
-    """Returns the function whose results a method caches by ``functools.lru_cache``, or None."""
+    """Returns the function whose results a method caches by ``functools.lru_cache``, or None.
+
+    A decorator around ``lru_cache`` holds the cache in its closure, as that of diffusers does.
+    """
+    function = getattr(method, "__wrapped__", None)
     cells = getattr(method, "__closure__", None) or ()
-    for candidate in (method, *(cell.cell_contents for cell in cells)):
-        if isinstance(candidate, functools._lru_cache_wrapper):
-            return candidate.__wrapped__
+    for cache in (method, *(cell.cell_contents for cell in cells)):
+        is_cache = hasattr(cache, "cache_clear")
+        if is_cache and cache.__wrapped__ is function:
+            return function
     return None
 
 
@@ -113,8 +121,8 @@ def find_stacks(
       module: the whole module.
       lists: the names of its lists of layers.
       buffers: the buffers of the module.
-      example: arguments of the module by name, arrays as their shapes; None for a causal language
-        model, whose layers are all of one stack.
+      example: arguments of the module by name, with shapes for arrays. None for a causal language
+        model, which has one stack at most.
     """
     stacks_or_reason: dict[str, list[LayerPeriods] | str] = {}
     shapes: dict[str, Any] = {

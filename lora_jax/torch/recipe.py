@@ -32,8 +32,8 @@ class Recipe:
       auto: transformers' class that builds the module, such as `AutoModelForCausalLM`.
       scan: whether layers that compute the same are stacked, and run as one scan.
       module: the user's module; None if it is built from the config.json.
-      example: arguments with which the layers of a module are compared that is no causal language
-        model; None for those of `example_of`.
+      example: arguments for a trace in which layers are compared. None for those of `example_of`,
+        and for a causal language model, which needs none.
     """
 
     text: str

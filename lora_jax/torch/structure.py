@@ -16,8 +16,6 @@ _EXPANDING_NAMES = re.compile(
     r"(q|k|v|qkv|in|gate|up|gate_up|query|key|value|w1|w3|fc1|fc_in|c_fc|c_attn)(_proj)?"
 )
 _CONTRACTING_NAMES = re.compile(r"(o|out|down|dense|c|w2|wo|fc2|fc_out|dense_4h_to_h)(_proj)?")
-
-
 _EXPERT_KERNELS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' ExpertsInterface
 
 
@@ -30,8 +28,8 @@ class LayerPeriods:
       start: the index of the scan's first layer in the list.
       period: the number of kinds of layers, which alternate.
       repeats: the number of the scan's steps.
-      carried: for each kind, the indices of the arguments that are outputs of the layer before, in
-        the order of these outputs; see `LayerCall`.
+      carried: tuple of argument indices for each kind. These arguments are the outputs of the
+        previous layer, in the order of the outputs; see `LayerCall`.
     """
 
     name: str

@@ -128,7 +128,7 @@ def _experts(model_type: str, experts: dict[str, Any]) -> str:
 
 
 def _kept(line: str) -> str:
-    """Returns what a model keeps while it generates, from its `cache_line`."""
+    """Returns the cached state of a generating model, from its `cache_line`."""
     if "cached keys and values" in line:
         return "keys and values"
     reason = line.rpartition("computed again, because ")[2].replace("|", "/")

@@ -149,6 +149,10 @@ def test_what_cannot_be_read_is_refused(saved, tmp_path):
         lp.PeftError, match=r"(?s)unknown.safetensors.*unexpected transformer\.blocks\.9\.to_q"
     ):
         lp.load_diffusers(tmp_path / "unknown.safetensors", fn, params)
+    linear, weights = from_torch(torch.nn.Linear(2, 2))
+    save_file({"lora_unet_x.alpha": np.ones(1, np.float32)}, tmp_path / "kohya.safetensors")
+    with pytest.raises(lp.PeftError, match="converted only for FluxTransformer2DModel"):
+        lp.load_diffusers(tmp_path / "kohya.safetensors", linear, weights)
     with pytest.raises(lp.PeftError, match="is no safetensors file"):
         lp.load_diffusers(tmp_path / "adapter.bin", fn, params)
 

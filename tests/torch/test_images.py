@@ -58,7 +58,7 @@ def model(request):
 
 
 def test_blocks_are_scans_in_several_sizes(model):
-    """What a module caches in one trace, such as Qwen's positions, is not used in another."""
+    """Traces a module twice: Qwen caches positions, which must not go from trace to trace."""
     name, module, fn, params = model
     stacks = [(stack.name, stack.start, stack.repeats) for stack in fn.built.stacks]
     assert stacks == STACKS[name]
@@ -253,5 +253,7 @@ def test_an_example_makes_other_modules_scans():
 
 
 def test_an_example_of_a_language_model_has_no_effect(llama):
-    with pytest.raises(TorchModelError, match="example has no effect"):
+    with pytest.raises(TorchModelError, match="example has no effect, because"):
         from_torch(llama[0], example={"input_ids": np.zeros((1, 3), np.int32)})
+    with pytest.raises(TorchModelError, match="example has no effect with scan=False"):
+        from_torch(torch.nn.Linear(2, 2), example={"input": np.zeros((1, 2))}, scan=False)
