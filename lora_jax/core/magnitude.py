@@ -81,6 +81,12 @@ def _split_into_terms(a: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     return [rounded_a, remainder.astype(dtype)]
 
 
+def _wider_dtype(u: jax.Array, gain: jax.Array) -> jnp.dtype:
+    """Returns the dtype of a product of both, also where JAX does not promote dtypes by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(u.dtype, gain.dtype)
+
+
 @jax.custom_jvp
 def rescale_columns(u: jax.Array, gain: jax.Array) -> jax.Array:
     """Multiplies u by a gain, with broadcasting, in the wider dtype, and rounds to u's dtype.
@@ -88,7 +94,7 @@ def rescale_columns(u: jax.Array, gain: jax.Array) -> jax.Array:
     The derivative with respect to the gain is written with the result instead of u. The next
     operation usually keeps the result anyway, so that no other array is kept for the gain.
     """
-    dtype = jnp.promote_types(u.dtype, gain.dtype)
+    dtype = _wider_dtype(u, gain)
     return (u.astype(dtype) * gain.astype(dtype)).astype(u.dtype)
 
 
@@ -103,6 +109,6 @@ def _rescaled_jvp(
     # y / gain is u, without a residual for u.
     inverse_gain = jnp.where(gain == 0, 0, 1 / gain).astype(gain.dtype)
     gain_term = y * (gain_dot * inverse_gain).astype(y.dtype)
-    dtype = jnp.promote_types(u.dtype, gain.dtype)
+    dtype = _wider_dtype(u, gain)
     u_term = (u_dot.astype(dtype) * gain.astype(dtype)).astype(y.dtype)
     return y, u_term + gain_term

@@ -52,7 +52,8 @@ def _initial_magnitude(node: LoraWeight) -> jax.Array:
 def _with_gain(weight: Factored, node: LoraWeight, magnitude: jax.Array) -> Factored:
     """Returns the weight with the gain m / ‖W + s·AB‖, and 1 in layers without an adapter."""
     norms = jax.lax.stop_gradient(_norms_of_columns(node, weight.a, weight.b))
-    return weight.replace(gain=node.where_adapted(_move_to_device(magnitude) / norms, 1))
+    magnitude = _move_to_device(magnitude).astype(norms.dtype)
+    return weight.replace(gain=node.where_adapted(magnitude / norms, 1))
 
 
 DORA = Variant(

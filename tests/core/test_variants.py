@@ -269,6 +269,29 @@ def test_stacks_with_several_ranks():
     assert lj.count_params(tree)[0] == (3 + 1) * (5 + 7) + 2 * 7
 
 
+@pytest.mark.parametrize("of_adapter", ["float32", "bfloat16"])
+@pytest.mark.parametrize("of_base", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", [*DISTINCT, "bias on B"])
+def test_base_and_adapter_may_differ_in_dtype(variant, of_base, of_adapter):
+    """Code that forbids silent promotion runs, and its result is that of the merged tree."""
+    options = VARIANTS.get(variant, {"bias_on_b": True})
+    base = {"k": {"kernel": draw(1, (7, 5), of_base), "bias": draw(2, (5,), of_base)}}
+    x = draw(3, (3, 7), of_base)
+    rule = lj.LoraRule(targets=["k"], rank=3, alpha=4, dtype=of_adapter, **options)
+    params = with_random_factors(lj.lorafy(base, [rule], key=jax.random.key(0)))
+
+    def apply(params, x):
+        return x @ params["k"]["kernel"] + params["k"]["bias"]
+
+    adapter, frozen = lj.split(params)
+    forward = lj.adapt(apply)
+    outputs, back = jax.vjp(lambda adapter: forward(lj.join(adapter, frozen), x), adapter)
+    is_exact = "bfloat16" not in (of_base, of_adapter)
+    assert_close(outputs, apply(lj.merge(params), x), 1e-5 if is_exact else 5e-2)
+    (gradients,) = back(jnp.ones_like(outputs))
+    assert all(np.any(gradient) for gradient in jax.tree.leaves(gradients))
+
+
 @over("program", USUAL + WITH_COLUMNS, often=[STACK.name, HEADS.name, TABLE.name])
 def test_bias_on_b(program, float64):
     """xW + s·((xA)B + c): the bias reaches every product of the weight, and no other place."""
