@@ -83,4 +83,4 @@ def test_adapters_of_earlier_releases_load(name, tmp_path):
     outputs = lj.adapt(two_layers)(params, x)
     np.testing.assert_allclose(outputs, OUTPUTS[name], rtol=0, atol=1e-6)
     assert np.abs(outputs - two_layers(base, x)).max() > 0.1
-    assert lj.adapter_info(tmp_path)["about"] == {"model": "two layers"}
+    assert lj.adapter_info(tmp_path) == {"model": "two layers"}
