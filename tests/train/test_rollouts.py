@@ -126,6 +126,12 @@ def test_a_reward_rises(learned):
         here = [one for one in samples if one["step"] == line["step"]]
         assert len(here) == GROUP * PROMPTS and all(one["prompt"].strip("a") == "" for one in here)
         assert np.mean([one["reward"] for one in here]) == pytest.approx(line["reward"], rel=1e-6)
+        assert np.mean([one["cut"] for one in here]) == pytest.approx(line["truncated"])
+        places = [(one["group"], one["place"]) for one in here]
+        assert places == [(group, place) for group in range(PROMPTS) for place in range(GROUP)]
+        assert all([*one["rewards"].values()] == [one["reward"]] for one in here)
+        by_group = np.reshape([one["advantage"] for one in here], (PROMPTS, GROUP))
+        np.testing.assert_allclose(by_group.sum(1), 0, atol=1e-5)
     assert max(line["mismatch_max"] for line in lines) < 1e-5
     assert all(0 < line["truncated"] < 1 and 1 < line["length"] < NEW for line in lines)
 

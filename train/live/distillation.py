@@ -15,9 +15,9 @@ from train.adapters.source import find_adapter
 from train.console.errors import UserError
 from train.console.output import tell
 from train.live.prompts import GroupedCompletions, TokenizedPrompts
+from train.live.records import make_samples
 from train.live.rollouts import Rollouts
 from train.options.scripts.distill import BASE, DistillDataConfig
-from train.reporters.contract import Sample
 from train.run.pretrained import ModelInfo, check_weights, read_model, read_model_info
 from train.run.task import Data, ModelContext
 
@@ -123,11 +123,7 @@ class DistillationRollouts(Rollouts):
         batch["old"] = student_logps
         batch["advantages"] = self.config.optim.coefficient * log_ratio
 
-        completion_rows = np.repeat(rows, self.config.data.group).tolist()
-        self.feed.new_samples = [
-            Sample(self.feed.prompts.prompt_text(row), text)
-            for row, text in zip(completion_rows, drawn.texts.ravel().tolist(), strict=True)
-        ]
+        self.feed.new_samples = make_samples(self.feed, rows, drawn, batch["weights"])
         n_tokens = int(has_loss.sum())
         if n_tokens == 0:
             return drawn, batch, {"reverse_kl": None, "entropy": None}

@@ -68,6 +68,13 @@ class TokenizedPrompts:
         prompt = self.prompt_of(row)
         return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
+    def context_of(self, row: int) -> list[dict[str, str]] | None:
+        """Returns the turns of a row's prompt before its last turn; None for none."""
+        prompt = self.prompt_of(row)
+        if isinstance(prompt, str) or len(prompt) < 2:
+            return None
+        return [{"role": turn["role"], "text": str(turn.get("content"))} for turn in prompt[:-1]]
+
 
 class Widths(NamedTuple):
     """The few widths to which batches are padded, in ascending order.
@@ -396,12 +403,11 @@ class PromptFeed:
 
     def named(self, number: int) -> str:
         """Returns the names of the prompts of a step."""
-        source = self.config.data.dataset
+        return list_rows(self.rows(number).tolist(), self.row_name)
 
-        def row_name(row: int) -> str:
-            return name_of(self.prompts.rows[row], source, row + 1)
-
-        return list_rows(self.rows(number).tolist(), row_name)
+    def row_name(self, row: int) -> str:
+        """Returns the name of a prompt's row: its file and line, or its number in the data."""
+        return name_of(self.prompts.rows[row], self.config.data.dataset, row + 1)
 
     def tokens(self, batch: HostBatch) -> int:
         """Returns the number of tokens in a batch, without padding."""

@@ -1,7 +1,7 @@
 """Rollouts with rewards: the batches of `train.grpo`."""
 
 import dataclasses
-import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,14 +14,14 @@ from lora_jax.training.ready import TrainingStart
 from train.live.external.check import SamplerCheck
 from train.live.external.sampler import ExternalSampler
 from train.live.prompts import GroupedCompletions
+from train.live.records import add_rewards, make_samples
 from train.live.reference import reference_params
 from train.live.rollouts import Rollouts
-from train.live.turn_groups import GroupedTurns, ask_of_turns, shown_texts
+from train.live.turn_groups import GroupedTurns, ask_of_turns
 from train.live.turns.rows import tool_metrics
 from train.live.turns.use import TurnDrawer
 from train.options.scripts.grpo import RLOO, Config
 from train.options.scripts.sampler import importance_of
-from train.reporters.contract import Sample
 from train.rewards.ask import RewardAnswer, ask, collect_columns, mean_without_nans
 from train.rewards.reward import RewardBatch
 from train.run.task import Data, ModelContext
@@ -97,8 +97,10 @@ class RewardedRollouts(Rollouts):
 
         If no completion has a reward, the advantages are NaN, so that the step is skipped.
         """
-        rewards, facts, lost, metrics = self._reward_groups(params, rows, drawn, number)
-        self.feed.new_samples = self._make_samples(rows, drawn, rewards, facts)
+        rewarded = self._reward_groups(params, rows, drawn, number)
+        rewards = rewarded.rewards
+        lost = rewarded.lost
+        metrics = rewarded.metrics
         batch = self.feed.batch_from_completions(rows, drawn)
         # Log-probabilities of the policy and of the reference.
         old_logps, entropy = self.log_probabilities(params, batch)
@@ -117,6 +119,16 @@ class RewardedRollouts(Rollouts):
                 batch["reference"] = reference_logps
         advantages = self._advantages(rewards, divergence)
         batch["advantages"] = advantages.reshape(has_loss.shape[:-1])
+        self.feed.new_samples = add_rewards(
+            make_samples(self.feed, rows, drawn, batch["weights"]),
+            rewards=rewards.ravel(),
+            rewards_by_name={
+                name: values.ravel() for name, values in rewarded.rewards_by_name.items()
+            },
+            advantages=advantages,
+            redrawn=np.repeat(rewarded.redrawn, self.config.data.group),
+            facts=rewarded.facts.ravel(),
+        )
 
         # The reason why nothing can be learned from the batch, if there is one.
         if lost is not None:
@@ -139,23 +151,6 @@ class RewardedRollouts(Rollouts):
             metrics |= tool_metrics(drawn.turns.ravel())
         return drawn, batch, metrics
 
-    def _make_samples(
-        self, rows: np.ndarray, drawn: GroupedCompletions, rewards: np.ndarray, facts: np.ndarray
-    ) -> list[Sample]:
-        """Returns the texts of completions with their rewards and further facts, for the log."""
-        completion_rows = np.repeat(rows, self.config.data.group).tolist()
-        texts = shown_texts(drawn, self.context.outline.tokenizer)
-        samples = []
-        for index, reward in enumerate(rewards.ravel().tolist()):
-            sample = Sample(
-                prompt=self.feed.prompts.prompt_text(completion_rows[index]),
-                answer=texts[index],
-                reward=None if math.isnan(reward) else reward,
-                extra=facts.ravel()[index],
-            )
-            samples.append(sample)
-        return samples
-
     def _advantages(self, rewards: np.ndarray, divergence: np.ndarray | None) -> np.ndarray:
         """Returns the advantage of each completion over the other completions of its prompt.
 
@@ -175,7 +170,7 @@ class RewardedRollouts(Rollouts):
 
     def _reward_groups(
         self, params: Tree, rows: np.ndarray, drawn: GroupedCompletions, number: int
-    ) -> tuple[np.ndarray, np.ndarray, str | None, dict[str, float | None]]:
+    ) -> "RewardedGroups":
         """Computes the rewards, and draws groups with equal rewards again (--redraw).
 
         Args:
@@ -183,31 +178,20 @@ class RewardedRollouts(Rollouts):
           rows: [n], the prompts.
           drawn: the completions, in which redrawn groups are replaced.
           number: the number of the step.
-
-        Returns:
-          The rewards and further facts, [prompts, group]; the reason if no completion has a reward,
-          else None; and the metrics of the first draw.
         """
         group = self.config.data.group
-        answer = self._ask_rewards(rows, drawn, number)
-        rewards = answer.total.reshape(-1, group)
-        facts = _facts_per_completion(answer, group)
-        lost = answer.lost
-        metrics = answer.metrics
+        rewarded = _rewarded_groups(self._ask_rewards(rows, drawn, number), group)
         for attempt in range(self.config.data.redraw):
-            (group_indices,) = np.nonzero(_have_no_spread(rewards))
+            (group_indices,) = np.nonzero(_have_no_spread(rewarded.rewards))
             if not len(group_indices):
                 break
             redrawn = self.draw(params, rows[group_indices], number, attempt + 1)
             answer = self._ask_rewards(rows[group_indices], redrawn, number)
-            rewards[group_indices] = answer.total.reshape(-1, group)
-            facts[group_indices] = _facts_per_completion(answer, group)
-            if lost is not None:  # the redrawn groups may have rewards
-                lost = answer.lost
+            rewarded = rewarded.replace(group_indices, _rewarded_groups(answer, group))
             for array, redrawn_array in zip(drawn, redrawn, strict=True):
                 if array is not None:
                     array[group_indices] = redrawn_array
-        return rewards, facts, lost, metrics
+        return rewarded
 
     def _ask_rewards(
         self, rows: np.ndarray, drawn: GroupedCompletions, number: int
@@ -236,6 +220,52 @@ class RewardedRollouts(Rollouts):
             return ask(rewards, batch, self.context.console, self.context.stop)
         turns = drawn.turns.ravel().tolist()
         return ask_of_turns(rewards, batch, turns, self.context.console, self.context.stop)
+
+
+class RewardedGroups(NamedTuple):
+    """The rewards of completions in groups, one group per prompt.
+
+    Attributes:
+      rewards: [prompts, group], the sums of rewards; NaN for none.
+      rewards_by_name: [prompts, group], the values of each reward, by its name; NaN for none.
+      facts: [prompts, group], further facts about each completion.
+      redrawn: [prompts] bool, whether the completions of each prompt were drawn again.
+      lost: the reason if no completion has a reward; else None.
+      metrics: the metrics of the first draw.
+    """
+
+    rewards: np.ndarray
+    rewards_by_name: dict[str, np.ndarray]
+    facts: np.ndarray
+    redrawn: np.ndarray
+    lost: str | None
+    metrics: dict[str, float | None]
+
+    def replace(self, indices: np.ndarray, other: "RewardedGroups") -> "RewardedGroups":
+        """Writes the groups of another draw over those at the indices, and returns the result."""
+        self.rewards[indices] = other.rewards
+        self.facts[indices] = other.facts
+        self.redrawn[indices] = True
+        for name, values in self.rewards_by_name.items():
+            values[indices] = other.rewards_by_name[name]
+        if self.lost is None:
+            return self
+        return self._replace(lost=other.lost)  # the redrawn groups may have rewards
+
+
+def _rewarded_groups(answer: RewardAnswer, group: int) -> RewardedGroups:
+    """Returns the rewards of a draw in groups of `group` completions."""
+    rewards = answer.total.reshape(-1, group)
+    return RewardedGroups(
+        rewards=rewards,
+        rewards_by_name={
+            name: values.reshape(-1, group) for name, values in answer.by_name.items()
+        },
+        facts=_facts_per_completion(answer, group),
+        redrawn=np.zeros(len(rewards), bool),
+        lost=answer.lost,
+        metrics=answer.metrics,
+    )
 
 
 def _facts_per_completion(answer: RewardAnswer, group: int) -> np.ndarray:

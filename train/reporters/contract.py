@@ -15,16 +15,47 @@ Ending = Literal["finished", "stopped", "failed"]  # stopped: by a signal, to be
 
 
 class Sample(NamedTuple):
-    """A prompt and the model's answer, with its reward if it has one.
+    """A prompt and the model's answer, with the facts that are known about the answer.
+
+    A fact that is None is not known, or does not apply. Only completions that a run draws for its
+    steps have the facts after `extra`.
 
     Attributes:
-      extra: further facts about the answer, by name, for the record alone; None for none.
+      prompt: the text of the prompt's last turn.
+      answer: the answer. An answer of several turns is one text, with the results of tools.
+      reward: the weighted sum of the rewards.
+      extra: further facts about the answer, by name, for the record alone.
+      row: the name of the prompt's row in the data.
+      group: the index of the prompt in its step.
+      place: the index of the completion among those of its prompt.
+      redrawn: whether the completion was drawn again, because its group had equal rewards.
+      context: the turns of the prompt before its last turn, in the first completion of a group.
+      turns: the turns of the completion, each with a `role`, a `text` and, for tools, a `name`. The
+        role is "assistant", "tool", or "environment" for the text that an environment adds to the
+        prompt.
+      rewards: the value of each reward without its weight, by name. A reward without a value is
+        absent.
+      advantage: the advantage of the completion over the others of its group.
+      cut: whether the completion was cut off at the maximum number of tokens.
+      lost: the reason why the completion ended early because of its environment.
+      masked: whether the loss counts none of the completion's tokens.
     """
 
     prompt: str
     answer: str
     reward: float | None = None
     extra: Mapping[str, object] | None = None
+    row: str | None = None
+    group: int | None = None
+    place: int | None = None
+    redrawn: bool | None = None
+    context: Sequence[Mapping[str, str]] | None = None
+    turns: Sequence[Mapping[str, str]] | None = None
+    rewards: Mapping[str, float] | None = None
+    advantage: float | None = None
+    cut: bool | None = None
+    lost: str | None = None
+    masked: bool | None = None
 
 
 class Start(NamedTuple):

@@ -22,12 +22,14 @@ class RewardAnswer(NamedTuple):
       lost: the first failure, if failures left no completion with a reward; else None.
       metrics: by name; None for one that is not known.
       extra: further facts about the completions, by name: [n] each.
+      by_name: the value of each reward without its weight, by name: [n], fp32; NaN for none.
     """
 
     total: np.ndarray
     lost: str | None
     metrics: dict[str, float | None]
     extra: dict[str, Sequence[Any]]
+    by_name: Mapping[str, np.ndarray] = {}
 
 
 def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> RewardAnswer:
@@ -49,15 +51,31 @@ def ask(rewards: Rewards, batch: RewardBatch, console: Console, stop: Stop) -> R
             tell(console, f"warning: {line}")
         has_reward = ~np.isnan(totals.total)
         return {
-            "total": [None if math.isnan(x) else x for x in totals.total.tolist()],
+            "total": _without_nans(totals.total),
             "lost": None if has_reward.any() else totals.why,
             "metrics": _summarize_rewards(totals),
             "extra": totals.extra,
+            "by_name": {name: _without_nans(values) for name, values in totals.by_name.items()},
         }
 
     answer = hosts.ask_first_process(lambda: rewards(batch), as_json, stop)
-    total = np.array([np.nan if x is None else x for x in answer["total"]], np.float32)
-    return RewardAnswer(total, answer["lost"], answer["metrics"], answer["extra"])
+    return RewardAnswer(
+        total=_with_nans(answer["total"]),
+        lost=answer["lost"],
+        metrics=answer["metrics"],
+        extra=answer["extra"],
+        by_name={name: _with_nans(values) for name, values in answer["by_name"].items()},
+    )
+
+
+def _without_nans(values: np.ndarray) -> list[float | None]:
+    """Returns values for JSON, with None for NaN."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _with_nans(values: Sequence[float | None]) -> np.ndarray:
+    """Returns values as fp32, with NaN for None; the inverse of `_without_nans`."""
+    return np.array([np.nan if value is None else value for value in values], np.float32)
 
 
 def _summarize_rewards(totals: RewardTotals) -> dict[str, float | None]:

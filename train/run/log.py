@@ -236,11 +236,16 @@ def _replay(reporting: Reporting, metrics: Sequence[Line], samples: Sequence[Lin
         step_samples = []
         for line in group:
             if "answer" in line:
-                step_samples.append(Sample(line["prompt"], line["answer"], line.get("reward")))
+                step_samples.append(sample_of(line))
             else:
                 reporting.line(line)
         if step_samples:
             reporting.samples(step, step_samples, line["time"])
+
+
+def sample_of(line: Line) -> Sample:
+    """Returns the sample of a line of samples.jsonl. Older lines have fewer facts."""
+    return Sample(**{name: line[name] for name in Sample._fields if name in line})
 
 
 @contextmanager

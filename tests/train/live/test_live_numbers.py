@@ -16,6 +16,7 @@ from train.live.external.check import SamplerCheck, _importance_of_tokens
 from train.live.external.sampler import ExternalSampler
 from train.live.preferences import divergence, mismatch_completions, with_room_for_mismatches
 from train.live.prompts import GroupedCompletions, PromptFeed, TokenizedPrompts
+from train.live.records import turns_of
 from train.live.reference import reference_line
 from train.live.reinforcement import RewardedRollouts
 from train.live.rollouts import group_completions
@@ -431,7 +432,8 @@ ROWS = np.array([1, 3])
 
 
 def answer(*rewards, **extra):
-    return RewardAnswer(np.float32(rewards), None, {"reward_x": 1.0}, extra)
+    total = np.float32(rewards)
+    return RewardAnswer(total, None, {"reward_x": 1.0}, extra, {"half": total / 2})
 
 
 def test_rloo_takes_the_divergence_from_the_reward():
@@ -456,6 +458,55 @@ def test_rloo_takes_the_divergence_from_the_reward():
     assert (metrics["reward"], metrics["zero_spread"], metrics["reward_x"]) == (1.0, 0.5, 1.0)
     assert [sample.reward for sample in feed.new_samples] == [1.0, 2.0, 0.5, 0.5]
     assert feed.new_samples[2].extra == {"fact": 3}
+    assert [sample.advantage for sample in feed.new_samples] == pytest.approx(wanted.ravel(), 1e-5)
+
+
+def test_a_sample_tells_what_happened_to_its_completion():
+    """Where it stands, what each reward gave, and its advantage; what is not known is None."""
+    config = options(loss="grpo", redraw=0, scale="none", mask_truncated=True)
+    feed = feed_of(config, per_token=("old",), per_completion=("advantages",))
+    made = rollouts(RewardedRollouts, config, feed, LOGPS)
+    made._ask_rewards = lambda rows, drawn, number: answer(1.0, 3.0, 0.5, np.nan)
+    made.score("policy", ROWS, drawn_of(1), 0)
+    samples = feed.new_samples
+    assert [(one.group, one.place) for one in samples] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [one.row for one in samples] == ["data, row 2"] * 2 + ["data, row 4"] * 2
+    assert [one.rewards for one in samples] == [{"half": 0.5}, {"half": 1.5}, {"half": 0.25}, {}]
+    assert [one.advantage for one in samples] == [-1, 1, 0, None]
+    assert [one.cut for one in samples] == [False, False, True, False]
+    assert [one.masked for one in samples] == [False, False, True, False]
+    assert [one.redrawn for one in samples] == [False] * 4
+    assert samples[3].turns == [{"role": "assistant", "text": "1.1.1"}]
+    assert {one.lost for one in samples} == {None} == {one.context for one in samples}
+
+
+def test_the_turns_of_a_completion_are_told_apart():
+    """The model's tokens as they were drawn, with calls; the environment's, by their source."""
+    decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
+    made = turn_completion([5, 6, 7], own=2, ended=True)
+    made.opening = "a riddle"
+    made.turn_starts.append(3)
+    made.draw([8, 9], [-0.5] * 2)
+    made.say("later")
+    expected = [
+        {"role": "environment", "text": "a riddle"},
+        {"role": "assistant", "text": "[5, 6]"},
+        {"role": "tool", "name": "look", "text": "seen"},
+        {"role": "assistant", "text": "[8, 9]"},
+    ]
+    assert turns_of(made, decode) == expected
+    never_begun = TurnCompletion(ASKED, lost="gone")
+    never_begun.say("")
+    assert turns_of(never_begun, decode) == []
+
+
+def test_only_a_prompt_of_several_turns_has_a_context():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    prompts = TokenizedPrompts(
+        [{"messages": chat}, {"prompt": "Why?"}, {"prompt": chat[1:]}], [[1]]
+    )
+    assert prompts.context_of(0) == [{"role": "system", "text": "Be brief."}]
+    assert prompts.context_of(1) is None and prompts.context_of(2) is None
 
 
 def test_other_losses_get_the_reference_and_the_groups_deviation():
@@ -495,11 +546,13 @@ def test_groups_without_spread_are_drawn_again():
 
     made.draw, made._ask_rewards = draw, lambda rows, drawn, number: answers.pop(0)
     drawn = drawn_of(1)
-    rewards, extra, lost, metrics = made._reward_groups("policy", ROWS, drawn, 7)
+    rewarded = made._reward_groups("policy", ROWS, drawn, 7)
     assert calls == [("policy", [1], 7, 1), ("policy", [1], 7, 2)]
-    np.testing.assert_array_equal(rewards, [[3, 4], [0, 2]])
-    assert [fact["fact"] for fact in extra.ravel()] == list("ghcd")
-    assert lost is None and metrics == {"reward_x": 1.0}
+    np.testing.assert_array_equal(rewarded.rewards, [[3, 4], [0, 2]])
+    np.testing.assert_array_equal(rewarded.rewards_by_name["half"], [[1.5, 2], [0, 1]])
+    assert rewarded.redrawn.tolist() == [True, False]
+    assert [fact["fact"] for fact in rewarded.facts.ravel()] == list("ghcd")
+    assert rewarded.lost is None and rewarded.metrics == {"reward_x": 1.0}
     first, last = drawn_of(1), drawn_of(12, n=1)
     for name in ("tokens", "logps", "lengths", "ended", "texts"):
         np.testing.assert_array_equal(getattr(drawn, name)[0], getattr(last, name)[0])

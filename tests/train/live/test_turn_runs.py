@@ -103,6 +103,12 @@ def test_tokens_of_the_environment_are_read_and_not_learned(folder, tmp_path, mo
         assert line["mismatch_max"] < 1e-5
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert any("low" in sample["answer"] for sample in samples)
+    roles = {turn["role"] for sample in samples for turn in sample["turns"]}
+    assert roles == {"assistant", "tool"}
+    for sample in samples:
+        told = [turn["text"] for turn in sample["turns"] if turn["role"] == "tool"]
+        assert all(text in sample["answer"] for text in told)
+        assert [*sample["rewards"].values()] == [sample["reward"]]
 
 
 @pytest.mark.slow

@@ -244,6 +244,7 @@ def test_a_lost_row_ends_alone(programs, drawn):
 
 def test_openings_belong_to_the_prompt(programs, drawn):
     opened = draw(programs, Host(openings={1: "zz", 3: "y" * 60}))
+    assert [turns.opening for turns in opened] == ["", "zz", "", "y" * 60, ""]
     assert opened[1].prompt == [3, *b"azz"] and opened[1].ids != drawn[1].ids
     assert "the prompt has 67 tokens and leaves no room" in opened[3].lost
     assert opened[3].messages == [{"role": "assistant", "content": ""}], "rewards read the last"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from train.reporters.contract import Sample
 from train.reporters.files import METRICS, SAMPLES, read_lines
 from train.reporters.reporting import Reporting
 from train.reporters.tensorboard import TensorBoard
@@ -242,3 +243,16 @@ def test_a_long_record_is_reported_again_in_order_and_in_one_pass(tmp_path):
     run_log._replay(told, lines, answers)
     assert told.steps == [1, 2, (2, ["b", "c"], 9.0), *range(3, n + 1)]
     assert Looked.looks < 4 * n, "a look at each line for each step would be quadratic"
+
+
+def test_the_facts_of_samples_are_reported_again_with_those_that_older_lines_have():
+    """An older line has fewer facts, and a later one may have facts that are not known here."""
+    reported = []
+    told = SimpleNamespace(samples=lambda step, samples, at: reported.extend(samples))
+    turns = [{"role": "assistant", "text": "b"}]
+    older = {"step": 1, "prompt": "a", "answer": "b", "time": 1.0}
+    newer = {**older, "step": 2, "reward": 0.5, "place": 3, "turns": turns, "advantage": -1.0}
+    run_log._replay(told, [], [older, {**newer, "from_the_future": 1}])
+    first, second = reported
+    assert first == Sample("a", "b")
+    assert second == Sample("a", "b", 0.5, place=3, turns=turns, advantage=-1.0)

@@ -28,6 +28,7 @@ class EpisodeMessage(NamedTuple):
       answers: the answers of the tools.
       lost: the reason why the completion is lost; None if it is not.
       earned: the reward of the environment.
+      opening: for "opened", the text that the environment added to the prompt.
     """
 
     number: int
@@ -36,6 +37,7 @@ class EpisodeMessage(NamedTuple):
     answers: Sequence[ToolAnswer] = ()
     lost: str | None = None
     earned: EarnedReward = EarnedReward(None)
+    opening: str = ""
 
 
 class Listener:
@@ -172,7 +174,7 @@ class Listener:
             return {"lost": episode.lost}
         request = self._requests[number]
         row = opened_row(request.row, episode.opening)
-        return {"ids": self._tokenize_opened(request, row)}
+        return {"ids": self._tokenize_opened(request, row), "opening": episode.opening}
 
     def _answered_fields(self, number: int, turn: EpisodeTurn) -> dict[str, Any]:
         """Returns the fields of a message with the answers to a turn's calls."""
@@ -202,4 +204,5 @@ def _message_from_json(body: dict[str, Any]) -> EpisodeMessage:
         answers=[ToolAnswer(*answer) for answer in body["answers"]],
         lost=body.get("lost"),
         earned=EarnedReward(*body.get("earned", (None,))),
+        opening=body.get("opening", ""),
     )

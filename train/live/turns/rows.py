@@ -53,6 +53,7 @@ class TurnCompletion:
     Attributes:
       request: the request for the completion.
       prompt: the tokens before the completion, with the text that the environment added.
+      opening: the text that the environment added to the prompt.
       ids: all tokens: those of the model, and those of the environment between its turns.
       logps: the log-probability of each token when it was drawn; 0 for the environment's tokens.
       is_own: whether the model drew each token.
@@ -68,6 +69,7 @@ class TurnCompletion:
 
     request: TurnRequest
     prompt: Sequence[int] = ()
+    opening: str = ""
     ids: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     is_own: list[bool] = dataclasses.field(default_factory=list)

@@ -161,6 +161,7 @@ class _Draw:
             completion.lost = message.lost
             self._end_completion(index)
         elif message.kind == "opened":
+            completion.opening = message.opening
             self._begin_completion(index, message.ids)
         else:
             self._continue_completion(index, message)
