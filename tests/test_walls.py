@@ -21,7 +21,7 @@ LIBRARY = """
 SCRIPTS = """
     console __init__ processes reporters adapters environments options data settings run
     predict rewards tools live tasks plan generate export stages finetune script sft classify dpo
-    distill prior grpo compare findings serve launch doctor check command
+    distill prior grpo rollouts compare findings serve launch doctor check command
 """.split()
 ORDER = [*(f"lora_jax.{room}" for room in LIBRARY), *(f"train.{room}" for room in SCRIPTS)]
 TRAINERS = ("sft", "classify", "dpo", "grpo", "distill")

@@ -22,6 +22,7 @@ COMMANDS = {
     "use",
     "findings": "repeats published findings about LoRA, with a table and a picture each",
     "generate": "answers prompts with a base and its adapters, or chats",
+    "rollouts": "shows the completions of one run or two in a browser",
     "serve": "serves a base and its adapters over HTTP: Tinker's client trains them, OpenAI's "
     "client asks them",
     "predict": "classifies texts or images with a classifier that `train.classify` or PEFT trained",

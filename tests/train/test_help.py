@@ -21,6 +21,7 @@ from train.options.command import parse_options
 from train.plan.__main__ import parse as parse_plan
 from train.plan.options import PlanOptions
 from train.predict.__main__ import PredictOptions
+from train.rollouts.__main__ import RolloutsOptions
 from train.serve.options import ServeOptions
 from train.serve.options import parse as parse_serve
 
@@ -46,12 +47,19 @@ PAGES = {
     "generate": (GenerateOptions, None, parse_generate),
     "serve": (ServeOptions, None, parse_serve),
     "export": (ExportOptions, None, parse_export),
+    "rollouts": (
+        RolloutsOptions,
+        None,
+        lambda args: parse_options(RolloutsOptions, args, "train.rollouts"),
+    ),
     "predict": (
         PredictOptions,
         None,
         lambda args: parse_options(PredictOptions, args, "train.predict"),
     ),
 }
+
+WORDS = ("texts", "runs")  # of a command line without a flag
 
 
 def page_of(name, everything, columns=80):
@@ -80,11 +88,11 @@ def test_each_command_has_a_page():
 def test_ten_options_come_first_and_all_are_explained_elsewhere(name):
     kind = PAGES[name][0]
     first = kind.HELP.first.split()
-    flags = [word.replace("_", "-") for word in first if word != "texts"]  # predict's own words
+    flags = [word.replace("_", "-") for word in first if word not in WORDS]
     assert 3 <= len(first) <= 10
     short, whole = page_of(name, False), page_of(name, True)
     assert explained(short) == explained(whole)[: len(flags)] == flags
-    rest = [option for option in names_of(kind) if option != "texts"]
+    rest = [option for option in names_of(kind) if option not in WORDS]
     assert sorted(explained(whole)) == sorted(rest)
     assert all(f"--{option}" in short.split() for option in rest)
 

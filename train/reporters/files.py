@@ -27,7 +27,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Reads a file of JSON lines that each have a step; skips an incomplete last line."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    # Texts may contain other ends of lines, such as U+2028, which do not end a line of JSON.
+    for text in path.read_text().split("\n") if path.exists() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
