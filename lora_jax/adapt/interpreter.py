@@ -21,6 +21,7 @@ from lora_jax.adapt import eqns, merging
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.needed import FactorInputs, UsedOutputs, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
+from lora_jax.adapt.reports import watch
 from lora_jax.adapt.user_code import SourceLine, UserContext, user_line_of, user_line_of_call
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.extend import Jaxpr, JaxprEqn
@@ -224,6 +225,7 @@ class Interpreter:
         function (`adapt`).
       record: called with each use of a weight. Inner functions are then evaluated in each call, not
         cached.
+      warns: warn of merges although uses are recorded, so that no cache hides a warning.
       default: the rule for primitives without a rule of their own. None: weights are merged there.
       examples: the axes of the examples in the jaxpr, if each example has its adapter. The axes of
         the tokens, if only some tokens see an adapter. Else None.
@@ -234,6 +236,7 @@ class Interpreter:
     strict: bool = False
     own_rules: tuple[tuple[str, Forward], ...] = ()
     record: Callable[[WeightUse], None] | None = None
+    warns: bool = False
     default: Rule | None = dataclasses.field(default=None, hash=False, compare=False)
     examples: ExampleLabels | None = None
     apply_equation: Callable[[JaxprEqn, Sequence[Value]], list[Value]] = eqns.apply_equation
@@ -395,7 +398,7 @@ class Interpreter:
             function = eqns.function_name(source)
         if weight.rows is not None:
             raise ExamplesError(merging.unknown_examples_message(weight, primitive, line))
-        if self.record is None:
+        if self.record is None or self.warns:
             merging.warn_of_merge(weight, primitive, function, line, strict=self.strict)
             return
         record = WeightUse(
@@ -485,7 +488,9 @@ class Interpreter:
 
         eqn_identity = id(eqn) if use.name in _RULES_THAT_READ_THE_JAXPR else 0
         key = (use.used_outputs, eqn_identity, self.examples, use.activation_label)
-        outputs: Outcome = eager_steps.compiled_program(eqn, key, call)(use.values)
+        program = eager_steps.compiled_program(eqn, key, call)
+        with watch(program):
+            outputs: Outcome = program(use.values)
         return outputs
 
     def _activation_label(self, use: Use) -> ExampleLabel:

@@ -5,6 +5,7 @@ The weight is **merged** at such a use: W + s·AB is formed.
 
 from collections.abc import Sequence
 
+from lora_jax.adapt.reports import is_new_message, note_report
 from lora_jax.adapt.user_code import SourceLine, user_line_of, warn
 from lora_jax.core.extend import JaxprEqn
 from lora_jax.core.factored import Factored, TokensError
@@ -165,7 +166,10 @@ def warn_of_merge(
     effect = f"{formed_kernel} is formed there, which needs the memory of W. The result is right"
     if primitive == "assignment":
         effect = "The result is right, but the weight that you passed has no adapter afterwards"
-    warn(f"{problem}. {effect}. {remedy}.", MergeWarning, line)
+    message = f"{problem}. {effect}. {remedy}."
+    note_report()
+    if is_new_message(message, line):
+        warn(message, MergeWarning, line)
 
 
 def _describe_merge(weight: Factored, primitive: str, line: SourceLine) -> str:

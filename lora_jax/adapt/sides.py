@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 
 from lora_jax.adapt import eqns
+from lora_jax.adapt.reports import note_report
 from lora_jax.adapt.roles import infer_roles
 from lora_jax.adapt.user_code import SourceLine, user_line_of, warn
 from lora_jax.core.axes import EMBEDDING_NAMES, AxisRoles, ObservedRoles
@@ -48,6 +49,8 @@ def note_side(weight: Factored, side: Side, eqn: JaxprEqn) -> None:
     sides = sides_by_path.setdefault(str(weight.path), {})
     if side not in sides:
         sides[side] = user_line_of(eqn) if side == "out" else None
+    if _is_suspect(str(weight.path), sides):
+        note_report()
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def warn_of_swapped_roles(
     line_of_suspect: dict[str, SourceLine] = {}
     for path, sides in sides_by_path.items():
         line = sides.get("out")
-        if line is not None and "in" not in sides and leaf_name(path) not in EMBEDDING_NAMES:
+        if line is not None and _is_suspect(path, sides):
             line_of_suspect[path] = line
     if not line_of_suspect:
         return
@@ -100,6 +103,11 @@ def warn_of_swapped_roles(
         observed_roles = roles_in_jaxpr[path]
         if isinstance(observed_roles, ObservedRoles) and observed_roles.roles == swapped_roles:
             _warn_of_swap(path, recorded_roles, line_of_suspect[path])
+
+
+def _is_suspect(path: str, sides: dict[Side, SourceLine | None]) -> bool:
+    """Returns True if these sides suggest that A and B of a weight are swapped."""
+    return sides.keys() == {"out"} and leaf_name(path) not in EMBEDDING_NAMES
 
 
 def _recorded_roles(weight: Factored) -> AxisRoles:

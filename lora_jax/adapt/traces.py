@@ -95,12 +95,15 @@ class Trace:
       leaf_indices: the leaf of the arguments that each of its inputs is.
       outputs: what the function returns and writes.
       steps: compiled equations of the jaxpr, for eager calls.
+      is_reported: True if a call has made all reports of this trace, those too that caches kept
+        from being made; see `lora_jax.adapt.reports`.
     """
 
     jaxpr: eqns.AnyJaxpr
     leaf_indices: tuple[int, ...]
     outputs: TraceOutputs
     steps: EagerSteps = field(default_factory=EagerSteps)
+    is_reported: bool = False
 
 
 def trace(call: FlatCall) -> Trace:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import args_with_masks, params_by_prompt
 from lora_jax.adapt.eqns import EagerSteps
-from lora_jax.adapt.interpreter import Interpreter, Rule
+from lora_jax.adapt.interpreter import Interpreter, Rule, WeightUse
 from lora_jax.adapt.nnx_writes import Output, write_back
 from lora_jax.adapt.per_example.axes import (
     ExampleAxes,
@@ -21,6 +21,7 @@ from lora_jax.adapt.per_example.axes import (
     follow_tokens,
     follow_trace,
 )
+from lora_jax.adapt.reports import collect_reports
 from lora_jax.adapt.rules.arithmetic import ARITHMETIC_RULES
 from lora_jax.adapt.rules.chains import CHAIN_RULES
 from lora_jax.adapt.rules.choices import CHOICE_RULES
@@ -212,8 +213,11 @@ def _evaluate_call(
         index in leaf_of_output and index not in node_of_output
         for index in range(len(inner.outvars))
     )
-    with collect_sides() as sides_by_path:
+    with collect_sides() as sides_by_path, collect_reports() as reports:
         outputs = interpreter.evaluate(traced.jaxpr, inputs, used_outputs, eager_steps)
+        if reports.is_incomplete and not traced.is_reported:
+            _report_without_caches(interpreter, traced.jaxpr, inputs, used_outputs)
+            traced.is_reported = True
     warn_of_swapped_roles(sides_by_path, traced.jaxpr, inputs)
     # Merge the weights that the function returns.
     assigned_outputs = {
@@ -227,6 +231,25 @@ def _evaluate_call(
                 interpreter.report_merge(output, "output", user_line_of_call())
             outputs[index] = output.merged()
     return outputs
+
+
+def _report_without_caches(
+    interpreter: Interpreter,
+    jaxpr: eqns.AnyJaxpr,
+    inputs: Sequence[Value],
+    used_outputs: Sequence[bool],
+) -> None:
+    """Walks a jaxpr for its warnings alone; no function inside it comes from JAX's caches."""
+    uncached = dataclasses.replace(interpreter, record=_ignore_use, warns=True)
+
+    def evaluate(values: list[Value]) -> list[Value]:
+        return uncached.evaluate(jaxpr, values, tuple(used_outputs))
+
+    jax.eval_shape(evaluate, list(inputs))
+
+
+def _ignore_use(use: WeightUse) -> None:
+    """Does nothing with the record of a use."""
 
 
 def _report_assigned_weights(

@@ -52,7 +52,8 @@ def is_packaged(module: str) -> bool:
 
 @functools.cache
 def _is_package_file(path: str) -> bool:
-    return path.startswith((*_PACKAGES, _LORA_JAX)) or path.startswith("<frozen")
+    # JAX may lie outside the folders of packages, where pip's --target or PYTHONPATH puts it.
+    return path.startswith((*_PACKAGES, *_JAX, _LORA_JAX, "<frozen"))
 
 
 class SourceLine(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.ode import odeint
 
 import lora_jax as lj
+from lora_jax.adapt import user_code
 from lora_jax.adapt.uses import uses
 from tests.support import array, assert_close, draw, numpy_init, variables_of, with_random_factors
 
@@ -55,6 +56,92 @@ def test_a_merge_names_the_users_line(fn, offset, wrap):
     assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}
     merged = [record for record in uses(fn, tree, X) if record.how == "merged"]
     assert merged and all(f"{__file__}:{line}" in record.place for record in merged)
+
+
+def merge_inside_of_a_jitted_layer(w, x):
+    return x @ jnp.sin(w)
+
+
+def merge_inside_of_jax(w, x):
+    return x @ w / jnp.linalg.norm(w)
+
+
+def merge_inside_of_a_scan(w, x):
+    return jax.lax.scan(lambda x, _: (jnp.sin(x @ jnp.sin(w)), None), x, length=2)[0]
+
+
+def no_merge(w, x):
+    return x @ w
+
+
+LAYERS = {
+    "jit": (jax.jit(merge_inside_of_a_jitted_layer), True),
+    "remat": (jax.checkpoint(merge_inside_of_a_jitted_layer), True),
+    "remat of jit": (jax.checkpoint(jax.jit(merge_inside_of_jax)), True),
+    "JAX": (merge_inside_of_jax, True),
+    "scan": (jax.jit(merge_inside_of_a_scan), True),
+    "control": (jax.jit(no_merge), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_merge_names_each_layer_of_equal_shapes(name):
+    """In the first call, in a later one by another function, and under a later jit."""
+    layer, merges = LAYERS[name]
+    names = ["a", "b", "c"]
+    params = {name: {"kernel": draw(index, (5, 5))} for index, name in enumerate(names)}
+    tree = with_random_factors(
+        lj.lorafy(params, [lj.LoraRule(targets=".*kernel", rank=2, init=numpy_init)])
+    )
+
+    def model(p, x):
+        for name in names:
+            x = layer(p[name]["kernel"], x)
+        return x
+
+    expected = {f"{name}/kernel" for name in names} if merges else set()
+    for run in (lj.adapt(model), lj.adapt(model), jax.jit(lj.adapt(model))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = run(tree, X)
+        assert_close(y, model(lj.merge(tree), X), 1e-5)
+        messages = [str(warning.message) for warning in caught]
+        assert {message.split("'")[1] for message in messages} == expected
+        assert all(f"{__file__}:" in message for message in messages)
+        assert len(messages) == len(set(messages))
+
+
+def test_transposed_layers_of_equal_shapes_are_all_named():
+    layer = jax.jit(lambda w, x: x @ w.T)
+    params = {"a": {"kernel": draw(1, (5, 5))}, "b": {"kernel": draw(2, (5, 5))}}
+    tree = with_random_factors(
+        lj.lorafy(params, [lj.LoraRule(targets=".*kernel", rank=2, init=numpy_init)])
+    )
+
+    def model(p, x):
+        return layer(p["b"]["kernel"], layer(p["a"]["kernel"], x))
+
+    for run in (lj.adapt(model), jax.jit(lj.adapt(model))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(tree, X)
+        named = [str(warning.message).split("'")[1] for warning in caught]
+        assert sorted(named) == ["a/kernel", "b/kernel"]
+
+
+def test_a_merge_names_the_users_line_wherever_jax_lies(monkeypatch):
+    """As with pip's --target or PYTHONPATH: JAX is in no folder of packages."""
+    outside = tuple(prefix for prefix in user_code._PACKAGES if "site-packages" not in prefix)
+    assert outside != user_code._PACKAGES
+    monkeypatch.setattr(user_code, "_PACKAGES", outside)
+    user_code._is_package_file.cache_clear()
+    line = by_norm.__code__.co_firstlineno + 1
+    try:
+        with pytest.warns(lj.MergeWarning) as caught:
+            lj.adapt(by_norm)(tree_of(5, 13), X)
+    finally:
+        user_code._is_package_file.cache_clear()
+    assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}
 
 
 def test_lines_inside_of_packages_are_told_too():

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.interpreter import Interpreter, Rule, Use, fold_dropout_key
+from lora_jax.adapt.reports import watch
 from lora_jax.adapt.rules.choices import CommonForm, common_form, convert_to_form
 from lora_jax.adapt.rules.flow import (
     common_sources,
@@ -47,7 +48,7 @@ _State = tuple[Value, dict[int, Value]]
 def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
     """Calls the inner function under `jax.jit`, with the shardings of the equation."""
     jit = eqns.read_jit(use.eqn)
-    if jit.name in ROUTED_RULES and interpreter.record is None:
+    if jit.name in ROUTED_RULES and (interpreter.record is None or interpreter.warns):
         outputs = ROUTED_RULES[jit.name](interpreter, use)
         if outputs is not None:
             return outputs
@@ -67,7 +68,9 @@ def _jit(interpreter: Interpreter, use: Use) -> list[Value]:
         fn = interpreter.cached_function(
             jit.jaxpr, ("jit", use.used_outputs, jit.name), compile_function
         )
-    return list(map(_with_sharding_constraint, fn(*values), jit.out_shardings))
+    with watch(fn):
+        outputs = fn(*values)
+    return list(map(_with_sharding_constraint, outputs, jit.out_shardings))
 
 
 def _with_sharding_constraint(value: Value, sharding: Sharding | None) -> Value:
@@ -84,11 +87,14 @@ def _with_sharding_constraint(value: Value, sharding: Sharding | None) -> Value:
 def _remat(interpreter: Interpreter, use: Use) -> list[Value]:
     """Calls the body under `jax.checkpoint`, with the policy of the equation."""
     body = interpreter.function_of_jaxpr(use.params["jaxpr"], use.used_outputs)
+    body_with_remat = body
     if interpreter.record is None:
-        body = jax.checkpoint(
+        body_with_remat = jax.checkpoint(
             body, prevent_cse=use.params["prevent_cse"], policy=use.params["policy"]
         )
-    return body(*use.values)
+    with watch(body):
+        outputs = body_with_remat(*use.values)
+    return outputs
 
 
 class _Carries(NamedTuple):
