@@ -17,7 +17,7 @@ _FUNCTIONS_WITH_REPORTS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class RunReports:
-    """What one run of `adapt` has reported.
+    """Counts the reports of one run of `adapt`, and keeps its messages.
 
     Attributes:
       n_reports: the number of reports so far.
