@@ -164,10 +164,16 @@ def _check_field_values(config: Fields, where: str) -> None:
         INVOCATION_FIELD: invocation is None
         or (bool(invocation) and _is_list_of_indices(invocation)),
     }
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+    for name in (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "target_parameters",
+        "layers_pattern",
+    ):
         is_valid[name] = config[name] is None or _is_list_of_names(config[name])
-    # These two may be a pattern, too.
-    for name in ("target_modules", "exclude_modules"):
+    # These may be a pattern, too.
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
         is_valid[name] |= isinstance(config[name], str)
     for name in ("use_rslora", *OPTION_OF_FIELD, "ensure_weight_tying"):
         is_valid[name] = type(config[name]) is bool

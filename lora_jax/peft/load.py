@@ -42,6 +42,7 @@ from lora_jax.peft.modules import (
     ties_tables,
 )
 from lora_jax.peft.names import KEY_PREFIX, WEIGHTS_FILE, bias_key, keys_of, token_key
+from lora_jax.peft.patterns import limit_matches
 from lora_jax.peft.rules import (
     make_rules,
     select_modules_of_model,
@@ -87,13 +88,15 @@ def load(
     _check_plain_tree(params, table)
     # Files of transformers 4 have a module for each expert, under its number.
     has_experts = any(re.search(r"\.experts\.\d+\.", name) for name in tensors)
-    tied_rows = [row for row in table if row.aliases] if ties_tables(config) else []
-    reader = _TensorReader(tensors_path, drop_repeated_tensors(tensors, tied_rows, tensors_path))
     try:
-        all_modules, adapted_modules = select_modules_of_model(
-            config, table, model, experts=has_experts
-        )
-        rules = make_rules(config, table, all_modules, adapted_modules)
+        with limit_matches():
+            tied_rows = [row for row in table if row.aliases] if ties_tables(config) else []
+            all_modules, adapted_modules = select_modules_of_model(
+                config, table, model, experts=has_experts
+            )
+            rules = make_rules(config, table, all_modules, adapted_modules)
+        unique_tensors = drop_repeated_tensors(tensors, tied_rows, tensors_path)
+        reader = _TensorReader(tensors_path, unique_tensors)
         params = _replace_bases(params, adapted_modules, table, config, reader)
         tree = lorafy(_shapes_of_tree(params), rules)
         if takes_from_base(config) and not any(map(is_abstract, jax.tree.leaves(params))):

@@ -9,6 +9,7 @@ from lora_jax.core.types import Fields, Model
 from lora_jax.hf.keys import Kind, Row
 from lora_jax.models.families import FAMILIES, key_table
 from lora_jax.peft.errors import PeftError
+from lora_jax.peft.patterns import fullmatch, match
 
 # The names of modules in transformers, by kind, for a table without kinds.
 _NAMES_OF_KIND: dict[Kind, re.Pattern[str]] = {
@@ -180,7 +181,7 @@ def ties_tables(config: Fields) -> bool:
     """
     targets = config["target_modules"] or ()
     if isinstance(targets, str):
-        targets = [name for name in EMBEDDING_NAMES if re.fullmatch(targets, name)]
+        targets = [name for name in EMBEDDING_NAMES if fullmatch("target_modules", targets, name)]
     saved = config["modules_to_save"] or ()
     last_names = {name.split(".")[-1] for name in (*targets, *saved)}
     return bool(config["ensure_weight_tying"]) and bool(last_names & {*EMBEDDING_NAMES})
@@ -255,19 +256,20 @@ def _is_targeted(module: Module, targets: str | list[str], config: Fields) -> bo
             if module.kind == "classifier":
                 return bool(config["task_type"] != "SEQ_CLS")
             return module.kind not in ("embedding", "positions", "head")
-        return re.fullmatch(targets, name) is not None
+        return fullmatch("target_modules", targets, name)
     return name in targets or (ends_with(name, targets) and _is_chosen_layer(name, config))
 
 
 def _is_excluded(name: str, config: Fields) -> bool:
     """Returns True if exclude_modules or modules_to_save names a module or a parent of it."""
     exclude = config["exclude_modules"]
-    if isinstance(exclude, str) and exclude and re.fullmatch(exclude, name):
+    if isinstance(exclude, str) and exclude and fullmatch("exclude_modules", exclude, name):
         return True
     if isinstance(exclude, list) and (name in exclude or ends_with(name, exclude)):
         return True
     saved = config["modules_to_save"] or ()
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+    form = r"(^|.*\.){}($|\..*)"
+    return any(match("modules_to_save", module, name, form) for module in saved)
 
 
 def _is_chosen_layer(name: str, config: Fields) -> bool:
@@ -276,16 +278,15 @@ def _is_chosen_layer(name: str, config: Fields) -> bool:
     if layers is None or layers == []:
         return True
     patterns = config["layers_pattern"]
-    if not patterns:
-        expressions = [r".*?\.[^.]*\.(\d+)\."]
-    else:
-        names = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){name_of_layers}\.(\d+)\." for name_of_layers in names]
     indices = [layers] if isinstance(layers, int) else layers
-    for expression in expressions:
-        match = re.match(expression, name)
-        if match:
-            return int(match[1]) in indices
+    if not patterns:
+        number = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return number is not None and int(number[1]) in indices
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        number = match("layers_pattern", pattern, name, form=r"(?:^|.*?\.){}\.(\d+)\.")
+        if number:
+            layer = number[1] or ""  # the pattern's own first group, if it has one, as in PEFT
+            return layer.isdecimal() and int(layer) in indices
     return False
 
 
@@ -296,14 +297,22 @@ def ends_with(name: str, ends: Iterable[str]) -> bool:
 
 def rank_and_alpha(config: Fields, name: str) -> tuple[int, float]:
     """Returns the r and the lora_alpha of a module."""
-    rank = pattern_value(config["rank_pattern"], name, config["r"])
-    return rank, pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
+    rank: int = pattern_value(config, "rank_pattern", name, config["r"])
+    return rank, pattern_value(config, "alpha_pattern", name, config["lora_alpha"])
 
 
-def pattern_value(patterns: Mapping[str, _Value] | None, name: str, default: _Value) -> _Value:
-    """Returns the value of the first pattern that matches a name (rank_pattern, alpha_pattern)."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+def pattern_value(config: Fields, field: str, name: str, default: _Value) -> _Value:
+    """Returns the value of the first pattern that matches a name, or the default.
+
+    Args:
+      config: the fields of a PEFT configuration.
+      field: "rank_pattern" or "alpha_pattern".
+      name: the name of a module.
+      default: the value without a pattern.
+    """
+    patterns: Mapping[str, _Value] = config.get(field) or {}
+    for pattern, value in patterns.items():
+        if match(field, pattern, name, form=r"(.*\.)?({})$"):
             return value
     return default
 

@@ -35,6 +35,7 @@ from lora_jax.peft.modules import (
     tables_by_names,
     ties_tables,
 )
+from lora_jax.peft.patterns import limit_matches
 from lora_jax.rules import AnyOf, LoraRule, Rule, TrainRule
 
 
@@ -94,6 +95,12 @@ def rules(config: Tree, model: Any = None) -> list[Rule]:
     _check_initialiser(fields)
     if model is None:
         return _make_rules_by_names(fields)
+    with limit_matches():
+        return _make_rules_by_tables(fields, model)
+
+
+def _make_rules_by_tables(fields: Fields, model: Model) -> list[Rule]:
+    """Makes rules for the first naming scheme of a model's modules that fits."""
 
     def rules_by_table(table: Sequence[Row]) -> list[Rule]:
         all_modules, adapted_modules = select_modules_of_model(fields, table, model)
@@ -321,7 +328,7 @@ def _check_uses_agree(config: Fields, adapted_modules: Sequence[Module]) -> None
             continue
         for field, default_field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             default = config[default_field]
-            values = [pattern_value(config[field], module.name, default) for module in members]
+            values = [pattern_value(config, field, module.name, default) for module in members]
             if len(set(values)) > 1:
                 names = " and ".join(module.name for module in members)
                 raise PeftError(
@@ -337,7 +344,7 @@ def _check_tied_alphas(
     module_of_path = {module.path: module.name for module in adapted_modules}
 
     def alpha_of(module: str) -> float:
-        alpha: float = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
+        alpha: float = pattern_value(config, "alpha_pattern", module, config["lora_alpha"])
         return alpha
 
     for row in table:

@@ -116,8 +116,7 @@ def _rank_of_each_module(fields: Fields, tensors: Mapping[str, Shaped]) -> dict[
             has_inner_factors = f"{KEY_PREFIX}{name}.base_layer{end}" in tensors
             is_down = not is_inside and (has_inner_factors or not is_gate_up_targeted)
             parameter = f"{experts}.{DOWN if is_down else GATE_UP}"
-            rank_pattern = fields.get("rank_pattern")
-            ranks[parameter] = pattern_value(rank_pattern, parameter, fields.get("r", 8))
+            ranks[parameter] = pattern_value(fields, "rank_pattern", parameter, fields.get("r", 8))
     return ranks
 
 
@@ -247,7 +246,7 @@ def _rank_problems(fields: Fields, ranks: Mapping[str, int], max_rank: int) -> l
     common_scale = scale(common_alpha, common_rank)
     rescaled_modules = []
     for name, rank in ranks.items():
-        alpha = pattern_value(fields.get("alpha_pattern"), name, common_alpha)
+        alpha = pattern_value(fields, "alpha_pattern", name, common_alpha)
         if abs(scale(alpha, rank) - common_scale) > 1e-5 * common_scale:
             rescaled_modules.append(name)
     if rescaled_modules:
