@@ -22,6 +22,8 @@ _LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 def describe_damage(path: Path, error: object) -> str:
     """Returns the error message for a file that cannot be parsed."""
+    if path.is_dir():
+        return f"{path} is a folder, but must be a file. Download or copy the file again."
     pointer_problem = describe_lfs_pointer(path)
     if pointer_problem is not None:
         return pointer_problem
@@ -30,6 +32,8 @@ def describe_damage(path: Path, error: object) -> str:
 
 def describe_lfs_pointer(path: Path) -> str | None:
     """Returns the message for a file that is only a git-lfs pointer; None for other files."""
+    if path.is_dir():  # nothing to read
+        return None
     with path.open("rb") as file:
         beginning = file.read(len(_LFS_POINTER_START))
     if beginning != _LFS_POINTER_START:
@@ -130,7 +134,9 @@ def _read_index(index: Path) -> dict[str, str]:
         text = index.read_text(encoding="utf-8")
         file_of_tensor: dict[str, str] = json.loads(text, object_pairs_hook=to_dict)["weight_map"]
         misplaced_tensors = [
-            tensor for tensor, file in file_of_tensor.items() if Path(file).name != file or not file
+            tensor
+            for tensor, file in file_of_tensor.items()
+            if Path(file).name != file or file in ("", "..")
         ]
     except WeightsError:
         raise

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from lora_jax.core.types import Fields
+from lora_jax.hf.counts import check_counts
 from lora_jax.hf.fields import ConfigError, check_supported
 from lora_jax.hf.keys import Row, SubTensor
 
@@ -111,6 +112,7 @@ class ModelFormats:
         Raises:
           ConfigError: names what is missing, unsupported or unknown, in the file or the options.
         """
+        check_counts(fields)
         model_type = fields.get("model_type")
         format = self.format_of(model_type)
         unknown_options = sorted(set(options) - format.options)

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.core.types import Fields
+from lora_jax.hf.counts import ShapesOf, check_counts
 from lora_jax.hf.fields import ConfigError, FieldTypeError, read_json_fields
 from lora_jax.hf.folder import (
     describe_damage,
@@ -117,14 +118,16 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, formats: ModelFormats, **options: object):
         self.where = str(folder)
-        config, fields = _read_config(folder / "config.json", formats, options)
-        self.config = add_generation_config(config, folder)
-        self.format = formats.format_of(self.config.model_type)
         self._files: dict[Path, Any] = {}
         self._raw_files: dict[Path, RawFile] = {}
         self._headers: dict[str, Header] = {}
         self._paths: dict[str, Path] = {}  # by file names
-        self._open_shards(folder)
+        shapes_of_files = partial(self._shapes_of_files, folder)
+        config, fields = _read_config(folder / "config.json", formats, options, shapes_of_files)
+        self.config = add_generation_config(config, folder)
+        self.format = formats.format_of(self.config.model_type)
+        if not self._files:
+            self._open_shards(folder)
         self._stored = find_coded_tensors(
             read_method(fields), self._headers, self._fetch_rows, self.where
         )
@@ -211,6 +214,11 @@ class SafetensorsFolder:
                 if row.hf not in file_name_of and alias in file_name_of:
                     file_name_of[row.hf] = file_name_of.pop(alias)
         return file_name_of
+
+    def _shapes_of_files(self, folder: Path) -> dict[str, tuple[int, ...]]:
+        """Opens all shards, and returns the shapes of their tensors by file names."""
+        self._open_shards(folder)
+        return {name: header.shape for name, header in self._headers.items()}
 
     def _open_shards(self, folder: Path) -> None:
         """Opens all shards; raises a WeightsError if the index names others."""
@@ -319,16 +327,28 @@ def read_config_file(path: Path, formats: ModelFormats, **options: object) -> An
     return _read_config(path, formats, options)[0]
 
 
-def _read_config(path: Path, formats: ModelFormats, options: Fields) -> tuple[Any, Fields]:
-    """Returns a configuration, and the raw fields, after a check of their quantization."""
+def _read_config(
+    path: Path, formats: ModelFormats, options: Fields, shapes_of_files: ShapesOf | None = None
+) -> tuple[Any, Fields]:
+    """Returns a configuration, and the raw fields, after a check of their quantization.
+
+    Args:
+      path: the file.
+      formats: the formats of all families.
+      options: see ``ModelFormats.read_config``.
+      shapes_of_files: see `check_counts`.
+    """
     problem = None if path.exists() else describe_folder_without_config(path.parent)
     if problem is not None:
         raise ConfigError(f"{path} is missing: {problem}")
     fields = read_json_fields(path, "a model", ConfigError)
     try:
+        check_counts(fields, shapes_of_files)
         read_method(fields)
         model_fields = {n: value for n, value in fields.items() if n != "quantization_config"}
         return formats.read_config(model_fields, **options), fields
+    except WeightsError:  # of the files that `check_counts` opens
+        raise
     except FieldTypeError as error:
         raise ConfigError(f"{path} has a field of the wrong type: {error}") from None
     except ConfigError as error:

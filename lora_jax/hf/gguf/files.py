@@ -132,6 +132,28 @@ def _open_reader(path: Path) -> Any:
             is_file_content = name == "data"
             super().__setattr__(name, np.asarray(value) if is_file_content else value)
 
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> Any:
+            # The slice of a file that is too short would be empty, and a loop over it endless.
+            self._check_size(offset, int(count) * np.dtype(dtype).itemsize)
+            return super()._get(offset, dtype, count, *args, **options)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                item_type, n_items = (
+                    self._get(orig_offs, np.uint32),
+                    self._get(orig_offs + 4, np.uint64),
+                )
+                item_dtype = self.gguf_scalar_to_np.get(int(item_type[0]), np.uint64)
+                self._check_size(orig_offs + 12, int(n_items[0]) * np.dtype(item_dtype).itemsize)
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _check_size(self, offset: int, n_bytes: int) -> None:
+            """Raises a ValueError if the file ends before these bytes."""
+            if offset + n_bytes > len(self.data):
+                raise ValueError(
+                    f"{n_bytes} bytes are to follow at {offset}, but the file has {len(self.data)}"
+                )
+
     try:
         return _PlainArrayReader(path)
     except Exception as error:  # it raises whatever its cursor runs into

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax.hf.counts import check_counts
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.format import ModelFormats
 from lora_jax.hf.gguf.files import open_gguf
@@ -55,6 +56,7 @@ class GGUFFile:
                 hf_name = self._layout.hf_name(tensor.name)
                 self._tensors[hf_name] = tensor
                 self.shapes[hf_name] = tuple(map(int, reversed(tensor.shape)))
+            check_counts(self.metadata, lambda: self.shapes)
             self.config = self._layout.read(self.metadata, self.shapes, config_arrays)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
