@@ -141,7 +141,8 @@ def _open_reader(path: Path) -> Any:
             if raw_type == gguf.GGUFValueType.ARRAY:
                 item_type = self._get(orig_offs, np.uint32)
                 n_items = self._get(orig_offs + 4, np.uint64)
-                item_dtype = self.gguf_scalar_to_np.get(int(item_type[0]), np.uint64)
+                value_type = gguf.GGUFValueType(int(item_type[0]))
+                item_dtype = self.gguf_scalar_to_np.get(value_type, np.uint64)
                 self._check_size(orig_offs + 12, int(n_items[0]) * np.dtype(item_dtype).itemsize)
             return super()._get_field_parts(orig_offs, raw_type)
 
