@@ -16,3 +16,11 @@ TOKENS, SAME_TOKENS = "lora_tokens", "lora_same_tokens"
 # Followed by the name of a mesh's axis: the name of a kernel in a `jax.shard_map` whose products
 # the function sums over that axis. One device then adds the bias on B.
 SUMMED_OVER = "lora_summed_over_"
+
+# The scopes of attention that holds all scores, because no fast implementation fits the call. Each
+# has the reason.
+ALL_SCORES_REASONS = {
+    "attention_of_all_scores_by_mask": "its mask differs between queries or heads",
+    "attention_of_all_scores_by_bias": "it adds numbers to the scores",
+    "attention_of_all_scores_by_lengths": "it has no mask, and other queries than keys",
+}

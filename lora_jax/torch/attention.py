@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from lora_jax.core.names import ALL_SCORES_REASONS
 from lora_jax.models.layers.attend import Attend, attend
 from lora_jax.models.layers.attention import AttentionInputs, soft_cap, wide_dtype
 from lora_jax.models.layers.masks import Mask, MaskTokens
@@ -192,7 +193,8 @@ def _attend_to_keys(
         raise TorchModelError("it attends to later tokens, so it cannot generate with a cache")
     has_rule = mask is None and (mask_by_rule is not None or n_queries == n_keys)
     if not has_rule:
-        return _attend_by_scores(q, k, v, mask, scale, cap, sinks, causal)
+        with jax.named_scope(_scope_of_scores(mask)):
+            return _attend_by_scores(q, k, v, mask, scale, cap, sinks, causal)
     if mask_by_rule is None:
         # Without a cache, queries and keys are the same tokens.
         slots = jnp.arange(n_queries, dtype=jnp.int32)
@@ -221,6 +223,14 @@ def _attend_by_rule(
     inputs = AttentionInputs(q, k, v, mask, scale, cap, sinks)
     out = attend(inputs, attention=settings.attention, placement=settings.placement)
     return out[..., :value_dim]
+
+
+def _scope_of_scores(mask: jax.Array | None) -> str:
+    """Returns the name of the scope that says why a call of attention holds all scores."""
+    by_mask, by_bias, by_lengths = ALL_SCORES_REASONS
+    if mask is None:
+        return by_lengths
+    return by_mask if mask.dtype == bool else by_bias
 
 
 def _attend_by_scores(
@@ -328,7 +338,8 @@ def _attend_as_torch(
         is_padding = mask.dtype == bool and mask.shape[1:3] == (1, 1)
         if not is_padding:
             scale = head_dim**-0.5 if scale is None else scale
-            out = _attend_by_scores(q, k, v, mask, scale, None, None, causal=False)
+            with jax.named_scope(_scope_of_scores(mask)):
+                out = _attend_by_scores(q, k, v, mask, scale, None, None, causal=False)
             return out.swapaxes(1, 2).reshape(*query.shape[:-1], -1)
         key_positions = jnp.where(mask[:, 0, 0], key_positions, -1)  # no query sees padding
     rule = Mask(

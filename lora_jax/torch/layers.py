@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -334,6 +334,7 @@ def run_as_scan(
     stack: LayerPeriods,
     layers: Sequence[torch.nn.Module],
     arrays: Sequence[Arrays],
+    transposed: Sequence[Collection[str]],
     recomputed: Recomputation,
     cache: CachedCall | None = None,
 ) -> Iterator[None]:
@@ -343,18 +344,27 @@ def run_as_scan(
       stack: the layers that run.
       layers: a layer of each kind.
       arrays: parameters and buffers of each kind, stacked on axis 0.
+      transposed: the names of each kind's arrays whose last two axes torch has in the other order.
       recomputed: what the backward pass recomputes.
       cache: the tokens so far; None without a cache.
     """
     calls: list[LayerCall] = []
     with_entries = contextlib.nullcontext if cache is None else cache.use_entries
 
+    def in_torch_order(i: int, layer_arrays: Arrays) -> Arrays:
+        """Returns the arrays of one layer with the order of axes that torch has."""
+        return {
+            name: x.swapaxes(-1, -2) if name in transposed[i] else x
+            for name, x in layer_arrays.items()
+        }
+
     def run_period(carry: Sequence[jax.Array], slices: Any) -> tuple[list[jax.Array], Any]:
         """Runs one period of layers; the body of the scan."""
         arrays_of_layers, entries = slices
         outputs = [*carry]
         with with_entries(entries) as added_entries:
-            for call, layer_arrays in zip(calls, arrays_of_layers, strict=True):
+            for i, call in enumerate(calls):
+                layer_arrays = in_torch_order(i, arrays_of_layers[i])
                 outputs = recomputed.place(call(layer_arrays, outputs))
         return outputs, added_entries
 
@@ -366,7 +376,10 @@ def run_as_scan(
         calls.append(call)
         if i < stack.period - 1:
             # The scan will run this layer. A trace only finds the structure of its output.
-            layer_shapes = {k: jax.eval_shape(lambda x: x[0], x) for k, x in arrays[i].items()}
+            layer_shapes = jax.eval_shape(
+                lambda stacked: in_torch_order(i, {name: x[0] for name, x in stacked.items()}),
+                dict(arrays[i]),
+            )
             with with_entries({}):
                 shapes = jax.eval_shape(call, layer_shapes, call.inputs)
             return call.restore([jnp.zeros(shape.shape, shape.dtype) for shape in shapes])

@@ -100,6 +100,12 @@ class EmptyModule:
           TorchModelError: see `running`.
         """
         arrays = self._arrays(tree)
+        transposed_rows = {
+            self._kept_name(name): row
+            for row in self.rows
+            for name in (row.hf_names[0], *row.aliases)
+            if row.transpose and row.stack
+        }
 
         def layers(name: str, indices: Sequence[int]) -> tuple[list[torch.nn.Module], list[Any]]:
             modules = self.layers(name)
@@ -110,7 +116,13 @@ class EmptyModule:
         with run_with_jax(self.name), contextlib.ExitStack() as contexts:
             for stack in self.stacks:
                 kinds, kind_arrays = layers(stack.name, stack.first_period)
-                contexts.enter_context(run_as_scan(stack, kinds, kind_arrays, recomputed, cache))
+                new_indices = map(self.lists[stack.name].index, stack.first_period)
+                transposed = [
+                    arrays_under(transposed_rows, f"{stack.name}.{i}.").keys() for i in new_indices
+                ]
+                contexts.enter_context(
+                    run_as_scan(stack, kinds, kind_arrays, transposed, recomputed, cache)
+                )
             # Other layers run one by one. Those that are neither recomputed nor placed need no
             # change: torch calls them.
             if recomputed.remat is not False or recomputed.placement.token_parts > 1:
@@ -128,7 +140,10 @@ class EmptyModule:
             return out
 
     def _arrays(self, tree: Tree) -> dict[str, jax.Array]:
-        """Returns a tree's arrays, and the buffers, by the module's own names."""
+        """Returns a tree's arrays, and the buffers, by the module's own names.
+
+        Kernels of stacks are not transposed, because that would dequantize whole stacks.
+        """
         leaves = dict(flatten_with_paths(tree)[0])
         missing_paths = [row.path for row in self.rows if row.path not in leaves]
         if missing_paths:
@@ -141,7 +156,7 @@ class EmptyModule:
         }
         for row in self.rows:
             array = leaves[row.path]
-            if row.transpose:
+            if row.transpose and not row.stack:
                 array = array.swapaxes(-1, -2)
             arrays |= dict.fromkeys(map(self._kept_name, (row.hf_names[0], *row.aliases)), array)
         return arrays

@@ -1,5 +1,7 @@
 """Image models of diffusers: blocks as scans, and adapters, beside diffusers and PEFT on torch."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,3 +259,48 @@ def test_an_example_of_a_language_model_has_no_effect(llama):
         from_torch(llama[0], example={"input_ids": np.zeros((1, 3), np.int32)})
     with pytest.raises(TorchModelError, match="example has no effect with scan=False"):
         from_torch(torch.nn.Linear(2, 2), example={"input": np.zeros((1, 2))}, scan=False)
+
+
+def _largest_stack_of_floats(program, n_layers):
+    """Returns the most numbers of an array of floats whose first axis counts the layers."""
+    sizes = [0]
+    for equation in program.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            is_stack = len(shape) == 3 and shape[0] == n_layers
+            if is_stack and jnp.issubdtype(variable.aval.dtype, jnp.floating):
+                sizes.append(math.prod(shape))
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes.append(_largest_stack_of_floats(inner, n_layers))
+    return max(sizes)
+
+
+def test_quantized_blocks_are_dequantized_one_at_a_time():
+    """The control is a function that has the stacks dequantized."""
+    module = images.flux()
+    fn, params = from_torch(module, remat=True)
+    coded = lj.quantized.quantize(params, "nf4")
+    arrays, others = _split_arguments(images.inputs_of(module, 4, 6))
+
+    def gradient(base, adapter):
+        def loss(adapter):
+            return jnp.sum(lj.adapt(fn)(lj.join(adapter, base), **arrays, **others)[0])
+
+        return jax.grad(loss)(adapter)
+
+    adapter, base = lj.split(lj.lorafy(coded, [RULE]))
+    kernel = 32 * 128  # the smallest one of the MLPs
+    program = jax.make_jaxpr(gradient)(base, adapter)
+    assert _largest_stack_of_floats(program.jaxpr, 4) < 4 * kernel
+
+    def through_floats(coded, adapter):
+        _, base = lj.split(lj.lorafy(lj.quantized.dequantize(coded), [RULE]))
+        return gradient(base, adapter)
+
+    control = jax.make_jaxpr(through_floats)(coded, adapter)
+    assert _largest_stack_of_floats(control.jaxpr, 4) >= 4 * kernel
+    ours = jax.jit(gradient)(base, adapter)
+    expected = jax.jit(through_floats)(coded, adapter)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours, expected)

@@ -16,6 +16,7 @@ pytest.importorskip("lora_jax.torch", exc_type=ImportError)
 from lora_jax.models.layers.kernels.splash import Splash  # noqa: E402
 from lora_jax.torch import from_torch  # noqa: E402
 from lora_jax.torch.backend import run_with_jax, to_torch  # noqa: E402
+from train import plan  # noqa: E402
 
 _RNG = np.random.default_rng(0)
 _TORCH = torch.nn.functional.scaled_dot_product_attention
@@ -133,3 +134,27 @@ def test_positions_of_flux_are_those_of_torch(known):
         np.testing.assert_allclose(mine, other.numpy(), atol=1e-6, rtol=0)
     angles = ids[:, None] / 10000 ** (np.arange(0, 56, 2, dtype=np.float32) / 56)
     assert np.abs(np.cos(angles) - theirs[0][:, ::2].numpy()).max() > 1e-5  # fp32 is not enough
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (None, None),
+        (np.ones((1, 1, 1, 640), bool), None),
+        (np.ones((640, 640), bool), "its mask differs between queries or heads"),
+        (np.ones((1, 1, 640, 640), np.float32), "it adds numbers to the scores"),
+    ],
+)
+def test_a_plan_says_which_calls_hold_all_scores(mask, reason):
+    fn, params = from_torch(Attention())
+    x = jax.ShapeDtypeStruct((1, 2, 640, 8), jnp.float32)
+    masks = [] if mask is None else [mask]
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(fn(params, x, x, x, *masks)))(x)
+
+    notes = [
+        note for note in plan.function(gradient, x, topology="cpu:1").notes if "scores" in note
+    ]
+    assert len(notes) == (reason is not None)
+    assert all(reason in note and "640, 640]" in note for note in notes)

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from lora_jax.adapt.eqns import jaxpr_and_consts
+from lora_jax.adapt.eqns import jaxpr_and_consts, scope_of
 from lora_jax.adapt.user_code import user_line_of
+from lora_jax.core.names import ALL_SCORES_REASONS
 from lora_jax.training.remat import compiled_bytes, is_refusal
 from train.console.errors import UserError
 from train.plan.clock.groups import RECOMPUTED
@@ -132,7 +133,12 @@ def plan_function(
         largest_arrays=_largest_arrays(traced.jaxpr) if has_arrays else (),
         unused_donations={} if compiled is None else _unused_donations(lowered, compiled),
         compile_seconds=compile_seconds,
-        notes=(*work.notes, *_callback_notes(traced.jaxpr), *machine.remarks),
+        notes=(
+            *work.notes,
+            *_callback_notes(traced.jaxpr),
+            *_attention_notes(traced.jaxpr),
+            *machine.remarks,
+        ),
     )
 
 
@@ -145,6 +151,8 @@ def mesh_of(mesh: Mapping[str, int] | Mesh | None, machine: Machine) -> Mesh:
     """
     n_devices = len(machine.devices)
     if isinstance(mesh, Mesh):
+        if set(mesh.devices.flat) == set(machine.devices):
+            return mesh  # whose order of devices suits the links between them
         sizes = dict(mesh.shape)
         axis_types = mesh.axis_types
     else:
@@ -412,6 +420,21 @@ def _callback_notes(jaxpr: Any) -> tuple[str, ...]:
     return (
         f"The function calls Python on the host ({', '.join(sorted(names))}). The plan leaves out "
         "the time and the memory of these calls.",
+    )
+
+
+def _attention_notes(jaxpr: Any) -> tuple[str, ...]:
+    """Returns a note for each reason why attention holds all scores, with the most scores."""
+    largest_shapes: dict[str, tuple[int, ...]] = {}
+    for eqn in _equations(jaxpr):
+        name = next((name for name in ALL_SCORES_REASONS if name in scope_of(eqn)), None)
+        shape = tuple(getattr(eqn.outvars[0].aval, "shape", ()))
+        if name is not None and math.prod(shape) > math.prod(largest_shapes.get(name, (0,))):
+            largest_shapes[name] = shape
+    return tuple(
+        f"A call of attention holds all scores, in arrays of up to {list(shape)}, because "
+        f"{ALL_SCORES_REASONS[name]}. Other calls run on a kernel or block by block."
+        for name, shape in largest_shapes.items()
     )
 
 

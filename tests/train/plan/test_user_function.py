@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
@@ -19,6 +20,8 @@ from train.console.errors import UserError
 from train.plan.__main__ import main
 from train.plan.clock.groups import ADAPTER, ATTENTION, BASE
 from train.plan.compile import compile_largest
+from train.plan.machines import find_machine
+from train.plan.user_function import mesh_of
 
 S = jax.ShapeDtypeStruct
 D, F, LAYERS, ROWS, RANK = 64, 96, 3, 24, 5
@@ -216,6 +219,14 @@ def test_a_function_that_does_not_fit_lists_its_largest_arrays(monkeypatch):
     largest = made.largest_arrays[0]
     assert largest.n_bytes == 4 * 1000 * 1000 and "test_user_function.py" in largest.line
     assert len(made.largest_arrays) <= 8
+
+
+def test_a_mesh_of_the_devices_keeps_their_order():
+    machine = find_machine("cpu:4")
+    devices = np.array(machine.devices)[[0, 1, 3, 2]].reshape(4)
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    assert list(mesh_of(mesh, machine).devices) == list(devices)
+    assert list(mesh_of({"data": 4}, machine).devices) == list(machine.devices)
 
 
 def test_recomputed_products_and_callbacks():
