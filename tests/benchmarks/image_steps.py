@@ -9,7 +9,6 @@ and the devices need not be there. A row takes some minutes. Needs the extras "d
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
