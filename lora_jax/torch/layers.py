@@ -351,7 +351,7 @@ def run_as_scan(
     calls: list[LayerCall] = []
     with_entries = contextlib.nullcontext if cache is None else cache.use_entries
 
-    def in_torch_order(i: int, layer_arrays: Arrays) -> Arrays:
+    def reorder_as_torch(i: int, layer_arrays: Arrays) -> Arrays:
         """Returns the arrays of one layer with the order of axes that torch has."""
         return {
             name: x.swapaxes(-1, -2) if name in transposed[i] else x
@@ -364,7 +364,7 @@ def run_as_scan(
         outputs = [*carry]
         with with_entries(entries) as added_entries:
             for i, call in enumerate(calls):
-                layer_arrays = in_torch_order(i, arrays_of_layers[i])
+                layer_arrays = reorder_as_torch(i, arrays_of_layers[i])
                 outputs = recomputed.place(call(layer_arrays, outputs))
         return outputs, added_entries
 
@@ -377,7 +377,7 @@ def run_as_scan(
         if i < stack.period - 1:
             # The scan will run this layer. A trace only finds the structure of its output.
             layer_shapes = jax.eval_shape(
-                lambda stacked: in_torch_order(i, {name: x[0] for name, x in stacked.items()}),
+                lambda stacked: reorder_as_torch(i, {name: x[0] for name, x in stacked.items()}),
                 dict(arrays[i]),
             )
             with with_entries({}):
