@@ -153,12 +153,50 @@ def common_end_of_name(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def select_experts(config: Fields, model: Model) -> list[Expert]:
+def select_parameters(
+    config: Fields, all_modules: Sequence[Module], table: Sequence[Row]
+) -> list[Module]:
+    """Lists the linear layers whose weights target_parameters selects.
+
+    PEFT adapts such a weight as it adapts the layer itself, and names its tensors alike.
+
+    Args:
+      config: the fields of a PEFT configuration.
+      all_modules: the modules that PEFT could adapt.
+      table: the model's key table.
+
+    Raises:
+      PeftError: for the weight of a layer of another kind.
+    """
+    targets = config["target_parameters"] or []
+    row_of_path = {row.path: row for row in table}
+    parameters = []
+    for module in all_modules:
+        parameter = dataclasses.replace(module, is_parameter=True)
+        name = parameter.name_for_patterns
+        is_targeted = name in targets or ends_with(name, targets)
+        if not is_targeted or module.kind in ("experts", "router"):
+            continue
+        is_linear = module.uses == "all" and row_of_path[module.path].transpose
+        if module.is_embedding or not is_linear:
+            reason = "an embedding" if module.is_embedding else "no linear layer of its own"
+            raise PeftError(
+                f"target_parameters names {name}, but {module.name} is {reason}. Of such a layer, "
+                "only adapters by target_modules are read."
+            )
+        parameters.append(parameter)
+    return parameters
+
+
+def select_experts(
+    config: Fields, model: Model, parameter_names: Sequence[str] = ()
+) -> list[Expert]:
     """Lists the kernels of experts and routers that target_parameters selects.
 
     Args:
       config: the fields of a PEFT configuration.
       model: the model.
+      parameter_names: the weights of linear layers that target_parameters selects.
 
     Raises:
       PeftError: for a name of another parameter, and for fields that do not go with experts.
@@ -169,12 +207,13 @@ def select_experts(config: Fields, model: Model) -> list[Expert]:
     experts = list_experts(model)
     names = dict.fromkeys(expert.name for expert in experts)
     for target in targets:
-        is_known = target in names or any(ends_with(name, [target]) for name in names)
+        all_names = [*names, *parameter_names]
+        is_known = target in all_names or any(ends_with(name, [target]) for name in all_names)
         if not is_known:
             known = ", ".join(dict.fromkeys(map(common_end_of_name, names)))
             raise PeftError(
-                f"target_parameters names {target!r}, which no experts of this model have. "
-                + (f"Use {known}." if known else _REASON_AGAINST_EXPERTS)
+                f"target_parameters names {target!r}, which no experts and no linear layers of "
+                "this model have. " + (f"Use {known}." if known else _REASON_AGAINST_EXPERTS)
             )
     for field in ("use_dora", "lora_bias", "lora_dropout"):
         if config[field]:

@@ -431,7 +431,7 @@ class _NodeReader:
         scale = np.zeros(batch, np.float32)
         for module in self.adapted_modules:
             if module.path == path:
-                rank, alpha = rank_and_alpha(self.config, module.name)
+                rank, alpha = rank_and_alpha(self.config, module.name_for_patterns)
                 scale[module.index] = alpha / (rank**0.5 if self.config["use_rslora"] else rank)
         placed: jax.Array = jax.device_put(scale)
         return placed

@@ -35,6 +35,7 @@ class Module:
       index: the index of the weight in the stack at `path`; () without a stack.
       kind: the part of the model that the module is; see `Row`.
       uses: "all", or one use of a tied table: "lookup" or "product".
+      is_parameter: True if target_parameters names the weight, and not target_modules the module.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Module:
     index: tuple[int, ...]
     kind: Kind | None
     uses: str = "all"
+    is_parameter: bool = False
+
+    @property
+    def name_for_patterns(self) -> str:
+        """The name that rank_pattern and alpha_pattern are matched with."""
+        return f"{self.name}.weight" if self.is_parameter else self.name
 
     @property
     def is_embedding(self) -> bool:

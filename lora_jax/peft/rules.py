@@ -22,7 +22,7 @@ from lora_jax.peft.config import (
     read_config,
 )
 from lora_jax.peft.errors import PeftError
-from lora_jax.peft.experts import select_experts
+from lora_jax.peft.experts import select_experts, select_parameters
 from lora_jax.peft.forms import FORMS
 from lora_jax.peft.modules import (
     Module,
@@ -187,8 +187,22 @@ def select_modules_of_model(
     all_modules = list_modules(table, experts=experts, tied=ties_tables(config))
     model_config = getattr(model, "config", None)
     family = getattr(model_config, "model_type", None)
-    adapted_modules = select_modules(config, all_modules, family) + select_experts(config, model)
-    return all_modules, adapted_modules
+    adapted_modules = select_modules(config, all_modules, family)
+    parameters = select_parameters(config, all_modules, table)
+    _check_targeted_once(adapted_modules, parameters)
+    parameter_names = [module.name_for_patterns for module in parameters]
+    experts_of_model = select_experts(config, model, parameter_names)
+    return all_modules, [*adapted_modules, *parameters, *experts_of_model]
+
+
+def _check_targeted_once(modules: Sequence[Module], parameters: Sequence[Module]) -> None:
+    """Raises a PeftError if a layer is targeted as a module and by its parameter."""
+    common_names = {module.name for module in modules} & {module.name for module in parameters}
+    if common_names:
+        raise PeftError(
+            f"target_modules and target_parameters both select {min(common_names)}, which PEFT "
+            "refuses. Remove one of the two."
+        )
 
 
 class _LoraSettings(NamedTuple):
@@ -249,7 +263,7 @@ def _settings_of_layers(config: Fields, row: Row, members: Sequence[Module]) -> 
     """Returns the settings of a leaf's modules, one for each (rank, alpha) pair."""
     layers_of_rank: dict[tuple[int, float], list[int]] = {}  # by rank and alpha
     for module in members:
-        layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name), [])
+        layers = layers_of_rank.setdefault(rank_and_alpha(config, module.name_for_patterns), [])
         layers += module.index[:1]
     has_one_use = len({module.uses for module in members}) == 1
     return [
@@ -328,7 +342,10 @@ def _check_uses_agree(config: Fields, adapted_modules: Sequence[Module]) -> None
             continue
         for field, default_field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             default = config[default_field]
-            values = [pattern_value(config, field, module.name, default) for module in members]
+            values = [
+                pattern_value(config, field, module.name_for_patterns, default)
+                for module in members
+            ]
             if len(set(values)) > 1:
                 names = " and ".join(module.name for module in members)
                 raise PeftError(

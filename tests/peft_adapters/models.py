@@ -264,6 +264,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_parameters": ["router.weight", "model.layers.1.mlp.experts.gate_up_proj"]},
     ),
     "gpt-oss, all linear": ("gpt_oss", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "weights of linear layers": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight"],
+            "rank_pattern": {"up_proj.weight": 4},
+            "alpha_pattern": {"v_proj.weight": 11, "up_proj": 99},
+            "lora_dropout": 0.0,
+        },
+    ),
+    "weight of the head alone": (
+        "llama",
+        {"target_modules": [], "target_parameters": ["lm_head.weight"], "lora_dropout": 0.0},
+    ),
     "router of one layer": ("mixtral", {"target_parameters": ["model.layers.1.mlp.gate.weight"]}),
     "mixtral all linear": ("mixtral", {"target_modules": "all-linear"}),
     "qwen3_moe all linear": ("qwen3_moe", {"target_modules": "all-linear"}),

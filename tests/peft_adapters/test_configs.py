@@ -105,6 +105,36 @@ def test_what_targets_nothing_is_refused(fields, message):
         names_of(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_parameters": ["decoder.out.weight"]}, "both select decoder.out"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "embed_tokens is an embedding"),
+        ({"target_parameters": ["lm_head.weight"]}, "lm_head is no linear layer of its own"),
+        ({"target_parameters": ["decoder.in.weight"]}, "no experts and no linear layers of this"),
+        ({"target_parameters": ["proj.weight"], "lora_dropout": 0.1}, "lora_dropout cannot be"),
+    ],
+)
+def test_parameters_that_are_not_read(fields, message):
+    with pytest.raises(lp.PeftError, match=message):
+        lp.rules({"r": 2, "target_modules": ["out"]} | fields, [*TABLE, TIED])
+
+
+def test_weights_of_linear_layers_are_adapted_by_their_names():
+    fields = {
+        "r": 2,
+        "target_modules": ["out"],
+        "target_parameters": ["proj.weight"],
+        "rank_pattern": {r"2\.proj\.weight": 3, "proj": 5},
+    }
+    by_rank = {(rule.rank, rule.layers): rule.targets for rule in lp.rules(fields, TABLE)}
+    assert by_rank == {
+        (2, None): "out/kernel",
+        (2, (0, 1, 3)): "blocks/w",
+        (3, (2,)): "blocks/w",
+    }
+
+
 def test_targets_that_a_family_has_by_default():
     """PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: Llama's q_proj and v_proj."""
     rows = [

@@ -10,7 +10,7 @@ import lora_jax as lj
 import lora_jax.peft as lp
 from lora_jax import models
 from lora_jax.peft.config import read_config
-from lora_jax.peft.experts import select_experts
+from lora_jax.peft.experts import select_experts, select_parameters
 from lora_jax.peft.modules import check_key_table, list_modules, select_modules, ties_tables
 from tests.parity import PARITY, PATTERNS
 from tests.peft_adapters.models import (
@@ -62,8 +62,11 @@ def test_both_ways(name, folders, tmp_path):
     tied = set(getattr(theirs.peft_config["default"], "target_modules_to_tie", None) or ())
     names = set(theirs.base_model.targeted_module_names)
     assert {module.name for module in chosen} == names - tied
-    parameters = select_experts(config, model)
-    assert {p.name for p in parameters} == set(theirs.base_model.targeted_parameter_names)
+    weights = select_parameters(config, available, check_key_table(model))
+    weight_names = {weight.name_for_patterns for weight in weights}
+    parameters = select_experts(config, model, [*weight_names])
+    parameter_names = {parameter.name for parameter in parameters} | weight_names
+    assert parameter_names == set(theirs.base_model.targeted_parameter_names)
 
     # Ours in theirs: nothing missing, nothing left over, our logits.
     lp.save(tmp_path / "ours", model, tree)
