@@ -128,14 +128,17 @@ def load(
 def _table_for_keys(keys: Iterable[str], model: Model) -> Sequence[Row]:
     """Returns the key table whose names match a file's keys; see `tables_by_names`."""
     newest, *older = tables_by_names(model)
-    file_modules = {
-        re.split(r"\.(?:lora_|base_layer)", key.removeprefix(KEY_PREFIX))[0] for key in keys
-    }
+    file_modules = {_module_of_key(key) for key in keys}
     for table in older:
         old_names = locate_tensors(table).keys() - locate_tensors(newest)
         if file_modules & {name.removesuffix(".weight") for name in old_names}:
             return table
     return newest
+
+
+def _module_of_key(key: str) -> str:
+    """Returns the name of the module that a key of a file belongs to."""
+    return re.split(r"\.(?:lora_|base_layer)", key.removeprefix(KEY_PREFIX))[0]
 
 
 def _shapes_of_tree(params: Tree) -> Tree:
@@ -197,6 +200,8 @@ def read_tensor_names(path: Path) -> list[str]:
 @contextmanager
 def _open_weights(path: Path) -> Iterator[Any]:
     """Opens an adapter_model.safetensors; converts read errors to PeftErrors."""
+    if path.is_dir():
+        raise PeftError(describe_damage(path, "it is a folder"))
     if not path.is_file():
         similar_files = sorted(file.name for file in path.parent.glob("adapter_model*"))
         hint = " Copy it into the folder."
@@ -249,10 +254,16 @@ class _TensorReader:
 
     def raise_problems(self) -> None:
         """Raises one PeftError for all missing, misshaped or unused tensors."""
-        problems = [
-            *self._problems,
-            *(f"unexpected {key}" for key in self._tensors if key not in self._taken),
-        ]
+        unexpected_keys = [key for key in self._tensors if key not in self._taken]
+        convolution_keys = [key for key in unexpected_keys if self._tensors[key].ndim > 2]
+        if convolution_keys:
+            name = _module_of_key(convolution_keys[0])
+            raise PeftError(
+                f"{self._path} has an adapter of the convolution {name}, and adapters of "
+                "convolutions are not read. Train it in PEFT with target_modules that leave "
+                "convolutions out, or merge it there (merge_and_unload) and load the merged model."
+            )
+        problems = [*self._problems, *(f"unexpected {key}" for key in unexpected_keys)]
         if problems:
             raise PeftError(
                 f"{self._path} does not fit its configuration and the model: "

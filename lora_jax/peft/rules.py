@@ -440,6 +440,12 @@ def token_rows(config: Fields, all_modules: Sequence[Module]) -> dict[str, list[
         named_embeddings = [name for name in embeddings if name == key or name.endswith(f".{key}")]
         if named_embeddings:
             rows_of_embedding[named_embeddings[0]] = rows
+        elif any(_has_name(m, key) for m in all_modules if m.kind == "head" and m.uses == "all"):
+            raise PeftError(
+                f"trainable_token_indices names {key!r}, a head of its own. Some tokens of such a "
+                f"head cannot train here. Train the whole head in PEFT with "
+                f"modules_to_save=[{key!r}]."
+            )
         elif not _repeats_table(key, tokens, all_modules):
             raise PeftError(
                 f"trainable_token_indices names {key!r}, which is no embedding of this model. Use "
@@ -458,15 +464,11 @@ def _repeats_table(
     Raises:
       PeftError: the head has other tokens than its table.
     """
-
-    def is_named(module: Module, name: str) -> bool:
-        return module.name == name or ends_with(module.name, [name])
-
-    head_paths = [m.path for m in all_modules if m.uses == "product" and is_named(m, key)]
+    head_paths = [m.path for m in all_modules if m.uses == "product" and _has_name(m, key)]
     tables = [m for m in all_modules if m.path in head_paths and m.is_embedding]
     rows_of_tables = []
     for name, rows in tokens.items():
-        rows_of_tables += [rows for table in tables if is_named(table, name)]
+        rows_of_tables += [rows for table in tables if _has_name(table, name)]
     if not rows_of_tables:
         return False
     if sorted(rows_of_tables[0]) != sorted(tokens[key]):
@@ -475,6 +477,11 @@ def _repeats_table(
             "the two are tied. Use the same tokens for both."
         )
     return True
+
+
+def _has_name(module: Module, name: str) -> bool:
+    """Returns True if a name is that of a module, or its end."""
+    return module.name == name or ends_with(module.name, [name])
 
 
 def _make_token_rules(config: Fields, all_modules: Sequence[Module]) -> list[TrainRule]:

@@ -120,6 +120,36 @@ def test_parameters_that_are_not_read(fields, message):
         lp.rules({"r": 2, "target_modules": ["out"]} | fields, [*TABLE, TIED])
 
 
+def test_tokens_of_an_untied_head_are_refused_with_the_reason():
+    head = models.Row(path="lm_head/kernel", hf="lm_head.weight", shape=(7, 9), transpose=True)
+    fields = {"r": 2, "target_modules": ["out"], "trainable_token_indices": {"lm_head": [1]}}
+    with pytest.raises(lp.PeftError, match=r"a head of its own.*modules_to_save=\['lm_head'\]"):
+        lp.rules(fields, [*TABLE, head])
+
+
+def test_adapters_of_convolutions_are_refused_with_the_reason(tmp_path):
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": ["out", "conv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    tensors = {
+        f"{PREFIX}decoder.out.lora_A.weight": draw(1, (2, 7)),
+        f"{PREFIX}decoder.out.lora_B.weight": draw(2, (4, 2)),
+        f"{PREFIX}decoder.conv.lora_A.weight": draw(3, (2, 5, 3, 3)),
+        f"{PREFIX}decoder.conv.lora_B.weight": draw(4, (6, 2, 1, 1)),
+    }
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(lp.PeftError, match="convolution decoder.conv, and .* are not read"):
+        lp.load(tmp_path, TABLE, PARAMS)
+
+
+def test_a_folder_in_the_place_of_an_adapters_weights(tmp_path):
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": ["out"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(lp.PeftError, match="is a folder, but must be a file"):
+        lp.load(tmp_path, TABLE, PARAMS)
+
+
 def test_weights_of_linear_layers_are_adapted_by_their_names():
     fields = {
         "r": 2,
