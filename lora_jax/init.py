@@ -256,7 +256,8 @@ def _check_rank(rank: int, kernel: jax.Array) -> None:
     if rank > n_values:
         raise ValueError(
             f"rank {rank} is too large: a kernel of {kernel.shape[-2]} by {kernel.shape[-1]} "
-            f"has {n_values} singular values. Choose a smaller rank."
+            f"has {n_values} singular values. Choose a rank of at most {n_values}, or a start "
+            "that takes every rank, such as kaiming."
         )
 
 

@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, 0.0)[0]
         print(
             f"error: there is no command {name!r}. The nearest is {nearest}. Use one of "
-            f"{', '.join(COMMANDS)}.",
+            f"{', '.join(COMMANDS)}. {program('NAME')} --help lists the options of one.",
             file=sys.stderr,
         )
         sys.exit(2)

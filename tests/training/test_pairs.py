@@ -110,7 +110,8 @@ ONE = {"prompt": "a", "completion": "b", "label": True}
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, "row 2 has `prompt`, `chosen`; a row needs `prompt`, `ch"),
-        (ONE, "row 2 has `prompt`, `completion`, `label`; a row needs `prompt`, `chosen` and"),
+        (ONE, "row 2 has `prompt`, `completion` and `label`, which only the loss kto reads"),
+        ({**ONE, "label": None}, "row 2 has `prompt`, `completion`, `label`"),
         ({**BOTH, "chosen": "c"}, "row 2: `chosen` and `rejected` are the same. Remove the row"),
         ({**BOTH, "chosen": " "}, "row 2: `chosen` is empty"),
         ({**BOTH, "rejected": []}, r"row 2: `rejected` is \[\], but it must be a list of turns"),

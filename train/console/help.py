@@ -72,6 +72,20 @@ def show_help(kind: type, args: Sequence[str], script: str, default: Any = None)
         sys.exit(0)
 
 
+def option_forms(kind: type, default: Any = None) -> dict[str, str]:
+    """Returns the form of the value of each option by its flag: {"--rank": "INT", "--full": ""}.
+
+    Args:
+      kind, default: see `show_help`.
+    """
+    forms = {}
+    for _, rows in _option_groups(kind, default):
+        for row in rows:
+            flag, _, form = row.head.partition(" ")
+            forms[flag] = form
+    return forms
+
+
 def help_text(kind: type, script: str, everything: bool, columns: int, default: Any = None) -> str:
     """Returns the help of a command.
 

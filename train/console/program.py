@@ -1,10 +1,20 @@
 """The command that started this process, such as `lora-jax sft`, for messages and help."""
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 COMMAND = "lora-jax"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with a pointer to the help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message, and exits with code 2."""
+        self.exit(2, f"error: {message}. {self.prog} --help explains the options.\n")
 
 
 def program_words(script: str) -> list[str]:

@@ -4,7 +4,6 @@ It imports neither JAX nor packages that need it: processes of its own do, so th
 where they fail, hang, or are not installed.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 from train.console.help import HelpPage, show_help
 from train.console.pipe import closed_pipe
-from train.console.program import program
+from train.console.program import OneLineParser, program
 from train.doctor import devices, hub, packages, storage
 from train.doctor.devices import run_module
 from train.doctor.hardware import find_hardware
@@ -101,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def parse(args: Sequence[str]) -> DoctorOptions:
     """Parses a command line with argparse."""
     show_help(DoctorOptions, args, _SCRIPT)
-    parser = argparse.ArgumentParser(prog=program(_SCRIPT), add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog=program(_SCRIPT), add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(DoctorOptions):
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true")

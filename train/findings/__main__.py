@@ -10,7 +10,6 @@ The options of a finding stand in a file beside this one, and those on the line 
 train.compare, and holds the finding's finding.md and finding.png beside its report.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from train.compare.scripts import SCRIPTS
 from train.console.errors import UserError, flag
 from train.console.help import asks_for_help
 from train.console.output import tell
-from train.console.program import about, program, resume_hint
+from train.console.program import OneLineParser, about, program, resume_hint
 from train.findings import catalog
 from train.findings.catalog import FINDINGS, Finding
 from train.findings.making.inputs import FindingInputs
@@ -96,7 +95,7 @@ def parse(args: Sequence[str]) -> FindingRequest:
         sys.exit(0)
     name = args[0]
     finding = catalog.find(name)
-    parser = argparse.ArgumentParser(prog=program(_PROG, name), add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog=program(_PROG, name), add_help=False, allow_abbrev=False)
     parser.add_argument("--output")
     parser.add_argument("--from", dest="source")
     parser.add_argument("--measure", choices=(*MEASURES, same_score.NAME))

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import math
 import os
 import threading
 import time
@@ -210,7 +211,7 @@ class SamplerServer:
                 "the server does not return the ids of drawn tokens (`return_token_ids`), which "
                 "training needs. Use vLLM from 0.10.2 on, or `lora-jax serve`."
             )
-        logps = self._token_logps(choice.get("logprobs"), len(ids))
+        logps = self._token_logps(choice.get("logprobs"), ids)
         if len(ids) > options.max_tokens:
             raise self._error(
                 f"the server drew {len(ids)} tokens, more than --max-new-tokens "
@@ -229,11 +230,24 @@ class SamplerServer:
             "token ids. Use a server that does not change prompts of token ids."
         )
 
-    def _token_logps(self, logprobs: Any, n_tokens: int) -> list[float]:
-        """Returns the log-probabilities in an answer's field, after checking their number."""
+    def _token_logps(self, logprobs: Any, ids: Sequence[int]) -> list[float]:
+        """Returns the log-probabilities in an answer's field, after checking them.
+
+        Args:
+          logprobs: the field.
+          ids: the drawn tokens.
+        """
+        n_tokens = len(ids)
         logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(logps, list):
             logps = []
+        for token_id, logp in zip(ids, logps, strict=False):
+            if isinstance(logp, float) and math.isnan(logp):
+                raise self._error(
+                    f"the log-probability of token {token_id} is nan. The server's model computes "
+                    "numbers that are not finite: start the server with another dtype, such as "
+                    "float32, or with another base or adapter."
+                )
         are_valid = all(isinstance(x, int | float) and -1e4 < x < 1e-3 for x in logps)
         if not are_valid or len(logps) != n_tokens:
             raise self._error(

@@ -1,6 +1,8 @@
 """A command line as the options of a script without --config."""
 
+import contextlib
 import dataclasses
+import io
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -8,10 +10,12 @@ from typing import Any, TypeVar
 
 import tyro
 
-from train.console.help import show_help
+from train.console.errors import UserError
+from train.console.help import option_forms, show_help
 from train.console.program import program
 from train.options.elsewhere import check_names
 from train.options.paths import check_paths
+from train.options.problems import option_problem
 
 Kind = TypeVar("Kind")
 
@@ -25,15 +29,41 @@ def parse_options(kind: type[Kind], args: Sequence[str] | None, script: str) -> 
       script: the module of the script, such as "train.export".
 
     Raises:
-      UserError: a path has a scheme, or an option has the name of another tool.
+      UserError: the command line has an option or a value that the script does not take; a path
+        has a scheme; or an option has the name of another tool.
     """
     if args is None:
         args = sys.argv[1:]
     show_help(kind, args, script)
     check_names(args, set(_option_names(kind)))
-    without_prefixes: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
-    options: Kind = tyro.cli(without_prefixes, args=args, prog=program(script))
+    options = parse_values(kind, args, script)
     check_paths(options)
+    return options
+
+
+def parse_values(
+    kind: type[Kind], args: Sequence[str], script: str, default: Kind | None = None
+) -> Kind:
+    """Parses the options and their values, without any other check.
+
+    Args:
+      kind, args, script: see `parse_options`.
+      default: the options where the command line has none; None for the defaults of `kind`.
+
+    Raises:
+      UserError: the command line has an option or a value that the script does not take. The
+        message has one line.
+    """
+    # tyro has no flag for a switch's present value.
+    without_prefixes: Any = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[kind]]  # type: ignore[valid-type,misc]
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            options: Kind = tyro.cli(without_prefixes, args=args, prog=program(script), **defaults)
+    except SystemExit as error:
+        forms = option_forms(kind, default)
+        raise UserError(option_problem(printed.getvalue(), args, forms, script)) from error
     return options
 
 

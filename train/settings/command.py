@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
-import tyro
-
 from train.console.help import asks_for_help, show_help
-from train.console.program import program
+from train.options.command import parse_values
 from train.options.common import Options
 from train.options.elsewhere import check_names
 from train.options.field import excluded, given_options, traits_of
@@ -34,8 +32,9 @@ def read_line(
       arguments of `check_effects`.
 
     Raises:
-      UserError: the file of --config cannot be read, or has a key or a value that no option takes;
-        a path has a scheme; or an option has the name of another tool.
+      UserError: the command line or the file of --config has a key or a value that no option
+        takes; the file cannot be read; a path has a scheme; or an option has the name of another
+        tool.
     """
     if not asks_for_help(args):
         check_names(args, traits_of(plain))
@@ -49,10 +48,9 @@ def read_line(
         config, file_lines = read_options(path, config)
         config, effective_lines = _without_overridden(config, plain, file_lines, on_line)
     show_help(type(plain), args, script, config)
-    # The command line overrides the file. tyro has no flag for a switch's present value.
-    flat = tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[type(plain)]]  # type: ignore[valid-type,misc]
+    # The command line overrides the file.
     needed_args = [arg for arg in args if not _is_set_by_file(arg, config, file_lines)]
-    config = tyro.cli(flat, args=needed_args, prog=program(script), default=config)
+    config = parse_values(type(plain), needed_args, script, config)
     check_paths(config, effective_lines, path or "")
     return config, on_line, effective_lines
 
@@ -94,5 +92,5 @@ def _is_set_by_file(arg: str, config: Options, file_options: Collection[str]) ->
 def _config_path(args: Sequence[str]) -> str | None:
     """Returns the value of --config, which is read before the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?")  # tyro tells of a value that is missing
+    parser.add_argument("--config", nargs="?")  # `parse_values` tells of a value that is missing
     return parser.parse_known_args(args)[0].config

@@ -126,9 +126,12 @@ def check_same_run(options: Options, saved: dict[str, Any], folder: Path | str) 
             state = _describe_absence(idle.get(name))
         differences.append(f"{flag(name)} was {_format_value(saved.get(name))} and {state}")
     if differences:
+        remedy = "Pass the same options, or start a new run in another --output."
+        if "init_adapter" in traits and not saved.get("full"):
+            remedy += f" A new run goes on from this adapter with --init-adapter {folder}."
         raise UserError(
             f"--resume: the run in {folder} began with other options: {'; '.join(differences)}. "
-            "Pass the same options, or start a new run in another --output."
+            f"{remedy}"
         )
 
 

@@ -77,10 +77,18 @@ def name_row_in_errors(name: str) -> Iterator[None]:
     except TrainingError as error:
         raise TrainingError(f"{name}: {error}") from None
     except Exception as error:  # a template refuses a conversation in its own words
+        remedy = "Correct or remove the row."
+        if _needs_content(error):
+            remedy = "Give each turn that calls tools the field `content`, such as an empty text."
         raise TrainingError(
-            f"{name}: the model's chat template refuses the chat ({error}). Correct or remove the "
-            "row."
+            f"{name}: the model's chat template refuses the chat ({error}). {remedy}"
         ) from error
+
+
+def _needs_content(error: Exception) -> bool:
+    """Returns True for the error of a template that adds the content of a turn without any."""
+    text = str(error)
+    return "has no attribute 'content'" in text or 'not "NoneType"' in text
 
 
 def prompt_and_completion(chat: Conversation, name: str, train_on: TrainOn) -> list[CountedText]:

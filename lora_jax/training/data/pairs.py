@@ -46,6 +46,7 @@ from lora_jax.training.errors import TrainingError
 Turns = list[dict[str, Any]]
 
 _PAIR = ("chosen", "rejected")
+KTO = "kto"
 _LABELLED = ("prompt", "completion", "label")
 FORMS = (("prompt", *_PAIR), _PAIR, _LABELLED)
 _QUESTIONS = ("question", "instruction", "query", "input", "problem")  # names of prompts elsewhere
@@ -108,7 +109,16 @@ def read_pair(row: Row, name: str, labelled: bool) -> tuple[Conversation, list[T
 
 def _check_labelled(row: Row, name: str, labelled: bool) -> None:
     """Raises TrainingError for a row that is neither a pair nor an allowed labelled one."""
-    if not labelled or any(row.get(field) is None for field in _LABELLED):
+    is_labelled = all(row.get(field) is not None for field in _LABELLED)
+    if is_labelled and not labelled:
+        raise TrainingError(
+            lambda flag: (
+                f"{name} has `prompt`, `completion` and `label`, which only the loss kto reads. "
+                f"Pass {flag('loss', KTO)} for rows with labels, or rows with `chosen` "
+                "and `rejected`."
+            )
+        )
+    if not is_labelled:
         check_nulls(row, _PAIR + _LABELLED if labelled else _PAIR, name)
         raise TrainingError(f"{name} has {field_names(row)}; {_needed(labelled)}")
     if not isinstance(row["label"], bool):

@@ -69,6 +69,10 @@ WRONG = {  # what it does to an answer, and what is said of it
         functools.partial(changed, logprobs={"token_logprobs": [-1.0, None, -1.0]}),
         "log-probabilities of 3 tokens, but it drew 3",
     ),
+    "nan": (
+        functools.partial(changed, logprobs={"token_logprobs": [-1.0, float("nan"), -1.0]}),
+        "the log-probability of token 6 is nan. The server's model computes numbers that",
+    ),
     "fewer completions": (lambda answer: {"choices": answer["choices"][1:]}, "returns 1 compl"),
     "another prompt": (functools.partial(changed, prompt_token_ids=[1, *PROMPT]), "of 4 tokens"),
     "too many tokens": (
