@@ -4,11 +4,12 @@ A wrong configuration may name a billion layers. A key table of them would fill 
 the files are compared with it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.fields import ConfigError
+from lora_jax.hf.fields import ConfigError, FieldTypeError
 
 # Names of fields end so. `max_window_layers` and the experts of each token make no tensors.
 _LAYER_ENDS = ("layers", "layer", "block_count", "depth")
@@ -18,6 +19,8 @@ _FIELDS_WITHOUT_TENSORS = ("max_window_layers", "expert_used_count")
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_EXPERTS_OF_ALL_LAYERS = 10_000, 10_000, 1_000_000
 # Configurations below these need no comparison before the key table is made.
 _MANY_LAYERS, _MANY_EXPERTS = 256, 1024
+
+_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d*)?\s*")
 
 ShapesOf = Callable[[], Mapping[str, tuple[int, ...]]]
 
@@ -68,11 +71,27 @@ def check_counts(fields: Fields, shapes_of_files: ShapesOf | None = None) -> Non
 
 
 def _counts(fields: Fields) -> Iterator[tuple[str, int]]:
-    """Yields the names of counts and the counts, those of parts (`text_config`) too."""
+    """Yields the names of counts and the counts, those of parts (`text_config`) too.
+
+    Raises:
+      FieldTypeError: for a number that is written as a text.
+      ConfigError: for a number below 0.
+    """
     for name, value in fields.items():
         if isinstance(value, Mapping):
             for inner_name, count in _counts(value):
                 yield f"{name}.{inner_name}", count
         is_count = name.endswith((*_LAYER_ENDS, *_EXPERT_ENDS))
-        if is_count and isinstance(value, Integral) and not name.endswith(_FIELDS_WITHOUT_TENSORS):
+        if not is_count or name.endswith(_FIELDS_WITHOUT_TENSORS):
+            continue
+        if isinstance(value, str) and _NUMBER.fullmatch(value):
+            raise FieldTypeError(
+                f"{name} ({value!r}) must be a whole number. Correct the configuration."
+            )
+        if isinstance(value, Integral):
+            if value < 0:
+                raise ConfigError(
+                    f"{name} ({value}) must be a number of layers or experts, but is below 0. "
+                    "Correct the configuration."
+                )
             yield name, int(value)

@@ -46,7 +46,10 @@ CONFIGS = {
         "text_config.num_hidden_layers is 1000000000",
     ),
     "a text": (FIELDS | {"num_hidden_layers": "24"}, "num_hidden_layers .'24'. must be a whole"),
-    "a negative number": (FIELDS | {"num_hidden_layers": -1}, "must be at least 1"),
+    "a negative number": (
+        FIELDS | {"num_hidden_layers": -1},
+        "num_hidden_layers .-1. must be a number of layers",
+    ),
     "true": (FIELDS | {"num_hidden_layers": True}, "must be a whole number"),
 }
 
