@@ -113,6 +113,7 @@ class Attempt:
       size: bytes of a device; None where the compiler does not say.
       refused: whether the compiler refused the step for want of memory.
       seconds: the time of the compilation.
+      crashed: whether the compiler ended its process, which says nothing about the memory.
       step: the compiled step; None where it was refused, or is not needed any more.
     """
 
@@ -120,6 +121,7 @@ class Attempt:
     size: int | None
     refused: bool
     seconds: float
+    crashed: bool = False
     step: Any = None
 
 
@@ -194,7 +196,7 @@ class RematSearch:
         """Returns True if a step fits; if its size is unknown, lean policies count as fitting."""
         if self.capacity is None or attempt.size is None:
             is_lean = self.position(attempt.remat) >= self.position("full")
-            return is_lean and not attempt.refused
+            return is_lean and not attempt.refused and not attempt.crashed
         return attempt.size <= self.capacity and not attempt.refused
 
     def best(self, attempts: Sequence[Attempt]) -> Attempt | None:
@@ -241,6 +243,8 @@ class RematSearch:
         last_attempt = attempts[-1]
         position = self.position(last_attempt.remat)
         leaner_rungs = tuple(rung for rung in self.rungs if self.position(rung) > position)
+        if last_attempt.crashed:
+            return leaner_rungs[0] if leaner_rungs else None
         is_size_unknown = last_attempt.size is None and not last_attempt.refused
         if is_size_unknown:
             leaner_rungs = ("full",)
@@ -281,7 +285,9 @@ class RematSearch:
             remat = self.next_remat(attempts)
             if remat is not None:
                 last_attempt = attempts[-1]
-                if last_attempt is not best:
+                if last_attempt.crashed:
+                    standing = "has no step"
+                elif last_attempt is not best:
                     standing = "does not fit"
                 elif ":" in remat:
                     standing = "leaves memory for some layers"
@@ -306,6 +312,8 @@ class RematSearch:
 
     def _size(self, attempt: Attempt) -> str:
         """Returns a text with the size of a step, or the reason why it is unknown."""
+        if attempt.crashed:
+            return "the compiler crashed on the step"
         if attempt.refused:
             return "the compiler refuses the step for want of memory"
         if attempt.size is None:

@@ -37,6 +37,7 @@ from train.plan.table import print_plans
 from train.plan.tasks import TASKS
 from train.plan.token import Token, param_shapes_for_rows, plan_token, print_token
 from train.plan.user_command import asks_for_function, run_function_plan
+from train.processes.apart import ProcessCrash, run_apart
 from train.processes.mesh import choose_product_form, make_mesh
 from train.run.pretrained import ModelInfo, read_shapes
 from train.run.shared_prompts import PromptRows, obstacle
@@ -80,7 +81,7 @@ def run(options: PlanOptions) -> None:
 
     def make_plan(variant: PlanVariant) -> Plan:
         with progress.status(f"compiling {variant.name}"):
-            variant_plan = plan(job, variant, optim)
+            variant_plan = plan_variant(config, job, variant, optim)
         progress.print(f"compiled {variant.name}: {duration(variant_plan.compile_seconds)}")
         return variant_plan
 
@@ -98,8 +99,14 @@ def run(options: PlanOptions) -> None:
             if not (ladder and is_rung):
                 plans.append(make_plan(variant))
                 continue
+            if variant.remat in ladder.crashed:
+                continue
             if variant.remat not in ladder.plans:
-                ladder.plans[variant.remat] = make_plan(variant)
+                try:
+                    ladder.plans[variant.remat] = make_plan(variant)
+                except ProcessCrash:
+                    progress.print(f"{variant.name}: the compiler crashed, so there is no plan")
+                    continue
             plans.append(ladder.plans[variant.remat])
         if config.decode_rows:
             with progress.status("compiling a token"):
@@ -109,6 +116,40 @@ def run(options: PlanOptions) -> None:
     finally:  # after Ctrl-C, the plans so far
         if plans:
             print_results(config, job, facts, plans, ladder, token)
+
+
+def plan_variant(
+    config: PlanConfig, job: PlanJob, variant: PlanVariant, optim: OptimConfig
+) -> Plan:
+    """Compiles a variant; for --remat auto on TPUs, in a process of its own.
+
+    A TPU's compiler may end its process. The search of --remat auto then goes on.
+
+    Args:
+      config: the options of the plan.
+      job, optim: the job of these options; see `make_job`.
+      variant: the parameters that train, and the activations to recompute.
+
+    Raises:
+      ProcessCrash: the compiler ended its process.
+      UserError: see `train.plan.compile.plan`.
+    """
+    if config.remat != AUTO or job.machine.platform != "tpu":
+        return plan(job, variant, optim)
+    result: Plan | str = run_apart(_plan_from_options, config, variant)
+    if isinstance(result, str):
+        raise UserError(result)
+    return result
+
+
+def _plan_from_options(config: PlanConfig, variant: PlanVariant) -> Plan | str:
+    """Returns the plan of a variant, or the message of a UserError, which cannot be pickled."""
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        job, optim = make_job(config)
+        return plan(job, variant, optim)
+    except UserError as error:
+        return str(error)
 
 
 def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | None]:
@@ -149,7 +190,8 @@ def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan
         def make_plan(variant: PlanVariant) -> Plan:
             """Compiles a variant, and prints the memory that it needs."""
             with progress.status(f"compiling {variant.name}, {size:,} {size_words}"):
-                variant_plan = plan(resized_job, variant, optim)
+                resized_config = _with_size(config, size)
+                variant_plan = plan_variant(resized_config, resized_job, variant, optim)
             if variant_plan.failed:
                 raise UserError(f"{variant.name}, {size:,} {size_words}: {variant_plan.failed}")
             total = variant_plan.per_chip_bytes["total"]

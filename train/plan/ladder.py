@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from train.options.common import AdapterConfig, OptimConfig
 from train.options.optim import make_optimizer, make_schedule
 from train.plan.compile import Plan
 from train.plan.job import PlanJob, PlanVariant, abstract_params, batch_shapes, bytes_per_device
+from train.processes.apart import ProcessCrash
 
 _UNKNOWN = "–"
 _REMARK = "A run compiles on its own devices, so it may choose another policy."
@@ -47,6 +49,11 @@ class Ladder:
         """The policy that the search chose; the last one if none fits."""
         best = self.search.best(self.attempts)
         return (best or self.attempts[-1]).remat
+
+    @property
+    def crashed(self) -> set[str]:
+        """The policies on which the compiler crashed."""
+        return {attempt.remat for attempt in self.attempts if attempt.crashed}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +98,19 @@ def search_policies(
       counts_layers: whether some of the layers may get a faster policy at the end.
 
     Raises:
-      UserError: the compiler failed, and not for want of memory.
+      UserError: the compiler failed, and not for want of memory; or it crashed on all policies.
     """
     plans: dict[str, Plan] = {}
 
     def attempt(remat: str) -> Attempt:
         """Compiles a policy, and returns the attempt for the search."""
         variant = PlanVariant(adapter, remat)
-        plan = make_plan(variant)
+        start_time = time.perf_counter()
+        try:
+            plan = make_plan(variant)
+        except ProcessCrash:
+            seconds = time.perf_counter() - start_time
+            return Attempt(remat=remat, size=None, refused=False, crashed=True, seconds=seconds)
         plans[remat] = plan
         if plan.failed:
             raise UserError(f"{variant.name}: {plan.failed}")
@@ -114,7 +126,13 @@ def search_policies(
         search = dataclasses.replace(search, first=first)
     if not counts_layers:
         search = dataclasses.replace(search, n_layers=0)
-    return Ladder(search=search, attempts=search.run(attempt, notice), plans=plans)
+    ladder = Ladder(search=search, attempts=search.run(attempt, notice), plans=plans)
+    if ladder.remat in ladder.crashed:
+        raise UserError(
+            f"{search.describe(ladder.attempts)}. Pass another policy, such as --remat full, or "
+            "change --batch-size or --seq-len."
+        )
+    return ladder
 
 
 def _begin_search(job: PlanJob, adapter: AdapterConfig, optim: OptimConfig) -> RematSearch:

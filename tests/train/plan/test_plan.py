@@ -43,6 +43,7 @@ from train.plan.flops.jaxpr import Count
 from train.plan.ladder import Ladder, print_ladder
 from train.plan.machines import find_machine, topology_of_devices
 from train.plan.table import print_plans
+from train.processes.apart import ProcessCrash
 from train.run.output import folder_bytes
 
 
@@ -664,6 +665,34 @@ def test_a_plan_tells_a_failure_of_the_compiler_as_such(model, monkeypatch, caps
     with pytest.raises(UserError, match="LoRA r=3, no remat: the compiler failed: INTERNAL"):
         plan.run(asked(model, "--remat", "auto", "--alone"))
     assert compiled == ["none"]
+
+
+def test_a_crash_of_the_compiler_ends_one_policy_alone(model, monkeypatch, capsys):
+    """The search goes on with the next policy, and no comparison compiles the step again."""
+    compiled = []
+
+    def crashing(config, job, variant, optim):
+        compiled.append(variant.name)
+        if variant.remat == "none":
+            raise ProcessCrash("SIGABRT")
+        return real(config, job, variant, optim)
+
+    real = plan.plan_variant
+    monkeypatch.setattr(plan, "plan_variant", crashing)
+    plan.run(asked(model, "--remat", "auto", "--json"))
+    printed = capsys.readouterr()
+    out = json.loads(printed.out)
+    names = [out["name"], *(other["name"] for other in out["others"])]
+    assert names == ["LoRA r=3, remat", "full fine-tuning, remat"]
+    assert compiled == ["LoRA r=3, no remat", *names]
+    assert "none has no step (the compiler crashed on the step)" in " ".join(printed.err.split())
+
+    def crashes(*_):
+        raise ProcessCrash("SIGABRT")
+
+    monkeypatch.setattr(plan, "plan_variant", crashes)
+    with pytest.raises(UserError, match=r"full: the compiler crashed.*Pass another policy"):
+        plan.run(asked(model, "--remat", "auto", "--alone"))
 
 
 def test_a_search_begins_each_size_with_the_policy_of_the_last(model, monkeypatch):
