@@ -108,6 +108,25 @@ def test_after_a_slow_compilation_only_the_leanest_is_tried():
     assert [a.remat for a in search_over(SIZES, 33, "full", seconds=slow)[1]] == ["full"]
 
 
+def test_after_a_crash_the_next_leaner_policy_is_tried():
+    """A crash says nothing about the memory, also after a slow compilation."""
+
+    def crashes(remat):
+        has_crashed = remat == "attention"
+        size = None if has_crashed else 5
+        return Attempt(remat=remat, size=size, refused=False, seconds=SLOW, crashed=has_crashed)
+
+    search = RematSearch(
+        rungs=("none", "attention", "full", "offload"), capacity=9, first="attention"
+    )
+    attempts = search.run(crashes)
+    assert [attempt.remat for attempt in attempts] == ["attention", "full"]
+    best = search.best(attempts)
+    assert best is not None and best.remat == "full"
+    only_crash = attempts[:1]
+    assert search.describe(only_crash).endswith("(attention: the compiler crashed on the step)")
+
+
 def test_a_settled_policy_is_compiled_alone_where_it_fits():
     assert [a.remat for a in search_over(SIZES, 16, "full", settled=True)[1]] == ["full"]
     assert [a.remat for a in search_over(SIZES, 5, "full", settled=True)[1]] == ["full", "offload"]
