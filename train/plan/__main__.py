@@ -22,7 +22,7 @@ from lora_jax.models.smolvlm.config import SmolVLMConfig
 from lora_jax.training.layout import Layout
 from lora_jax.training.run.log import duration
 from lora_jax.training.sharded_products import Form
-from train.console.errors import UserError, reported
+from train.console.errors import UserError, flag, reported
 from train.options.command import parse_options
 from train.options.common import AUTO, AdapterConfig, OptimConfig, check_remat
 from train.options.optim import fill_optimizer_defaults
@@ -149,7 +149,7 @@ def _plan_from_options(config: PlanConfig, variant: PlanVariant) -> Plan | str:
         job, optim = make_job(config)
         return plan(job, variant, optim)
     except UserError as error:
-        return str(error)
+        return error.said(flag)
 
 
 def find_largest_size(options: PlanOptions) -> tuple[dict[str, int | None], Plan, Ladder | None]:
