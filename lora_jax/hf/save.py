@@ -26,6 +26,7 @@ from lora_jax.hf.tokenizer import TOKENIZER_FILES as TOKENIZER_FILES
 from lora_jax.hf.tokenizer import load_tokenizer
 from lora_jax.quantized import is_coded
 
+MODEL_STEM = "model"  # the beginning of the names of the files of weights
 _SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # The files of a tokenizer or an image processor, which make arrays of a user's data.
@@ -107,8 +108,10 @@ def write_model(
                 read = partial(_convert_member, row, leaf, index, dtype, name)
                 tensors[name] = TensorEntry(Header(SAFETENSORS_NAMES[dtype], row.hf_shape), read)
     n_parameters = sum(math.prod(row.stacked_shape) for row in table)
-    _write_shards(folder, tensors, max_shard_size, n_parameters)
-    fields["dtype"] = _most_common_dtype(table, dtypes)
+    stem = getattr(config, "stem", MODEL_STEM)
+    _write_shards(folder, tensors, max_shard_size, n_parameters, stem)
+    if stem == MODEL_STEM:  # diffusers' configurations have no such field
+        fields["dtype"] = _most_common_dtype(table, dtypes)
     _write_json(folder / "config.json", fields)
     generation = getattr(config, "generation", None)
     if generation is not None:
@@ -125,22 +128,26 @@ def _most_common_dtype(table: Sequence[Row], dtypes: Mapping[str, np.dtype]) -> 
 
 
 def _write_shards(
-    folder: Path, tensors: Mapping[str, TensorEntry], max_shard_size: int, n_parameters: int
+    folder: Path,
+    tensors: Mapping[str, TensorEntry],
+    max_shard_size: int,
+    n_parameters: int,
+    stem: str,
 ) -> None:
     """Writes the weights, and the index of their files if there are several."""
     tensor_bytes = {name: entry.header.nbytes for name, entry in tensors.items()}
     shards = _split_into_shards(tensor_bytes, max_shard_size)
     weight_map: dict[str, str] = {}
     for shard_number, names in enumerate(shards, 1):
-        file = f"model-{shard_number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{shard_number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
-            file = "model.safetensors"
+            file = f"{stem}.safetensors"
         write_tensors(folder / file, {name: tensors[name] for name in names})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         metadata = {"total_parameters": n_parameters, "total_size": sum(tensor_bytes.values())}
         index = {"metadata": metadata, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def _split_into_shards(tensor_bytes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:

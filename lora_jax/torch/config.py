@@ -22,7 +22,7 @@ from lora_jax.hf.generation import Generation
 from lora_jax.hf.keys import Row, nest_leaves
 from lora_jax.torch.attention import AttentionSettings, use_attention
 from lora_jax.torch.cache import CachedCall, KeyValues, Tokens, empty_cache
-from lora_jax.torch.diffusion import CLASS_FIELD
+from lora_jax.torch.diffusion import CLASS_FIELD, STEM
 from lora_jax.torch.diffusion import module_class as diffusers_class
 from lora_jax.torch.layers import Recomputation
 from lora_jax.torch.module import EmptyModule, build_module
@@ -65,6 +65,11 @@ class TorchConfig(Recipe):
                 "Install a newer version of transformers, or use another model."
             )
         return cls(json.dumps(fields, sort_keys=True), **options)
+
+    @property
+    def stem(self) -> str:
+        """The beginning of the names of the files of weights."""
+        return STEM if CLASS_FIELD in self.fields else "model"
 
     def to_hf(self) -> dict[str, object]:
         """Returns the config.json."""

@@ -1,8 +1,8 @@
 """Ship a trained adapter: `python -m train.export --adapter runs/sql/adapter --output out`.
 
 Writes a PEFT adapter for transformers and serving engines or, with --merged, a whole model; with
---gguf, an adapter for llama.cpp, or a model for it, Ollama and LM Studio. Takes adapters of this
-library and of PEFT.
+--gguf, an adapter for llama.cpp, or a model for it, Ollama and LM Studio; with --diffusers, an
+adapter of an image model. Takes adapters of this library and of PEFT.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from train.console.errors import UserError, as_user_errors, reported
 from train.console.output import tell
 from train.export.base import choose_tokenizer, find_file_dtype, find_gguf_codes, keep_codes
 from train.export.card import Export, is_generated, make_card
+from train.export.diffusers import export_image_adapter, is_image_export
 from train.export.gguf import check_gguf, write_gguf_adapter, write_gguf_model
 from train.export.hub import README, Repository, find_repository, push_folder
 from train.export.options import ExportJob, ExportOptions, check_options, parse_export_options
@@ -76,7 +77,7 @@ def run(options: ExportOptions, console: Console | None = None) -> None:
         )
 
     # With --check-serving alone, PEFT's folder is checked as it is.
-    is_written = any((options.output, options.push_to_hub, options.gguf))
+    is_written = any((options.output, options.push_to_hub, options.gguf, options.diffusers))
     if adapter.is_peft and not is_written:
         with as_user_errors(ValueError):
             report_problems(serving_problems(adapter.folder, max_rank=options.max_rank))
@@ -84,6 +85,9 @@ def run(options: ExportOptions, console: Console | None = None) -> None:
 
     name = options.model or adapter.base()
     check_output_is_no_input(options, adapter.folder, name)
+    if is_image_export(options, adapter, name):
+        export_image_adapter(options, console, adapter, name, shard)
+        return
     repository = find_upload_repository(options, name)
     cache_problem = keep_compiled(options.compilation_cache)
     if cache_problem:
@@ -244,7 +248,12 @@ def write_adapter(work: ExportJob, model: Model, params: Tree) -> None:
 def check_output_is_no_input(options: ExportOptions, adapter: Path, base: str) -> None:
     """Raises a UserError if replacing the output would delete an input."""
     inputs = [path for path in (adapter, Path(base).expanduser()) if path.exists()]
-    for option, output in (("--output", options.output), ("--gguf", options.gguf)):
+    outputs = {
+        "--output": options.output,
+        "--gguf": options.gguf,
+        "--diffusers": options.diffusers,
+    }
+    for option, output in outputs.items():
         if output is None:
             continue
         output_path = Path(output).expanduser().resolve()

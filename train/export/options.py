@@ -35,6 +35,20 @@ _REMEDY_OF_OPTION_WITHOUT_GGUF = {
     "for_serving": "It selects vLLM's layout. Remove --for-serving.",
     "check_serving": "The export checks that llama.cpp can run the file. Remove --check-serving.",
 }
+# Options without an effect on a file of diffusers, and what to do instead.
+_REMEDY_OF_OPTION_WITH_DIFFUSERS = {
+    "merged": "To write a merged module, run the command with --merged --output FOLDER.",
+    "output": "To write both a file and a folder, run the command twice.",
+    "gguf": "Remove one of them.",
+    "push_to_hub": "Upload the file with `hf upload NAME FILE`.",
+    "dtype": "Adapters keep their dtype. Remove --dtype.",
+    "quantize": "Remove --quantize.",
+    "tokenizer": "Remove --tokenizer.",
+    "max_shard_size": "Remove --max-shard-size.",
+    "base_name": "A file of diffusers names no base. Remove --base-name.",
+    "for_serving": "It selects vLLM's layout. Remove --for-serving.",
+    "check_serving": "It checks an adapter for vLLM. Remove --check-serving.",
+}
 _BYTES_OF_UNIT = {"MB": 10**6, "GB": 10**9}
 
 
@@ -43,7 +57,8 @@ class ExportOptions(TokenizerOption):
     """Write an adapter in PEFT's format, as GGUF or merged; check whether it can be served."""
 
     HELP = HelpPage(
-        "adapter output model merged dtype gguf for_serving check_serving push_to_hub overwrite",
+        "adapter output model merged dtype gguf diffusers for_serving check_serving push_to_hub "
+        "overwrite",
         "--adapter runs/mine --output served --for-serving",
     )
 
@@ -74,6 +89,12 @@ class ExportOptions(TokenizerOption):
     """The type of the matrices in the GGUF file. The default is f32 for an adapter. For a merged
     model it is the dtype of the base's files, or f16 if the base is a GGUF file. For K-quants such
     as Q4_K_M, run llama.cpp's llama-quantize on an f16 file."""
+    diffusers: str | None = None
+    """The safetensors file to write instead of a folder, for load_lora_weights of diffusers and for
+    ComfyUI. The base is an image model."""
+    subfolder: str | None = None
+    """The part of a pipeline of diffusers that is adapted, such as transformer. The default is the
+    one that the adapter names."""
     max_shard_size: str = "5GB"
     """The maximum size of one weights file of a merged model, such as 500MB or 5GB."""
     for_serving: bool = False
@@ -116,7 +137,8 @@ def check_options(options: ExportOptions) -> int:
       UserError: options contradict each other, or the output folder must not be replaced.
     """
     check_gguf_options(options)
-    is_written = any((options.output, options.push_to_hub, options.gguf))
+    _check_diffusers_options(options)
+    is_written = any((options.output, options.push_to_hub, options.gguf, options.diffusers))
     if options.merged and not is_written:
         raise UserError(
             "--merged writes a model, but no place for it is given. Name a folder with --output, "
@@ -124,7 +146,8 @@ def check_options(options: ExportOptions) -> int:
         )
     if not is_written and not options.check_serving:
         raise UserError(
-            "There is nothing to do. Add --output, --gguf, --push-to-hub or --check-serving."
+            "There is nothing to do. Add --output, --gguf, --diffusers, --push-to-hub or "
+            "--check-serving."
         )
     if options.private and options.push_to_hub is None:
         raise UserError(
@@ -213,6 +236,27 @@ def check_gguf_options(options: ExportOptions) -> None:
                 f"{path} is something other than an earlier export, and --overwrite would delete "
                 "it. Name another --gguf file."
             )
+
+
+def _check_diffusers_options(options: ExportOptions) -> None:
+    """Raises a UserError for options that do not go with --diffusers, or a file that is taken."""
+    if options.diffusers is None:
+        return
+    defaults = ExportOptions(adapter="")
+    for name, remedy in _REMEDY_OF_OPTION_WITH_DIFFUSERS.items():
+        if getattr(options, name) != getattr(defaults, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} cannot be used with --diffusers. {remedy}")
+    file = Path(options.diffusers).expanduser()
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"--diffusers {options.diffusers}: diffusers reads adapters from safetensors files. "
+            "Choose a name that ends in .safetensors."
+        )
+    if file.exists() and not (options.overwrite and file.is_file()):
+        raise UserError(
+            f"--diffusers {file} already exists. Name another file, or replace it with --overwrite."
+        )
 
 
 def _read_beginning(path: Path) -> bytes:
