@@ -241,6 +241,29 @@ def find_snapshot(name: str, patterns: list[str], needed: str = "*.safetensors")
     )
 
 
+def find_file_first(name_or_path: str | Path, file: str) -> Path | None:
+    """Downloads one file of a hub name, before others are downloaded.
+
+    Args:
+      name_or_path: a folder, a GGUF file, or a hub name.
+      file: the name of the file.
+
+    Returns:
+      The file; None for a path, for a model whose files are here, and if the hub has no such file.
+    """
+    if _local_path(name_or_path).exists() or str(name_or_path) in BUNDLES:
+        return None
+    try:
+        name = check_hub_name(name_or_path)
+        cached_snapshot = _download_snapshot(name, local_only=True)
+        if isinstance(cached_snapshot, Path) and _has_all_weights(cached_snapshot):
+            return None
+        path = find_snapshot(name, [file], needed=file) / file
+    except ModelNotFound:  # `find_model` says what was tried
+        return None
+    return path if path.is_file() else None
+
+
 def probe_hub(
     name: str, seconds: float = _PROBE_SECONDS, kind: Literal["model", "dataset"] = "model"
 ) -> str | None:

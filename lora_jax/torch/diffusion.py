@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.types import Fields
-from lora_jax.hf.hub import find_snapshot
+from lora_jax.hf.hub import find_file_first, find_snapshot
 from lora_jax.hf.keys import WeightsError
 from lora_jax.torch.packages import TorchModelError
 
@@ -39,6 +39,21 @@ def find_part(pipeline: Any, part: str) -> Path:
         remedy = f"Pass one of its parts as subfolder: {parts}." if parts else "Check the path."
         raise TorchModelError(f"{folder} has no {part}/config.json. {remedy}")
     return folder / part
+
+
+def check_hub_name(source: Any) -> None:
+    """Raises a TorchModelError for the hub name of a pipeline, before its parts are downloaded."""
+    index_file = find_file_first(source, _PIPELINE_FILE)
+    if index_file is None:
+        return
+    entries = json.loads(index_file.read_text(encoding="utf-8"))
+    parts = [
+        name for name, entry in sorted(entries.items()) if isinstance(entry, list) and any(entry)
+    ]
+    raise TorchModelError(
+        f"{source} is a pipeline of diffusers. Pass one of its parts as subfolder: "
+        f"{', '.join(parts)}."
+    )
 
 
 def check_folder(folder: Path) -> bool:

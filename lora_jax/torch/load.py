@@ -16,7 +16,7 @@ from lora_jax.hf.keys import Params, Row, nest_leaves, reorder_axes
 from lora_jax.hf.load import ShardingOf, load_params
 from lora_jax.models.layers.attend import Attend
 from lora_jax.torch.config import TorchConfig
-from lora_jax.torch.diffusion import check_folder, find_part
+from lora_jax.torch.diffusion import check_folder, check_hub_name, find_part
 from lora_jax.torch.examples import Example
 from lora_jax.torch.files import DiffusionFolder, TorchFolder
 from lora_jax.torch.model import TorchModel
@@ -87,7 +87,11 @@ def from_torch(
     recipe_example = None if example is None else Example(example)
     folder = None
     if isinstance(source, str | os.PathLike):
-        path = find_part(source, subfolder) if subfolder else find_model(Path(source)).path
+        if subfolder:
+            path = find_part(source, subfolder)
+        else:
+            check_hub_name(source)
+            path = find_model(Path(source)).path
         is_diffusion = check_folder(path)
         if is_diffusion and auto != CAUSAL:
             raise TorchModelError(

@@ -62,6 +62,33 @@ def qwen_image():
     )
 
 
+def unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+def inputs_of_unet(batch=2):
+    """Returns arguments of a UNet by name, as NumPy's arrays."""
+    rng = np.random.default_rng(1)
+    return {
+        "sample": rng.normal(size=(batch, 4, 8, 8)).astype(np.float32),
+        "timestep": np.linspace(100, 900, batch, dtype=np.float32),
+        "encoder_hidden_states": rng.normal(size=(batch, TEXT_TOKENS, 24)).astype(np.float32),
+        "return_dict": False,
+    }
+
+
 def inputs_of(module, height, width, batch=2):
     """Returns arguments by name for latents of a size, as NumPy's arrays."""
     rng = np.random.default_rng(height)

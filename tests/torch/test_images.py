@@ -23,6 +23,7 @@ from tests.torch import images  # noqa: E402
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out/0", "add_q_proj", "add_v_proj", "to_add_out"]
 RULE = lj.LoraRule(targets=TARGETS, rank=3, alpha=5)
+UNET_RULE = lj.LoraRule(targets=["to_q", "to_k", "to_v", "to_out/0"], rank=3, alpha=5)
 # The start and the repetitions of each stack.
 STACKS = {
     "flux": [("transformer_blocks", 0, 3), ("single_transformer_blocks", 0, 4)],
@@ -31,9 +32,9 @@ STACKS = {
 }
 
 
-def _adapted(params):
+def _adapted(params, rule=RULE):
     """Returns an adapted tree whose B is not zero."""
-    tree = lj.lorafy(params, [RULE])
+    tree = lj.lorafy(params, [rule])
     adapter, base = lj.split(tree)
     leaves, structure = jax.tree.flatten(adapter)
     rng = np.random.default_rng(5)
@@ -73,13 +74,24 @@ def test_blocks_are_scans_in_several_sizes(model):
 
 
 def test_adapters_are_those_of_peft(model, tmp_path):
+    _, module, fn, params = model
+    _compare_with_peft(module, fn, params, images.inputs_of(module, 4, 6), tmp_path)
+
+
+def test_a_unet_runs_block_by_block_as_with_peft(tmp_path):
+    module = images.unet().eval()
+    fn, params = from_torch(module)
+    assert not fn.built.stacks
+    _compare_with_peft(module, fn, params, images.inputs_of_unet(), tmp_path, UNET_RULE)
+
+
+def _compare_with_peft(module, fn, params, arguments, tmp_path, rule=RULE):
+    """Asserts that outputs, and gradients of A and B, are those of PEFT."""
     import peft
 
-    _, module, fn, params = model
-    tree = _adapted(params)
+    tree = _adapted(params, rule)
     lp.save(tmp_path / "adapter", fn, tree)
     theirs = peft.PeftModel.from_pretrained(module, tmp_path / "adapter", is_trainable=True)
-    arguments = images.inputs_of(module, 4, 6)
     arrays, others = _split_arguments(arguments)
     adapter, base = lj.split(tree)
     run = lj.adapt(fn.clone(remat=True), strict=True)

@@ -90,3 +90,25 @@ def test_a_machine_without_diffusers_is_told(pipeline, monkeypatch):
     monkeypatch.setattr(diffusion.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'lora_jax[diffusion]'")):
         from_torch(pipeline, subfolder="transformer")
+
+
+def test_of_a_hub_name_the_index_is_read_first(tmp_path, monkeypatch):
+    index = {"_class_name": "Pipeline", "vae": ["diffusers", "V"], "encoder": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    downloads = []
+
+    def download(name, *, local_only, patterns=None):
+        if local_only:
+            return "not in the cache"
+        downloads.append(patterns)
+        return tmp_path
+
+    monkeypatch.setattr("lora_jax.hf.hub._download_snapshot", download)
+    monkeypatch.setattr("lora_jax.hf.hub.probe_hub", lambda name: None)
+    with pytest.raises(TorchModelError, match="owner/name is a pipeline .* subfolder: vae\\.$"):
+        from_torch("owner/name")
+    assert downloads == [["model_index.json"]]
+    (tmp_path / "model_index.json").unlink()  # not a pipeline: everything is downloaded
+    with pytest.raises(ConfigError):
+        from_torch("owner/name")
+    assert len(downloads) == 3 and len(downloads[-1]) > 1
