@@ -241,7 +241,7 @@ def test_for_serving(base, saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["There is nothing to do. Add --output, --gguf, --push-to-hub or"]),
+        ([], ["There is nothing to do. Add --output, --gguf, --diffusers, --push-to-hub or"]),
         (["--merged"], ["Name a folder with --output, or a file with --gguf"]),
         (["--merged", "--check-serving", "--output", "out"], ["is for adapters"]),
         (["--merged", "--for-serving", "--output", "out"], ["--for-serving is for adapters"]),

@@ -1,5 +1,6 @@
 """Exports adapters of image models: a file for pipelines of diffusers, or a merged module."""
 
+import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -73,11 +74,8 @@ def export_image_adapter(
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has no effect on an image model of diffusers. Remove {flag}.")
     with as_user_errors(ImportError, ValueError, OSError):
-        # torch, which image models alone need
-        from lora_jax.torch import from_torch
-
         subfolder = subfolder_of(options, adapter)
-        fn, params = from_torch(base, subfolder=subfolder)
+        fn, params = _torch_package().from_torch(base, subfolder=subfolder)
     tree = adapter.load(fn, params, base, allow_base_mismatch=options.allow_base_mismatch)
     if options.diffusers is not None:
         _write_file(options, console, fn, tree, subfolder)
@@ -118,11 +116,15 @@ def _write_file(
     )
 
 
+def _torch_package() -> Any:
+    """Imports `lora_jax.torch`, which no other export needs."""
+    return importlib.import_module("lora_jax.torch")
+
+
 def _file_dtype(base: str, subfolder: str | None) -> str:
     """Returns the most common dtype of the module's files."""
-    from lora_jax.torch.diffusion import find_part
-    from lora_jax.torch.files import DiffusionFolder
-
+    package = _torch_package()
+    find_part = package.diffusion.find_part
     folder = find_part(base, subfolder) if subfolder else Path(base).expanduser()
-    kinds: Counter[Any] = Counter(DiffusionFolder(folder).dtypes.values())
+    kinds: Counter[Any] = Counter(package.files.DiffusionFolder(folder).dtypes.values())
     return _DTYPES.get(kinds.most_common(1)[0][0], "float32")

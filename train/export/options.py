@@ -57,8 +57,7 @@ class ExportOptions(TokenizerOption):
     """Write an adapter in PEFT's format, as GGUF or merged; check whether it can be served."""
 
     HELP = HelpPage(
-        "adapter output model merged dtype gguf diffusers for_serving check_serving push_to_hub "
-        "overwrite",
+        "adapter output model merged dtype gguf for_serving check_serving push_to_hub overwrite",
         "--adapter runs/mine --output served --for-serving",
     )
 
