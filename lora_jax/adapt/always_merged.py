@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapt import eqns
-from lora_jax.adapt.interpreter import Interpreter, WeightUse
+from lora_jax.adapt.interpreter import Interpreter
 from lora_jax.adapt.merging import CUSTOM_DERIVATIVES
+from lora_jax.adapt.reports import WeightUse
 from lora_jax.adapt.transform import RULES
 from lora_jax.core.axes import AxisRoles
 from lora_jax.core.factored import Factored

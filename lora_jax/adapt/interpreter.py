@@ -12,7 +12,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from lora_jax.adapt import eqns, merging
 from lora_jax.adapt.eqns import EagerSteps
 from lora_jax.adapt.needed import FactorInputs, UsedOutputs, needed_equations
 from lora_jax.adapt.per_example.labels import ExampleLabel, ExampleLabels, MixedExamples
-from lora_jax.adapt.reports import watch
+from lora_jax.adapt.reports import WeightUse, watch
 from lora_jax.adapt.user_code import SourceLine, UserContext, user_line_of, user_line_of_call
 from lora_jax.core.base import as_array, rearranged
 from lora_jax.core.extend import Jaxpr, JaxprEqn
@@ -171,16 +170,6 @@ class Use:
             if operand in eqn.outvars:
                 return eqn if eqn.primitive.name == "broadcast_in_dim" else None
         return None
-
-
-class WeightUse(NamedTuple):
-    """One use of an adapted weight; see `lora_jax.explain`."""
-
-    path: str
-    primitive: str
-    place: str  # file:line of the user's code
-    how: str  # "factored", "merged" or "unused"
-    why: str
 
 
 # A rule returns the equation's outputs, or None to have its operands merged.

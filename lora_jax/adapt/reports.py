@@ -1,4 +1,4 @@
-"""Finds out whether JAX's caches kept reports of weights from being made.
+"""Records uses of weights, and finds out whether JAX's caches kept reports from being made.
 
 A warning that names a weight is made while JAX traces a use of the weight. JAX traces a function
 once for all weights of equal shapes, also in later calls of `adapt` and under a later `jax.jit`.
@@ -10,10 +10,20 @@ import contextlib
 import contextvars
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 # Functions and programs, cached by JAX, whose traces have made a report.
 _FUNCTIONS_WITH_REPORTS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class WeightUse(NamedTuple):
+    """One use of an adapted weight; see `lora_jax.explain`."""
+
+    path: str
+    primitive: str
+    place: str  # file:line of the user's code
+    how: str  # "factored", "merged" or "unused"
+    why: str
 
 
 class RunReports:

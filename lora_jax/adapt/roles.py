@@ -32,7 +32,8 @@ from lora_jax.adapt.contractions import (
     paths_in_contents,
     union_of_sets,
 )
-from lora_jax.adapt.interpreter import Interpreter, Rule, Use, WeightUse
+from lora_jax.adapt.interpreter import Interpreter, Rule, Use
+from lora_jax.adapt.reports import WeightUse
 from lora_jax.adapt.rules.axis_maps import axis_map
 from lora_jax.adapt.rules.control import CONTROL_RULES, SOLVE_RULES
 from lora_jax.adapt.user_code import user_line_of

@@ -13,7 +13,7 @@ from jax import lax
 from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import args_with_masks, params_by_prompt
 from lora_jax.adapt.eqns import EagerSteps
-from lora_jax.adapt.interpreter import Interpreter, Rule, WeightUse
+from lora_jax.adapt.interpreter import Interpreter, Rule
 from lora_jax.adapt.nnx_writes import Output, write_back
 from lora_jax.adapt.per_example.axes import (
     ExampleAxes,
@@ -21,7 +21,7 @@ from lora_jax.adapt.per_example.axes import (
     follow_tokens,
     follow_trace,
 )
-from lora_jax.adapt.reports import collect_reports
+from lora_jax.adapt.reports import WeightUse, collect_reports
 from lora_jax.adapt.rules.arithmetic import ARITHMETIC_RULES
 from lora_jax.adapt.rules.chains import CHAIN_RULES
 from lora_jax.adapt.rules.choices import CHOICE_RULES

@@ -4,7 +4,8 @@ import jax
 
 from lora_jax.adapt import eqns
 from lora_jax.adapt.activate import args_with_masks
-from lora_jax.adapt.interpreter import Interpreter, WeightUse
+from lora_jax.adapt.interpreter import Interpreter
+from lora_jax.adapt.reports import WeightUse
 from lora_jax.adapt.transform import RULES, run
 from lora_jax.core.aliases import flatten_with_aliases
 from lora_jax.core.types import Forward, Tree

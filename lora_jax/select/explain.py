@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from lora_jax.adapt.interpreter import WeightUse
 from lora_jax.adapt.observed import traced_roles
+from lora_jax.adapt.reports import WeightUse
 from lora_jax.adapt.uses import uses
 from lora_jax.core.aliases import resolve_aliases
 from lora_jax.core.types import Forward, Leaf, Tree
