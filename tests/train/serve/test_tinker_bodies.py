@@ -31,6 +31,15 @@ def test_large_bodies_are_refused(client, monkeypatch):
         client.ask("POST", path, 413, content=b"x" * 1001)
 
 
+def test_large_metadata_is_refused(client):
+    overhead = len(json.dumps({"note": ""}))
+    largest = {"note": "x" * (bodies.MOST_METADATA_BYTES - overhead)}
+    too_large = {"note": largest["note"] + "x"}
+    client.post("create_session", tags=[], user_metadata=largest)
+    answer = client.post("create_session", 400, tags=[], user_metadata=too_large)
+    assert "65537 bytes as JSON, but the server keeps at most 65536" in answer["detail"]
+
+
 def test_unknown_paths_and_methods(client):
     for method, path in [("GET", "nothing"), ("GET", "asample"), ("PUT", "create_model")]:
         assert "there is no" in client.ask(method, path, 404)["detail"]

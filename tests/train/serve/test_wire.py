@@ -2,6 +2,8 @@
 
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -158,6 +160,50 @@ def test_bodies_in_zstd():
     for wrong, encoding in [(bomb, "zstd"), (b"garbage", "zstd"), (body, "gzip")]:
         with pytest.raises(RequestError):
             wire.parse(wrong, encoding)
+
+
+_BOMBS = """
+import sys, threading, zstandard
+from train.serve.protocol.requests import RequestError
+from train.serve.routes.tinker import wire
+
+def most_memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+n_unpacked = int(sys.argv[1])
+wire._UNPACKING = threading.BoundedSemaphore(n_unpacked)
+packer = zstandard.ZstdCompressor().compressobj()  # does not write the size of the content
+bomb = packer.compress(bytes(wire.MOST_BYTES)) + packer.compress(b"over") + packer.flush()
+start = threading.Barrier(32)
+refusals = []
+
+def send():
+    start.wait()
+    with wire.unpacking_turn("zstd"):
+        try:
+            wire.parse(bomb, "zstd")
+        except RequestError as error:
+            refusals.append(error)
+
+before = most_memory()
+threads = [threading.Thread(target=send) for _ in range(32)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(refusals) == 32
+print(most_memory() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("n_unpacked, is_bounded", [(wire.MOST_UNPACKED, True), (32, False)])
+def test_many_bombs_take_the_memory_of_four(n_unpacked, is_bounded):
+    command = [sys.executable, "-c", _BOMBS, str(n_unpacked)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    megabytes = float(run.stdout)
+    bound = 2 * wire.MOST_UNPACKED * wire.MOST_BYTES / 2**20
+    assert (megabytes < bound) == is_bounded, megabytes
 
 
 BODY = request(

@@ -23,6 +23,7 @@ from train.serve.storage.results import NO_ROOM
 from train.serve.tenants.command_log import BusyError
 
 _log = logging.getLogger(__name__)
+MOST_METADATA_BYTES = 64 * 2**10  # of the metadata of a session, a model or a checkpoint
 _THREADS = ThreadPoolExecutor(64, "tinker")
 _Kind = TypeVar("_Kind", str, int, float, bool, dict, list)
 _REQUIRED: Any = object()  # the default of a field that must be there
@@ -177,5 +178,16 @@ class JsonFields:
         return JsonFields(self.get(name, dict, default), name)
 
     def metadata(self) -> dict | None:
-        """Returns the metadata of the client, or None."""
-        return self.get("user_metadata", dict, None)
+        """Returns the metadata of the client, or None.
+
+        Raises:
+          RequestError: it has more than `MOST_METADATA_BYTES`.
+        """
+        metadata = self.get("user_metadata", dict, None)
+        n_bytes = len(json.dumps(metadata))
+        if n_bytes > MOST_METADATA_BYTES:
+            raise RequestError(
+                f"user_metadata of {self._label} has {n_bytes} bytes as JSON, but the server keeps "
+                f"at most {MOST_METADATA_BYTES}. Send less metadata."
+            )
+        return metadata

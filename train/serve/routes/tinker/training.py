@@ -86,6 +86,11 @@ class TrainingRoutes:
     def _forward_backward(self, request: OwnerRequest) -> Response:
         """Adds the gradient of some data to a model's gradient."""
         encoding = request.http.headers.get("content-encoding", "")
+        with wire.unpacking_turn(encoding):
+            return self._submit_gradient(request, encoding)
+
+    def _submit_gradient(self, request: OwnerRequest, encoding: str) -> Response:
+        """Reads the body of a forward_backward, and queues its command."""
         body, message = wire.parse(request.body, encoding)
         model = self._rows.model(message.model_id, request.owner)["id"]
         seq = message.seq_id

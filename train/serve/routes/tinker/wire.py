@@ -1,7 +1,9 @@
 """Converts Tinker's protobuf bodies to the engine's requests, and results to bodies."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -26,6 +28,8 @@ from train.serve.routes.tinker.messages import (
 )
 
 MOST_BYTES = 64 * 2**20  # of a body, and of the arrays that it stands for
+MOST_UNPACKED = 4  # compressed bodies in memory at the same time, each with up to MOST_BYTES
+_UNPACKING = threading.BoundedSemaphore(MOST_UNPACKED)
 # The types of tensors by their numbers on the wire; bf16 is read as its bits.
 _TYPES: dict[int, np.dtype] = {
     1: np.dtype("<f4"),
@@ -56,16 +60,43 @@ def _decompress(body: bytes, encoding: str) -> bytes:
     if encoding != "zstd":
         raise RequestError(f"Content-Encoding {encoding[:40]!r} is not supported. Use zstd.")
     try:
-        with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
-            content = reader.read(MOST_BYTES + 1)
+        content = _unpack(body)
     except (zstandard.ZstdError, MemoryError) as error:
         raise RequestError(
             f"the body is not valid zstd ({error}). Compress the body with zstd, or remove "
             "Content-Encoding."
         ) from error
-    if len(content) > MOST_BYTES:
+    if content is None:
         raise RequestError(f"the body has more than {MOST_BYTES} bytes. Send fewer data at once.")
     return content
+
+
+def _unpack(body: bytes) -> bytes | None:
+    """Returns the content of a zstd frame, or None if it has more than `MOST_BYTES`.
+
+    An oversized content is freed here: the traceback of an error would hold it longer.
+    """
+    if zstandard.frame_content_size(body) > MOST_BYTES:
+        return None
+    with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
+        content = reader.read(MOST_BYTES + 1)
+    return content if len(content) <= MOST_BYTES else None
+
+
+@contextlib.contextmanager
+def unpacking_turn(encoding: str) -> Iterator[None]:
+    """Waits until fewer than `MOST_UNPACKED` compressed bodies are in memory.
+
+    A body that is not compressed does not wait.
+
+    Args:
+      encoding: the Content-Encoding of the body.
+    """
+    if encoding in ("", "identity"):
+        yield
+        return
+    with _UNPACKING:
+        yield
 
 
 def parse(body: bytes, encoding: str = "") -> tuple[bytes, Message]:
