@@ -3,6 +3,7 @@
 It needs the extra 'docs'.
 """
 
+import html
 import json
 import os
 import re
@@ -121,3 +122,107 @@ def test_its_search_and_its_list_for_machines_know_all_pages(site):
     assert shown <= boosts.keys() and not any(name.startswith("source/") for name in boosts)
     assert boosts["lora_jax/faq.html"] == boosts["train/faq.html"] > boosts["train/dpo.html"]
     assert boosts["train/dpo.html"] > boosts["CHANGELOG.html"]
+
+
+# Questions of visitors, with the pages that answer them, or the sections: the address begins so.
+CHATS, CODE = "train/faq.html#", "lora_jax/faq.html#"
+SERVE, EXPORT, DATA = (f"train/{name}/index.html" for name in ("serve", "export", "data"))
+QUESTIONS = {
+    "how big should r be": [CHATS + "hyperparameters"],
+    "talk to the model after training": [CHATS + "inference", "train/generate/index.html"],
+    "learn only from the answers": [CHATS + "does-it-train-on-answers-only"],
+    "save to google drive": [CHATS + "my-computer", CODE + "how-do-i-use-my-own-data"],
+    "slow compile": [CHATS + "compilation-is-slow"],
+    "several loras in production": [CHATS + "several-loras", SERVE],
+    "cite": ["index.html#licence-and-citation"],
+    "is it faster than pytorch": [CODE + "how-fast", "tests/benchmarks/index.html"],
+    "my gpu is not found": [CHATS + "my-gpu", "train/doctor/index.html"],
+    "out of memory": [CHATS + "out-of-memory", "train/memory.html"],
+    "which data format do i need": [CHATS + "which-format", DATA],
+    "fine tune on a csv file": [CHATS + "which-format", DATA],
+    "merge the adapter into the model": [CODE + "how-do-i-merge", EXPORT],
+    "run it in ollama": [CHATS + "ollama", EXPORT],
+    "convert to gguf": [EXPORT],
+    "freeze the base model": [CODE + "how-do-i-freeze"],
+    "what is alpha": [CHATS + "hyperparameters", CODE + "what-is-lora"],
+    "stop when it overfits": [CHATS + "overfitting", "train/run/index.html"],
+    "my computer crashed during training": [CHATS + "my-computer"],
+    "train with two gpus": [CHATS + "several-gpus", "train/processes/index.html"],
+    "lora for my own flax model": [CODE + "does-it-work-with-flax", "lora_jax/index.html"],
+    "does it work on a mac": [CODE + "how-do-i-install"],
+    "load a peft adapter": ["lora_jax/peft/index.html"],
+    "how long will training take": [CHATS + "how-long"],
+    "is my fine-tuned model better than the base": [CHATS + "how-do-i-evaluate"],
+}
+
+
+class Search:
+    """The search of the site's theme: lunr, with the theme's own weights and groups by page."""
+
+    def __init__(self, index):
+        from lunr.builder import Builder
+        from lunr.stop_word_filter import stop_word_filter
+
+        config = index["config"]
+        assert config["pipeline"] == ["stopWordFilter"], "the words of queries have no stems"
+        self.separator = re.compile(config["separator"])
+        self.counts = stop_word_filter
+        builder = Builder()
+        builder.b(0)
+        builder.ref("location")
+        builder.pipeline.add(stop_word_filter)
+        for name, settings in config["fields"].items():
+            builder.field(name, settings["boost"], lambda page, name=name: self.words(page, name))
+        for page in index["docs"]:
+            builder.add(page, {"boost": page.get("boost", 1)})
+        self.index = builder.build()
+
+    def words(self, page, name):
+        """A field's words, without tags."""
+        text = html.unescape(re.sub(r"<[^>]*>", " ", page.get(name, "")))
+        return " ".join(filter(None, self.separator.split(text)))
+
+    def results(self, question):
+        """The addresses of three pages, each with that of its best section."""
+        terms = [word for word in self.separator.split(question) if word]
+        scores = {}
+        for result in self.index.search(" ".join(terms)):
+            matched = list(result["match_data"].metadata)
+            hits = {term for term in terms if any(word.startswith(term) for word in matched)}
+            needed = hits | {term for term in terms if self.counts(term)}
+            page, _, section = result["ref"].partition("#")
+            boost = len(hits) / len(needed) + (not section)
+            score = result["score"] * (1 + boost**2)
+            scores.setdefault(page, []).append((score, result["ref"]))
+        best = sorted(scores, key=lambda page: max(scores[page]), reverse=True)[:3]
+        sections = [max([s for s in scores[p] if "#" in s[1]], default=(0, p))[1] for p in best]
+        return {page or "index.html" for page in best} | {*sections}
+
+
+def answered(search, questions):
+    """The questions that one of the first three results answers."""
+    found = []
+    for question, answers in questions.items():
+        pages = search.results(question)
+        sections = tuple(answer for answer in answers if "#" in answer)
+        if pages & {*answers} or any(page.startswith(sections) for page in pages if sections):
+            found.append(question)
+    return found
+
+
+def test_its_search_answers_what_visitors_ask(site):
+    pytest.importorskip("lunr", reason="the extra 'docs' is not installed")
+    folder, texts = site
+    search = Search(json.loads((folder / "search/search_index.json").read_text()))
+    places = {
+        f"{name}#{place}"
+        for name, text in texts.items()
+        for place in re.findall(r'\bid="([^"]+)"', text)
+    }
+    for answer in {answer for answers in QUESTIONS.values() for answer in answers}:
+        assert answer in texts or any(place.startswith(answer) for place in places), answer
+    assert len(QUESTIONS) == 25
+    missed = QUESTIONS.keys() - {*answered(search, QUESTIONS)}
+    assert len(missed) <= 3, missed
+    elsewhere = dict.fromkeys(QUESTIONS, ["train/plan/figures.html"])
+    assert len(answered(search, elsewhere)) < 5, "another page does not answer"
