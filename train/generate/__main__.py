@@ -115,7 +115,7 @@ def run(options: GenerateOptions, named_options: frozenset[str] = frozenset()) -
         dtype=_DTYPE,
         requested={"attention": options.attention, "experts": "blocks"},
     )
-    if choose_replacements(trials, jax.local_devices()[0], Console(stderr=True)):
+    if choose_replacements(trials, jax.local_devices()[:1], Console(stderr=True)):
         params = without_rows_kernel(params)
     if outline.is_torch:
         say(model.config.cache_line())

@@ -29,7 +29,7 @@ from lora_jax.cases.products import few_rows_cases, ragged_cases, run_kernel
 from lora_jax.folders import cache_folder
 from lora_jax.models.decoder.experts import apply_ragged
 from lora_jax.models.decoder.moe import make_mixture
-from lora_jax.models.layers.attend import IMPLEMENTATIONS, Kernel
+from lora_jax.models.layers.attend import IMPLEMENTATIONS, Kernel, head_dim_of
 from lora_jax.training.layout import Layout
 from lora_jax.training.remat import is_refusal
 from train.console.errors import flag
@@ -49,7 +49,8 @@ _PACKAGES = (
     *("jax-cuda12-plugin", "jax-cuda13-plugin"),
 )
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-_CASE_SOURCE = "cases"
+# The folders of the package `lora_jax` with the source of kernels and of what they call.
+_SOURCES = ("cases", "core", "models/decoder", "models/layers", "quantized")
 AUTO = "auto"
 
 
@@ -66,7 +67,7 @@ class KernelTrial:
       dtype: the dtype of the cases.
       kernel: the first argument of `Case.compare`.
       make_cases: returns the cases, the most important first.
-      sources: the files and folders of the kernel's source, in the package `lora_jax`.
+      variant: the sizes of the model that the cases have, such as "head_dim 64".
     """
 
     title: str
@@ -77,7 +78,7 @@ class KernelTrial:
     dtype: DTypeLike
     kernel: Any
     make_cases: Callable[[], Sequence[Case]]
-    sources: tuple[str, ...]
+    variant: str = ""
 
 
 class Verdict(NamedTuple):
@@ -86,10 +87,14 @@ class Verdict(NamedTuple):
     Attributes:
       failure: why the kernel is replaced; None if it holds.
       is_final: whether later runs may rely on it. Lack of time or of memory may pass.
+      held: the names of the cases in which the kernel holds.
+      left: the names of the cases that were not compared.
     """
 
     failure: str | None
     is_final: bool = True
+    held: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def find_trials(
@@ -107,6 +112,7 @@ def find_trials(
     trials = []
     implementation = IMPLEMENTATIONS.get(attention)
     if isinstance(implementation, Kernel):
+        head_dim = head_dim_of(outline.config)
         trials.append(
             KernelTrial(
                 title=f"attention kernel {attention}",
@@ -116,8 +122,8 @@ def find_trials(
                 is_requested=requested["attention"] != AUTO,
                 dtype=dtype,
                 kernel=implementation,
-                make_cases=functools.partial(_attention_cases, implementation, dtype),
-                sources=("models/layers",),
+                make_cases=functools.partial(_attention_cases, implementation, dtype, head_dim),
+                variant=f"head_dim {head_dim}",
             )
         )
     experts = requested.get("experts", AUTO)
@@ -139,7 +145,6 @@ def find_trials(
                     n_experts=_N_EXPERTS,
                     shape=_EXPERTS_SHAPE,
                 ),
-                sources=("models/decoder/experts.py", "models/decoder/moe.py"),
             )
         )
     few_rows = requested.get("few_rows", AUTO)
@@ -157,15 +162,15 @@ def find_trials(
                 make_cases=functools.partial(
                     _cases_of_codes, dtype, outline.active_experts is not None
                 ),
-                sources=("quantized", "core/few_rows.py", "core/ragged_call.py"),
             )
         )
     return trials
 
 
-def _attention_cases(kernel: Any, dtype: DTypeLike) -> list[Case]:
+def _attention_cases(kernel: Any, dtype: DTypeLike, head_dim: int) -> list[Case]:
     """Returns the cases of a trial of attention."""
-    cases = {case.name: case for case in attention_cases(kernel, dtype, unit=_ATTENTION_UNIT)}
+    all_cases = attention_cases(kernel, dtype, unit=_ATTENTION_UNIT, head_dim=head_dim)
+    cases = {case.name: case for case in all_cases}
     return [cases[f"attention: {name}, {dtype}"] for name in _ATTENTION_CASES]
 
 
@@ -176,7 +181,7 @@ def _cases_of_codes(dtype: DTypeLike, has_experts: bool) -> list[Case]:
 
 
 def choose_replacements(
-    trials: Sequence[KernelTrial], device: Any, console: Console
+    trials: Sequence[KernelTrial], devices: Sequence[Any], console: Console
 ) -> dict[str, str]:
     """Tries kernels, and returns the options that replace those that fail: {option: value}.
 
@@ -184,7 +189,7 @@ def choose_replacements(
 
     Args:
       trials: the trials.
-      device: the device of this process.
+      devices: the devices of this process, which all run each case.
       console: console to print to.
     """
     replacements = {}
@@ -197,7 +202,7 @@ def choose_replacements(
                 "compared",
             )
             continue
-        failures = hosts.gather(find_failure(trial, device, console))
+        failures = hosts.gather(find_failure(trial, devices, console))
         for process, failure in enumerate(failures):
             if failure is None:
                 continue
@@ -212,47 +217,78 @@ def choose_replacements(
     return replacements
 
 
-def find_failure(trial: KernelTrial, device: Any, console: Console) -> str | None:
-    """Returns the reason why a kernel fails on a device, or None if it holds; compares it once.
+def find_failure(trial: KernelTrial, devices: Sequence[Any], console: Console) -> str | None:
+    """Returns the reason why a kernel fails on some devices, or None if it holds.
+
+    Each case is compared once. A later start compares the cases for which the time was too short.
 
     Args:
       trial: the trial.
-      device: a device of this process.
+      devices: devices of this process.
       console: console to print to.
     """
-    path = cache_folder() / _CACHE / _digest_of_trial(trial, device)
+    path = cache_folder() / _CACHE / _digest_of_trial(trial, devices)
     verdict = _read_verdict(path)
-    if verdict is None:
+    if verdict is None or verdict.left:
+        held = () if verdict is None else verdict.held
         with doing(console, f"comparing the {trial.title} with dense arithmetic"):
-            verdict = compare(trial, device)
-        if verdict.is_final:
+            verdict = compare(trial, devices, held)
+        if verdict.is_final or verdict.held:
             _write_verdict(path, verdict)
+        if verdict.failure is None:
+            tell(console, _describe(trial, verdict))
     if verdict.failure is None or not verdict.is_final:
         return verdict.failure
     return f"{verdict.failure} (delete {path} to compare it again)"
 
 
-def compare(trial: KernelTrial, device: Any, seconds: float = SECONDS) -> Verdict:
-    """Returns the verdict about a kernel on a device, after some seconds at most.
+def _describe(trial: KernelTrial, verdict: Verdict) -> str:
+    """Returns a line about the cases in which a kernel holds."""
+    n_held = len(verdict.held)
+    n_cases = n_held + len(verdict.left)
+    line = f"the {trial.title} holds in {n_held} of {n_cases} cases"
+    if verdict.held:
+        line += f" ({'; '.join(verdict.held)})"
+    if verdict.left:
+        line += (
+            f". {SECONDS:g} s were too short for the others ({'; '.join(verdict.left)}), so the "
+            "next start compares them"
+        )
+    return line
+
+
+def compare(
+    trial: KernelTrial, devices: Sequence[Any], held: Sequence[str] = (), seconds: float = SECONDS
+) -> Verdict:
+    """Returns the verdict about a kernel on some devices, after some seconds at most.
 
     A case that has not ended then is not waited for. A kernel holds if no case failed, and one of
-    them ended.
+    those that were left ended.
+
+    Args:
+      trial: the trial.
+      devices: devices of this process.
+      held: the names of the cases that an earlier start compared.
+      seconds: the seconds that the trial may take.
     """
     failures: list[Verdict] = []
     names_of_cases: list[str] = []
+    held_names = list(held)
     is_over = threading.Event()
 
     def run_cases() -> None:
-        for case in trial.make_cases():
+        cases = [case for case in trial.make_cases() if case.refusal is None]
+        names_of_cases.extend(case.name for case in cases)
+        for case in cases:
             if is_over.is_set():
                 return
-            if case.refusal is not None:
+            if case.name in held:
                 continue
-            verdict = _compare_case(case, trial.kernel, device)
+            verdict = _compare_case(case, trial.kernel, devices)
             if verdict.failure is not None:
                 failures.append(verdict)
                 return
-            names_of_cases.append(case.name)
+            held_names.append(case.name)
 
     def run() -> None:
         try:
@@ -264,26 +300,33 @@ def compare(trial: KernelTrial, device: Any, seconds: float = SECONDS) -> Verdic
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
+    is_late = thread.is_alive()
     is_over.set()
+    held_now = tuple(held_names)
+    left = tuple(name for name in names_of_cases if name not in held_now)
     if failures:
-        return failures[0]
-    if thread.is_alive() and not names_of_cases:
-        return Verdict(f"no case ended within {seconds:g} s", is_final=False)
-    return Verdict(None)
+        return failures[0]._replace(held=held_now, left=left)
+    if is_late and len(held_now) == len(held):
+        failure = f"no case ended within {seconds:g} s"
+        return Verdict(failure, is_final=False, held=held_now, left=left)
+    return Verdict(None, held=held_now, left=left)
 
 
-def _compare_case(case: Case, kernel: Any, device: Any) -> Verdict:
-    """Returns the verdict about a kernel by one case."""
+def _compare_case(case: Case, kernel: Any, devices: Sequence[Any]) -> Verdict:
+    """Returns the verdict about a kernel by one case, which must hold on each device."""
     try:
-        deviation = case.compare(kernel, device)
+        deviations = case.compare_on(kernel, devices)
     except Exception as error:  # a compiler's, or a device's
         return _verdict_of_error(case.name, error)
-    if deviation.holds:
-        return Verdict(None)
-    return Verdict(
-        f"{case.name}: its error is {deviation.error:.2g}, and rounding explains at most "
-        f"{deviation.bound:.2g}"
-    )
+    for device, deviation in zip(devices, deviations, strict=True):
+        if deviation.holds:
+            continue
+        where = f" on device {device.id}" if len(devices) > 1 else ""
+        return Verdict(
+            f"{case.name}: its error{where} is {deviation.error:.2g}, and rounding explains at "
+            f"most {deviation.bound:.2g}"
+        )
+    return Verdict(None)
 
 
 def _verdict_of_error(subject: str, error: Exception) -> Verdict:
@@ -293,7 +336,7 @@ def _verdict_of_error(subject: str, error: Exception) -> Verdict:
     return Verdict(message, is_final=not is_refusal(error))
 
 
-def _digest_of_trial(trial: KernelTrial, device: Any) -> str:
+def _digest_of_trial(trial: KernelTrial, devices: Sequence[Any]) -> str:
     """Returns the file name of a verdict, which depends on everything that may change it."""
     versions = []
     for package in _PACKAGES:
@@ -303,17 +346,16 @@ def _digest_of_trial(trial: KernelTrial, device: Any) -> str:
     with contextlib.suppress(OSError):
         driver = _NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace")
     facts = [
-        (trial.option, trial.name, str(trial.dtype)),
-        device.device_kind,
+        (trial.option, trial.name, str(trial.dtype), trial.variant),
+        [(device.device_kind, device.id) for device in devices],
         driver,
-        getattr(device.client, "platform_version", ""),
+        getattr(devices[0].client, "platform_version", ""),
         versions,
     ]
     digest = hashlib.sha256(repr(facts).encode())
     package_folder = Path(lora_jax.__file__).parent
-    for source in (*trial.sources, _CASE_SOURCE):
-        path = package_folder / source
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+    for folder in _SOURCES:
+        for file in sorted((package_folder / folder).rglob("*.py")):
             digest.update(file.read_bytes())
     return f"{digest.hexdigest()}.json"
 
@@ -321,19 +363,28 @@ def _digest_of_trial(trial: KernelTrial, device: Any) -> str:
 def _read_verdict(path: Path) -> Verdict | None:
     """Returns a verdict of the cache; None if there is none, or if it is damaged."""
     try:
-        failure = json.loads(path.read_text(encoding="utf-8"))["failure"]
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        failure = fields["failure"]
+        held = tuple(map(str, fields["held"]))
+        left = tuple(map(str, fields["left"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Verdict(failure) if failure is None or isinstance(failure, str) else None
+    if failure is not None and not isinstance(failure, str):
+        return None
+    if failure is not None:  # its other cases do not matter
+        left = ()
+    return Verdict(failure, held=held, left=left)
 
 
 def _write_verdict(path: Path, verdict: Verdict) -> None:
     """Writes a verdict to the cache; it appears complete or not at all."""
+    failure = verdict.failure if verdict.is_final else None
+    fields = {"failure": failure, "held": verdict.held, "left": verdict.left}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Each process writes a file of its own name, and renames it.
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8"
         ) as file:
-            json.dump({"failure": verdict.failure}, file)
+            json.dump(fields, file)
         os.replace(file.name, path)

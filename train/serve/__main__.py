@@ -183,8 +183,7 @@ def choose_kernels(
     trials = find_trials(
         outline, layout, attention=attention.name, dtype=options.dtype, requested=requested
     )
-    device = layout.mesh.local_devices[0]
-    return {**requested, **choose_replacements(trials, device, console)}
+    return {**requested, **choose_replacements(trials, layout.mesh.local_devices, console)}
 
 
 def _engine(

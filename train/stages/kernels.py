@@ -47,12 +47,12 @@ class KernelTries:
             dtype=config.optim.dtype,
             requested={name: getattr(config.optim, name) for name in _OPTIONS},
         )
-        device = inputs.layout.mesh.local_devices[0]
+        devices = inputs.layout.mesh.local_devices
         replacements: dict[str, str] = {}
         for trial in trials:
             key = (trial.option, trial.name)
             if key not in self._replacements:
-                self._replacements[key] = choose_replacements([trial], device, run.console)
+                self._replacements[key] = choose_replacements([trial], devices, run.console)
             replacements |= self._replacements[key]
         if "attention" in replacements:
             inputs = inputs.with_attention(replacements["attention"])

@@ -224,6 +224,12 @@ class AttentionConfig(Protocol):
     def num_attention_heads(self) -> int: ...
 
 
+def head_dim_of(config: AttentionConfig) -> int:
+    """Returns the size of a head of a model."""
+    size: int = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    return size
+
+
 def choose_attention(
     config: AttentionConfig,
     seq: int,
@@ -255,10 +261,9 @@ def choose_attention(
     Raises:
       ValueError: for an unknown name, or one that does not run on the platform.
     """
-    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     call = AttentionCall(
         queries=seq // (split.parts if split else 1),
-        head_dim=head_dim,
+        head_dim=head_dim_of(config),
         dtype=jnp.dtype(dtype),
         capped=getattr(config, "attn_logit_softcapping", None) is not None,
         sinks=getattr(config, "sinks", False),

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from tests.train.check import spoiled
 from train.check import __main__ as check
+from train.check import rows as check_rows
 from train.check import steps
 from train.check.group import TimeLimits, run_group
 from train.check.options import CheckOptions
@@ -115,6 +117,35 @@ def test_rows_after_steps_that_failed_are_not_reached() -> None:
 
     rows = StepCheck("config.json", 2048, None).rows()
     assert [run_row(row).state for row in rows[1:]] == [NOT_REACHED] * 3
+
+
+def test_offload(monkeypatch: Any) -> None:
+    """A CPU stands for a device with a host: programs for CPUs are traced with moves that the
+    compiler of CPUs leaves out. Gradients of wrong arrays are found."""
+    assert check_rows.check_offload().state == NOT_APPLICABLE
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jit = jax.jit
+    factor = 1.0
+    programs: list[str] = []
+
+    def spoil(function: Any) -> Any:
+        """Scales the gradients of the first program, which is the one with offload."""
+        scale = factor if not programs else 1.0
+
+        def run(*arrays: Any) -> Any:
+            programs.append(str(jax.make_jaxpr(function)(*arrays)))
+            return scale * jit(function)(*arrays)
+
+        return run
+
+    monkeypatch.setattr(check_rows.jax, "jit", spoil)
+    assert check_rows.check_offload().state == HOLDS
+    assert ["MemorySpace.Host" in program for program in programs] == [True, False]
+    programs.clear()
+    factor = 1.1
+    assert check_rows.check_offload().state == FAILS
+    monkeypatch.setattr(check_rows, "_PINNED_HOST", "no such memory")
+    assert check_rows.check_offload().state == NOT_APPLICABLE
 
 
 def test_the_table_says_what_to_do() -> None:

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from lora_jax.cases.attention import attention_cases
-from lora_jax.cases.case import normal
+from lora_jax.cases.case import Case, normal
 from lora_jax.cases.mixtures import gated, mixture_cases
 from lora_jax.cases.products import few_rows_cases, run_kernel
 from lora_jax.models.decoder.experts import apply_blocks, apply_ragged
@@ -85,7 +85,6 @@ def few_rows_trial(layer=0):
         dtype="float32",
         kernel=multiply,
         make_cases=lambda: few_rows_cases("float32", n_in=256, n_out=128)[:1],
-        sources=("quantized",),
     )
 
 
@@ -99,7 +98,6 @@ def attention_trial(kernel=SPLASH, cases=splash_cases, requested=False):
         dtype="float32",
         kernel=kernel,
         make_cases=cases,
-        sources=("models/layers",),
     )
 
 
@@ -113,7 +111,6 @@ def experts_trial(apply):
         dtype="float32",
         kernel=make_mixture(gated, apply),
         make_cases=expert_cases,
-        sources=("models/decoder/experts.py",),
     )
 
 
@@ -128,9 +125,9 @@ def compared(monkeypatch):
     """The names of the kernels that are compared, in order."""
     names, compare = [], kernel_trials.compare
 
-    def counted(trial, device):
+    def counted(trial, *rest):
         names.append(trial.name)
-        return compare(trial, device)
+        return compare(trial, *rest)
 
     monkeypatch.setattr(kernel_trials, "compare", counted)
     return names
@@ -139,17 +136,65 @@ def compared(monkeypatch):
 def choose(*trials):
     """Returns the replacements, and what the console shows."""
     console = Console(file=io.StringIO(), width=10_000)
-    made = choose_replacements(trials, jax.devices()[0], console)
+    made = choose_replacements(trials, jax.devices()[:1], console)
     return made, " ".join(console.file.getvalue().split())
 
 
 def test_a_kernel_that_holds_is_compared_once(cache, compared):
     made, told = choose(attention_trial())
     assert made == {} and "comparing the attention kernel splash" in told
+    assert "the attention kernel splash holds in 1 of 1 cases (attention: causal, float32)" in told
     made, told = choose(attention_trial())
     assert made == {} and told == "" and compared == ["splash"]
     (file,) = cache.iterdir()
-    assert json.loads(file.read_text()) == {"failure": None}
+    record = {"failure": None, "held": ["attention: causal, float32"], "left": []}
+    assert json.loads(file.read_text()) == record
+
+
+def test_a_later_start_compares_the_cases_that_were_left(cache, monkeypatch):
+    """The second case hangs at first: the kernel is used, and the message names both cases."""
+    is_over = threading.Event()
+    names, compare_on = [], Case.compare_on
+
+    def cases():
+        return attention_cases(SPLASH, "float32", unit=UNIT, head_dim=HEAD)[:2]
+
+    first, second = (case.name for case in cases())
+
+    def record(case, *rest):
+        names.append(case.name)
+        if case.name == second and not is_over.is_set():
+            is_over.wait(30)
+        return compare_on(case, *rest)
+
+    monkeypatch.setattr(Case, "compare_on", record)
+    slow = functools.partial(kernel_trials.compare, seconds=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_trials, "compare", slow)
+        made, told = choose(attention_trial(cases=cases))
+    is_over.set()
+    assert made == {} and f"holds in 1 of 2 cases ({first})" in told
+    assert f"too short for the others ({second}), so the next start compares them" in told
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text()) == {"failure": None, "held": [first], "left": [second]}
+    names.clear()
+    made, told = choose(attention_trial(Spoiled(), cases=cases))  # fails in what was left
+    assert names == [second] and made == {"attention": "blockwise"} and second in told
+    made, told = choose(attention_trial(cases=cases))
+    assert names == [second] and made == {"attention": "blockwise"}
+
+
+def test_all_devices_of_a_process_are_compared(cache):
+    """The first device computes right, and the second one does not."""
+
+    def attend(*inputs):
+        out = SPLASH(*inputs)
+        factor = jnp.asarray([1.0, 1.1], out.dtype)[jax.lax.axis_index("device")]
+        return factor * out
+
+    verdict = compare(attention_trial(attend), jax.devices()[:2])
+    assert "its error on device 1 is 0.1" in verdict.failure
+    assert compare(attention_trial(), jax.devices()[:2]).failure is None
 
 
 def test_a_spoiled_kernel_is_replaced_and_named_and_compared_once(cache, compared):
@@ -164,14 +209,14 @@ def test_a_spoiled_kernel_is_replaced_and_named_and_compared_once(cache, compare
 
 
 def test_ragged_products_hold():
-    assert compare(experts_trial(apply_ragged), jax.devices()[0]).failure is None
+    assert compare(experts_trial(apply_ragged), jax.devices()[:1]).failure is None
 
 
 def test_a_damaged_entry_is_compared_again(cache, compared):
     choose(attention_trial(Spoiled()))
     (file,) = cache.iterdir()
     whole = file.read_text()
-    for damaged in (whole[:-5], "", "[]", '{"failure": 3}', "{}"):
+    for damaged in (whole[:-5], "", "[]", '{"failure": null}', "{}"):
         file.write_text(damaged)
         made, _ = choose(attention_trial(Spoiled()))
         assert made == {"attention": "blockwise"} and file.read_text() == whole
@@ -185,22 +230,26 @@ def test_another_device_driver_version_or_source_is_compared_again(
     choose(attention_trial())
     device = jax.devices()[0]
     client = types.SimpleNamespace(platform_version="another driver")
-    other = types.SimpleNamespace(device_kind="another", client=device.client)
+    other = types.SimpleNamespace(device_kind="another", client=device.client, id=0)
     digest = functools.partial(kernel_trials._digest_of_trial, attention_trial())
-    names = {digest(device), digest(other)}
-    names.add(digest(types.SimpleNamespace(device_kind=device.device_kind, client=client)))
+    names = {digest([device]), digest([other]), digest([device, other])}
+    names.add(digest([types.SimpleNamespace(device_kind=device.device_kind, client=client, id=0)]))
+    head = dataclasses.replace(attention_trial(), variant="head_dim 8")
+    names.add(kernel_trials._digest_of_trial(head, [device]))
     with monkeypatch.context() as patch:
         patch.setattr(kernel_trials, "version", lambda package: "99")
-        names.add(digest(device))
+        names.add(digest([device]))
     folder = tmp_path / "lora_jax"
-    (folder / "models" / "layers").mkdir(parents=True)
+    sources = ("models/layers/splash.py", "models/decoder/dispatch.py", "core/routed.py")
     with monkeypatch.context() as patch:
         patch.setattr(kernel_trials.lora_jax, "__file__", str(folder / "__init__.py"))
-        for source in ("1", "2"):
-            (folder / "models" / "layers" / "splash.py").write_text(source)
-            names.add(digest(device))
-    assert len(names) == 6
-    assert digest(device) in {file.name for file in cache.iterdir()}
+        for source in sources:
+            file = folder / source
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("changed")
+            names.add(digest([device]))
+    assert len(names) == 9
+    assert digest([device]) in {file.name for file in cache.iterdir()}
 
 
 def test_a_kernel_that_hangs_or_raises_is_replaced(cache):
@@ -210,14 +259,14 @@ def test_a_kernel_that_hangs_or_raises_is_replaced(cache):
         is_over.wait(30)
         raise ValueError("too late")
 
-    verdict = compare(attention_trial(hang), jax.devices()[0], seconds=0.2)
+    verdict = compare(attention_trial(hang), jax.devices()[:1], seconds=0.2)
     is_over.set()
     assert verdict.failure == "no case ended within 0.2 s" and not verdict.is_final
 
     def refuse(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
-    verdict = compare(attention_trial(refuse), jax.devices()[0])
+    verdict = compare(attention_trial(refuse), jax.devices()[:1])
     assert "JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory" in verdict.failure
     assert not verdict.is_final
 
@@ -231,7 +280,7 @@ def test_a_kernel_that_hangs_or_raises_is_replaced(cache):
 def test_cases_that_the_kernel_refuses_are_passed_over():
     refused = dataclasses.replace(splash_cases()[0], refusal="no float32")
     trial = attention_trial(Spoiled(), cases=lambda: [refused])
-    assert compare(trial, jax.devices()[0]).failure is None
+    assert compare(trial, jax.devices()[:1]).failure is None
 
 
 def test_a_kernel_by_name_is_not_compared(cache, compared):
@@ -255,10 +304,11 @@ def test_all_processes_replace_what_fails_in_one(spoiled, monkeypatch):
 
 def test_auto_tries_the_kernels_of_the_platform():
     one, two = (types.SimpleNamespace(size=size) for size in (1, 2))
+    config = types.SimpleNamespace(head_dim=48, hidden_size=64, num_attention_heads=2)
 
     def trials(name, *, ragged=False, n_experts=None, has_codes=False, mesh=one, **requested):
         found = find_trials(
-            types.SimpleNamespace(active_experts=n_experts, has_codes=has_codes),
+            types.SimpleNamespace(active_experts=n_experts, has_codes=has_codes, config=config),
             types.SimpleNamespace(platform="tpu", ragged_kernels=ragged, mesh=mesh),
             attention=name,
             dtype="bfloat16",
@@ -267,6 +317,8 @@ def test_auto_tries_the_kernels_of_the_platform():
         assert all(trial.make_cases() for trial in found)
         return [(trial.option, trial.name, trial.is_requested) for trial in found]
 
+    (case, *_) = kernel_trials._attention_cases(SPLASH, "float32", 48)
+    assert case.arrays[0][0].shape[-1] == 48
     assert trials("dense") == trials("blockwise") == []
     assert trials("splash") == [("attention", "splash", False)]
     assert trials("flash", attention="flash") == [("attention", "flash", True)]
@@ -433,8 +485,8 @@ from rich.console import Console
 from tests.train.run.test_kernel_trials import SPLASH, Spoiled, attention_trial
 from train.run.kernel_trials import choose_replacements
 kernel = Spoiled() if process == spoiled else SPLASH
-device = jax.local_devices()[0]
-made = choose_replacements([attention_trial(kernel)], device, Console(width=10_000))
+devices = jax.local_devices()
+made = choose_replacements([attention_trial(kernel)], devices, Console(width=10_000))
 print(json.dumps(made))
 """
 
