@@ -68,20 +68,36 @@ def _files_on_command_line() -> list[str]:
 def load(spec: str) -> Any:
     """Returns the function or class that ``file.py:name`` names.
 
+    A name with dots, such as ``judge.score``, names a method of an object or of a class.
+
     Raises:
-      NoFunction: the file has no such function.
+      NoFunction: the file has no such function, or a method has no object.
       BaseException: whatever the file raises.
     """
     path, _, name = spec.rpartition(":")
     module = _import_file(path)
-    target = getattr(module, name, None)
+    owner: Any = None
+    target: Any = module
+    for attribute in name.split("."):
+        owner = target
+        target = getattr(owner, attribute, None)
     if not callable(target):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise NoFunction(
             f"The file has no function {name!r}. Name one of its functions: "
             f"{', '.join(functions) or 'it has none'}."
         )
+    if inspect.isclass(owner) and _needs_object(owner, attribute):
+        raise NoFunction(
+            f"{name} is a method of the objects of {owner.__name__}. Create an object in the file, "
+            f"such as `my_object = {owner.__name__}(…)`, and name my_object.{attribute}."
+        )
     return target
+
+
+def _needs_object(owner: type[Any], method: str) -> bool:
+    """Returns True for a method that takes an object, and False for static and class methods."""
+    return inspect.isfunction(inspect.getattr_static(owner, method, None))
 
 
 def _import_file(path: str) -> Any:

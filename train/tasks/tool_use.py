@@ -98,7 +98,8 @@ def _check_spec(option: str, spec: str, kind: str, *built_in_names: str) -> str:
       *built_in_names: further values of the option, for the message.
     """
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not name.isidentifier():
+    is_name = all(word.isidentifier() for word in name.split("."))  # such as calculator.add
+    if not path.endswith(".py") or not is_name:
         alternative = f", or one of {', '.join(built_in_names)}" if built_in_names else ""
         raise UserError(
             f"--{option} {spec} does not name a {kind} of a file. Pass file.py:{kind}{alternative}."

@@ -183,6 +183,45 @@ def test_classes_are_made_and_files_beside_are_imported_relatively():
     np.testing.assert_array_equal(scored.by_name["Async"], 8 * np.arange(N))
 
 
+def test_methods_of_objects_and_of_classes_are_rewards():
+    write(
+        """
+        class Judge:
+            factor = 3
+
+            def __init__(self, factor):
+                self.factor = factor
+
+            def bound(self, level):
+                return [self.factor * l for l in level]
+
+            @staticmethod
+            def static(level):
+                return [5 * l for l in level]
+
+            @classmethod
+            def of_class(cls, level):
+                return [cls.factor * l for l in level]
+
+        class Judges:
+            second = Judge(7)
+
+        judge = Judge(2)
+        """
+    )
+    factors = {
+        "judge.bound": 2,
+        "Judge.static": 5,
+        "judge.static": 5,
+        "Judge.of_class": 3,
+        "Judges.second.bound": 7,
+    }
+    scored = score(*[f"mine.py:{name}" for name in factors])
+    assert not scored.failures, scored.said
+    for name, factor in factors.items():
+        np.testing.assert_array_equal(scored.by_name[name], factor * np.arange(N))
+
+
 NO_LISTS = {
     "{'right': 1.0, 'short': 0.5, 'why': 3}": "a dict with the keys 'right', 'short', 'why'",
     "{0: 1.0, 1: 2.0, 2: 3.0}": "a dict with the keys 0, 1, 2",
@@ -206,6 +245,9 @@ def test_what_is_no_list_of_numbers_is_refused_in_words():
 MISTAKES = {
     "mine.py:Needy": "Needy is a class whose objects need model, size. Create an object",
     "mine.py:Dumb": "Dumb is a class whose objects cannot be called. Give it a method __call__",
+    "mine.py:Needy.score": "Needy.score is a method of the objects of Needy. Create",
+    "mine.py:Needy.gone": "has no function 'Needy.gone'",
+    "mine.py:Gone.score": "has no function 'Gone.score'",
     "package/mine.py:f": "Write `from common import scale`, and set PYTHONPATH=",
     "package/bare.py:f": "Write `import common`, and set PYTHONPATH=",
 }
@@ -218,6 +260,7 @@ def test_what_cannot_be_made_or_imported_says_what_can(spec):
         class Needy:
             def __init__(self, model, size, *rest, late=3): ...
             def __call__(self, level): return level
+            def score(self, level): return level
 
         class Dumb: ...
         """

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.console.errors import UserError
+from train.tasks.tool_use import list_tools
 from train.tools.contract import ToolAnswer, ToolCall
 from train.tools.host import _MAX_EPISODES as AT_ONCE
 from train.tools.host import FAILED, ProcessHost
@@ -120,15 +121,40 @@ class Counter:
 
     def get_reward(self) -> float:
         return {7: None, 8: float("nan")}.get(self._n, self._n / 2)
+
+class Calculator:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def scale(self, a: int) -> int:
+        """Multiplies, by more each time.
+
+        Args:
+            a: a number
+        """
+        self.factor += 1
+        return (self.factor - 1) * a
+
+    @staticmethod
+    def negate(a: int) -> int:
+        """Negates.
+
+        Args:
+            a: a number
+        """
+        return -a
+
+calculator = Calculator(3)
 '''
 TOOLS = "add fail leave interrupt wait hang kill kill_all fork leave_child flood half parts".split()
+METHODS = ["calculator.scale", "Calculator.negate"]
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("tools") / "mine.py"
     path.write_text(textwrap.dedent(CODE))
-    made = ProcessHost(f"{path}:Counter", [f"{path}:{name}" for name in TOOLS], 60.0)
+    made = ProcessHost(f"{path}:Counter", [f"{path}:{name}" for name in TOOLS + METHODS], 60.0)
     yield made
     made.close()
 
@@ -163,7 +189,7 @@ def ends(process):
 
 def test_tools_are_described_as_transformers_describes_them(host):
     names = [tool["function"]["name"] for tool in host.tools]
-    assert names == [*TOOLS, "count"] and host.rewards and host.name == "Counter"
+    assert names == [*TOOLS, "scale", "negate", "count"] and host.rewards and host.name == "Counter"
     assert host.needs == ["start"]
     assert host.tools[0] == {
         "type": "function",
@@ -221,6 +247,22 @@ def test_calls_are_answered_as_trl_answers_them(host):
     malformed = episode.call([ToolCall("", None, "no JSON")]).result(60)
     assert malformed.answers == (ToolAnswer("unknown", str({"error": "no JSON"}), failed=True),)
     episode.close()
+
+
+def test_methods_are_tools_and_each_episode_has_its_own_object(host):
+    for episode in opened(host, 1, 2):
+        called = answers(episode, ("scale", {"a": 5}), ("scale", {"a": 5}), ("negate", {"a": 5}))
+        assert [answer.content for answer in called] == ["15", "20", "-5"]
+        episode.close()
+
+
+def test_the_option_takes_methods():
+    names = ["calculator.scale", "Calculator.negate", "add"]
+    specs = [f"{__file__}:{name}" for name in names]
+    assert list_tools([specs[0], *names[1:]]) == specs
+    for name in ("calculator.", "calculator..scale", ".scale", "calculator.2"):
+        with pytest.raises(UserError, match="does not name a function of a file"):
+            list_tools([f"{__file__}:{name}"])
 
 
 def test_an_episode_has_its_own_state_and_randomness(host):
@@ -336,7 +378,8 @@ def untyped(a):
     """
 
 class NoReset:
-    pass
+    def bound(self):
+        """Needs an object."""
 
 class Needs:
     def __init__(self, size):
@@ -364,6 +407,7 @@ def test_what_cannot_be_described_is_named(tmp_path):
         (None, ["untyped"], "--tools .*bad.py:untyped: untyped cannot be described .* type hint"),
         (None, ["gone"], "--tools .*bad.py:gone: The file has no function 'gone'"),
         (None, ["NoReset"], "--tools .*bad.py:NoReset: NoReset is not a function"),
+        (None, ["NoReset.bound"], "NoReset.bound is a method of the objects of NoReset"),
         ("NoReset", [], "--environment .*NoReset has no method `reset`"),
         ("Needs", [], r"--environment .*Needs\(\) must be callable without arguments"),
         ("Twice", ["fine"], "--environment .*Two tools are called fine"),

@@ -43,11 +43,11 @@ class GrpoDataConfig(SamplerOptions, RolloutDataConfig):
     folder of files, a folder that `datasets` saved, or a dataset on the hub. Each row has a
     `prompt` (a text or turns) or `messages`. Rewards receive all other fields."""
     reward: tuple[str, ...] = option((), field.HIDDEN)
-    """The rewards of a completion: file.py:function, the folder of a run of `train.classify
-    --labels pairs`, sql, arithmetic, or length. Several rewards are added up. A function receives
-    lists as keyword arguments: `prompts`, `completions`, `completion_ids` and the fields of the
-    rows. It returns a number for each completion, or None for no opinion, as in TRL. Functions run
-    in their own processes. By default the reward of the task."""
+    """The rewards of a completion: file.py:function, file.py:object.method, the folder of a run of
+    `train.classify --labels pairs`, sql, arithmetic, or length. Several rewards are added up. A
+    function receives lists as keyword arguments: `prompts`, `completions`, `completion_ids` and the
+    fields of the rows. It returns a number for each completion, or None for no opinion, as in TRL.
+    Functions run in their own processes. By default the reward of the task."""
     reward_weights: tuple[float, ...] = option((), field.HIDDEN)
     """One weight for each --reward, in the same order. By default each weight is 1."""
     reward_timeout: float = option(30.0, field.CHANGEABLE)
@@ -56,9 +56,9 @@ class GrpoDataConfig(SamplerOptions, RolloutDataConfig):
     reward_workers: int = option(2, field.CHANGEABLE)
     """Number of processes in which reward functions run at the same time."""
     tools: tuple[str, ...] = option((), field.HIDDEN)
-    """Functions that a completion may call: file.py:function, and further functions of the same
-    file by their names alone (file.py:f g). The result of a call becomes a turn of the chat, and
-    the model continues after it."""
+    """Functions that a completion may call: file.py:function or file.py:object.method, and further
+    functions of the same file by their names alone (file.py:f g). The result of a call becomes a
+    turn of the chat, and the model continues after it."""
     environment: str | None = option(None, field.HIDDEN)
     """A class with which completions interact: file.py:Class, guess or sql. It follows TRL's
     protocol: `reset` starts a completion, other public methods are its tools, and `get_reward`
