@@ -57,6 +57,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "notebooks/7_preferences_and_rewards.ipynb": ("train/live", "lora_jax/training/losses"),
     "notebooks/8_one_base_many_tenants.ipynb": ("train/serve/engine",),
     "notebooks/9_your_machine_a_real_model.ipynb": ("train/run/costs.py", *_RUNS),
+    "notebooks/10_a_style_from_forty_pictures.ipynb": ("lora_jax/training/losses/denoising.py",),
 }
 
 

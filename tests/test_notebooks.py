@@ -56,7 +56,7 @@ def check_outputs(notebook):
 
 
 def test_there_is_a_word_on_each_notebook():
-    assert len(NAMES) == 9
+    assert len(NAMES) == 10
     readme = (FOLDER / "README.md").read_text()
     assert [name for name in NAMES if f"({name}.ipynb)" not in readme] == []
 
