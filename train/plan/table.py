@@ -28,7 +28,7 @@ def print_plans(
 
     Args:
       console: the console to print to.
-      facts: the facts that all plans share; see `train.plan.__main__.describe_job`.
+      facts: the facts that all plans share; see `train.plan.facts.describe_job`.
       plans: one per variant, the requested one first.
       estimates: for each plan, the seconds of a step, the chip-hours and the cost; see
         `train.plan.__main__.estimate_time_and_cost`.
