@@ -11,10 +11,11 @@ from numbers import Integral
 from lora_jax.core.types import Fields
 from lora_jax.hf.fields import ConfigError, FieldTypeError
 
-# Names of fields end so. `max_window_layers` and the experts of each token make no tensors.
+# Names of fields end so. `max_window_layers` and the experts of each token make no tensors;
+# `vision_feature_layer` is the index of the layer whose output is read, and may count from the end.
 _LAYER_ENDS = ("layers", "layer", "block_count", "depth")
 _EXPERT_ENDS = ("experts", "expert_count")
-_FIELDS_WITHOUT_TENSORS = ("max_window_layers", "expert_used_count")
+_FIELDS_WITHOUT_TENSORS = ("max_window_layers", "expert_used_count", "feature_layer")
 # Of a configuration alone. No model comes near.
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_EXPERTS_OF_ALL_LAYERS = 10_000, 10_000, 1_000_000
 # Configurations below these need no comparison before the key table is made.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from lora_jax import models
+from lora_jax.hf.counts import check_counts
 from lora_jax.hf.fields import ConfigError
 from lora_jax.hf.keys import WeightsError
 
@@ -106,6 +107,13 @@ def test_layers_times_experts_are_bounded():
     fields = FIELDS | EXPERTS | {"model_type": "mixtral"}
     with bounded(), pytest.raises(ConfigError, match="make 64000000 experts"):
         models.read_config(fields | {"num_hidden_layers": 8000, "num_local_experts": 8000})
+
+
+def test_the_index_of_a_layer_may_count_from_the_end():
+    """LLaVA and Mistral 3 read the output of a layer of the vision encoder."""
+    check_counts({"vision_feature_layer": -1, "text_config": FIELDS})
+    with pytest.raises(ConfigError, match="vision_layers .-1. must be a number"):
+        check_counts({"vision_layers": -1, "text_config": FIELDS})
 
 
 def test_large_models_are_read():
